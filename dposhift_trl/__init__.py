@@ -1,0 +1,37 @@
+"""DPO-Shift for TRL: DPO whose rejected log-ratio is scaled by a scheduled lambda."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "DPOShiftConfig": "config",
+    "DPOShiftTrainer": "trainer",
+    "ChosenSFTTrainer": "trainer",
+    "LambdaScheduleCallback": "callbacks",
+    "make_lambda_schedule": "schedules",
+    "dpo_shift_loss": "losses",
+}
+
+__all__ = ["__version__", *_HOME]
+
+if TYPE_CHECKING:
+    from .callbacks import LambdaScheduleCallback as LambdaScheduleCallback
+    from .config import DPOShiftConfig as DPOShiftConfig
+    from .losses import dpo_shift_loss as dpo_shift_loss
+    from .schedules import make_lambda_schedule as make_lambda_schedule
+    from .trainer import ChosenSFTTrainer as ChosenSFTTrainer
+    from .trainer import DPOShiftTrainer as DPOShiftTrainer
+
+
+def __getattr__(name: str):
+    # torch and trl take seconds to import; `import dposhift_trl` alone should not
+    if name in _HOME:
+        return getattr(import_module(f".{_HOME[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__():
+    return __all__

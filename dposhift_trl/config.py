@@ -1,0 +1,172 @@
+"""DPOShiftConfig: the lambda fields and every check of them."""
+
+import difflib
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from trl import DPOConfig
+
+from .schedules import LAMBDA_SCHEDULE_ALIASES, LAMBDA_SCHEDULES, check_knots
+
+
+if TYPE_CHECKING:
+    LambdaScheduleSpec = str | Sequence[Sequence[float]]
+else:
+    LambdaScheduleSpec = str  # HfArgumentParser knows no union with a list; a list in JSON parses below
+
+# Loss types that see the two answers only through the difference of their log-ratios
+SHIFTABLE_LOSS_TYPES = frozenset({"sigmoid", "hinge", "ipo", "robust", "exo_pair", "discopop", "sigmoid_norm"})
+
+
+@dataclass
+class DPOShiftConfig(DPOConfig):
+    r"""
+    Configuration class for the [`DPOShiftTrainer`].
+
+    This class adds to [`~trl.DPOConfig`] the parameters of [DPO-Shift](https://huggingface.co/papers/2502.07599): the
+    rejected log-ratio is multiplied by lambda, a function of training progress. `shift_lambda=1.0` is DPO.
+
+    Parameters:
+        lambda_schedule (`str` or `list[list[float]]`, *optional*, defaults to `"fixed"`):
+            How lambda moves over the optimizer steps: `"fixed"`, `"linear_increase"`, `"linear_decrease"`,
+            `"cosine_increase"`, `"cosine_decrease"`, or a list of `[progress, lambda]` knots joined by straight
+            lines, progress being the share of the optimizer steps that are completed.
+        shift_lambda (`float`, *optional*, defaults to `0.95`):
+            Lambda of the `"fixed"` schedule, in (0, 1]. `1.0` is plain DPO.
+        lambda_min (`float`, *optional*, defaults to `0.75`):
+            Lower end of the linear and cosine schedules, in (0, 1].
+        lambda_max (`float`, *optional*, defaults to `1.0`):
+            Upper end of the linear and cosine schedules, in (0, 1].
+        allow_lambda_above_one (`bool`, *optional*, defaults to `False`):
+            Whether lambda may exceed 1. Above 1 the rejected answers are pushed down harder than in DPO; the paper
+            reports unreadable text at 1.05.
+
+    Raises:
+        ValueError: If a value is out of its range, or lambda can differ from 1 where a shift has no meaning: a loss
+            type not built on the difference of log-ratios, an f-divergence other than reverse KL, `use_weighting`.
+        TypeError: If a value is no number, or `lambda_schedule` neither a name nor a list of knots.
+    """
+
+    lambda_schedule: LambdaScheduleSpec = field(
+        default="fixed",
+        metadata={
+            "help": "How lambda moves over the optimizer steps: `'fixed'`, `'linear_increase'`, `'linear_decrease'`, "
+            "`'cosine_increase'`, `'cosine_decrease'`, or a list of `[progress, lambda]` knots joined by straight "
+            "lines, progress being the share of the optimizer steps that are completed.",
+            "recipe_type": str | list[list[float]],
+        },
+    )
+    shift_lambda: float = field(
+        default=0.95,
+        metadata={"help": "Lambda of the `'fixed'` schedule, in (0, 1]. `1.0` is plain DPO."},
+    )
+    lambda_min: float = field(
+        default=0.75,
+        metadata={"help": "Lower end of the linear and cosine schedules, in (0, 1]."},
+    )
+    lambda_max: float = field(
+        default=1.0,
+        metadata={"help": "Upper end of the linear and cosine schedules, in (0, 1]."},
+    )
+    allow_lambda_above_one: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether lambda may exceed 1. Above 1 the rejected answers are pushed down harder than in DPO; "
+            "the paper reports unreadable text at 1.05."
+        },
+    )
+
+    def __post_init__(self):
+        for name in ("shift_lambda", "lambda_min", "lambda_max"):
+            setattr(self, name, self._checked_lambda(name, getattr(self, name)))
+        if self.lambda_min > self.lambda_max:
+            raise ValueError(
+                f"`lambda_min` must not exceed `lambda_max`, got {self.lambda_min} and {self.lambda_max}. To decrease "
+                "lambda over training keep min <= max and set `lambda_schedule: linear_decrease`."
+            )
+        self.lambda_schedule = self._checked_schedule(self.lambda_schedule)
+        # Lambda moves, so the loss at lambda_t does not rank the checkpoints of a run; the loss at lambda = 1 does
+        if self.load_best_model_at_end and self.metric_for_best_model is None:
+            self.metric_for_best_model = "dpo_loss"
+        super().__post_init__()
+        if not self.always_dpo:
+            self.check_shift_has_meaning()
+
+    @property
+    def lambda_range(self) -> tuple[float, float]:
+        """Smallest and largest lambda the schedule takes over training."""
+        if self.lambda_schedule == "fixed":
+            return self.shift_lambda, self.shift_lambda
+        if isinstance(self.lambda_schedule, str):
+            return self.lambda_min, self.lambda_max
+        values = [value for _, value in self.lambda_schedule]
+        return min(values), max(values)
+
+    @property
+    def always_dpo(self) -> bool:
+        """Whether lambda is 1 throughout, which is plain DPO."""
+        return self.lambda_range == (1.0, 1.0)
+
+    def _checked_lambda(self, name: str, value: Any) -> float:
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"`{name}` must be a number, got {value!r}. Write for example `{name}: 0.95`.")
+        if not math.isfinite(value) or value <= 0:
+            raise ValueError(
+                f"`{name}` must be greater than 0, got {value!r}. At 0 the rejected answer would not be seen at all; "
+                "the paper's range is 0.5 to 1."
+            )
+        if value > 1 and not self.allow_lambda_above_one:
+            raise ValueError(
+                f"`{name}` must not exceed 1, got {value!r}. Above 1 the rejected answers fall faster than in DPO and "
+                "text degenerates; if you want that, set `allow_lambda_above_one: true`."
+            )
+        return float(value)
+
+    def _checked_schedule(self, schedule: Any) -> str | list[list[float]]:
+        if isinstance(schedule, str) and schedule.lstrip().startswith("["):
+            try:
+                schedule = json.loads(schedule)  # as a command line passes it
+            except json.JSONDecodeError as error:
+                raise ValueError(
+                    f"`lambda_schedule` must be a name or a list of knots, got {schedule!r}, which is not valid JSON "
+                    f"({error}). Write for example '[[0, 1.0], [1, 0.75]]'."
+                ) from None
+        if isinstance(schedule, str):
+            schedule = LAMBDA_SCHEDULE_ALIASES.get(schedule, schedule)
+            if schedule not in LAMBDA_SCHEDULES:
+                known = [*LAMBDA_SCHEDULES, *LAMBDA_SCHEDULE_ALIASES]
+                nearest = difflib.get_close_matches(schedule, known, n=1)
+                raise ValueError(
+                    f"`lambda_schedule` must be one of {', '.join(LAMBDA_SCHEDULES)} or a list of [progress, lambda] "
+                    f"knots, got {schedule!r}."
+                    + (f" Did you mean `{LAMBDA_SCHEDULE_ALIASES.get(nearest[0], nearest[0])}`?" if nearest else "")
+                )
+            return schedule
+        return [
+            [progress, self._checked_lambda("lambda_schedule", shift_lambda)]
+            for progress, shift_lambda in check_knots(schedule)
+        ]
+
+    def check_shift_has_meaning(self) -> None:
+        """Raise a `ValueError` where no lambda but 1 has a meaning."""
+        remedy = "Set `lambda_schedule: fixed` and `shift_lambda: 1.0` to train with plain DPO."
+        alien = [name for name in self.loss_type if name not in SHIFTABLE_LOSS_TYPES | {"sft"}]
+        if alien or set(self.loss_type) == {"sft"}:
+            raise ValueError(
+                f"`loss_type` must be built on the difference of log-ratios where lambda differs from 1, got "
+                f"{self.loss_type!r}. Use {', '.join(sorted(SHIFTABLE_LOSS_TYPES))}, alone or mixed with `sft`. {remedy}"
+            )
+        if self.f_divergence_type != "reverse_kl":
+            raise ValueError(
+                "`f_divergence_type` must be `reverse_kl` where lambda differs from 1, got "
+                f"{self.f_divergence_type!r}: the shift is defined on log-ratios, not on other divergences' scores. "
+                f"{remedy}"
+            )
+        if self.use_weighting:
+            raise ValueError(
+                "`use_weighting` must be false where lambda differs from 1, got True: WPO's weights and the shift "
+                f"both rescale the pair, and their product is no published loss. {remedy}"
+            )

@@ -1,0 +1,72 @@
+"""What the model card says of DPO-Shift."""
+
+from pathlib import Path
+from typing import Any
+
+from .config import DPOShiftConfig
+
+
+CARD_METRICS = (
+    "eval_loss",
+    "eval_dpo_loss",
+    "eval_rewards/accuracies",
+    "eval_rewards/margins",
+    "eval_logps/chosen",
+    "eval_logps/rejected",
+    "eval_displacement/chosen",
+    "eval_displacement/rejected",
+    "loss",
+    "rewards/accuracies",
+    "rewards/margins",
+    "logps/chosen",
+    "logps/rejected",
+)
+
+
+def append_shift_section(args: DPOShiftConfig, log_history: list[dict[str, Any]]) -> None:
+    """
+    Append lambda's schedule, the settings and the last logged metrics to `README.md` in `args.output_dir`.
+
+    Args:
+        args ([`DPOShiftConfig`]):
+            Settings of the run.
+        log_history (`list[dict[str, Any]]`):
+            `trainer.state.log_history`.
+    """
+    latest: dict[str, float] = {}
+    for entry in log_history:
+        latest.update(entry)
+    settings = {
+        "lambda schedule": args.lambda_schedule,
+        "lambda": "{} to {}".format(*args.lambda_range) if args.lambda_schedule != "fixed" else args.shift_lambda,
+        "beta": args.beta,
+        "loss type": ", ".join(args.loss_type),
+        "learning rate": args.learning_rate,
+        "batch size per device": args.per_device_train_batch_size,
+        "gradient accumulation": args.gradient_accumulation_steps,
+        "max length": args.max_length,
+        "seed": args.seed,
+    }
+    lines = [
+        "",
+        "## DPO-Shift",
+        "",
+        "Trained with DPO-Shift: the rejected log-ratio is multiplied by lambda, so that the log-probability of the "
+        "chosen answers falls less than in DPO.",
+        "",
+        "| Setting | Value |",
+        "| --- | --- |",
+        *(f"| {name} | {value} |" for name, value in settings.items()),
+    ]
+    metrics = [(name, latest[name]) for name in CARD_METRICS if name in latest]
+    if metrics:
+        lines += [
+            "",
+            f"Last logged metrics (step {latest.get('step')}; rewards unshifted, log-probabilities in nats):",
+            "",
+            "| Metric | Value |",
+            "| --- | --- |",
+            *(f"| `{name}` | {value:.4f} |" for name, value in metrics),
+        ]
+    card = Path(args.output_dir) / "README.md"
+    card.write_text(card.read_text(encoding="utf-8") + "\n".join(lines) + "\n", encoding="utf-8")
