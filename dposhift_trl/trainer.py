@@ -15,6 +15,10 @@ from .model_card import append_shift_section
 from .schedules import make_lambda_schedule
 
 
+class TrainingStopped(ValueError):
+    """Training stopped on purpose, for a reason that the message explains to the user."""
+
+
 class DPOShiftTrainer(DPOTrainer):
     r"""
     Trainer for [DPO-Shift](https://huggingface.co/papers/2502.07599), a drop-in replacement for [`~trl.DPOTrainer`].
@@ -44,7 +48,7 @@ class DPOShiftTrainer(DPOTrainer):
     ```
 
     Raises:
-        ValueError: On the first batch, if policy and reference disagree before the first step although no
+        TrainingStopped: On the first batch, if policy and reference disagree before the first step although no
             `ref_model` was passed.
     """
 
@@ -113,7 +117,7 @@ class DPOShiftTrainer(DPOTrainer):
             (scores.rejected_logps, scores.rejected_logratios),
         ):
             if (logratios.abs() > tolerance * logps.abs().clamp(min=1.0)).any():
-                raise ValueError(
+                raise TrainingStopped(
                     "The reference is not the policy: before the first step their log-probabilities differ by up to "
                     f"{logratios.abs().max():.4g} nats an answer, so that the loss would not start at log 2. Without "
                     "`ref_model`, the reference is loaded from "

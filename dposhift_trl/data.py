@@ -1,0 +1,504 @@
+"""Preference rows: loading, column checks and the row audit. Tokenising is TRL's."""
+
+import json
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from datasets import (
+    Dataset,
+    DatasetDict,
+    IterableDataset,
+    concatenate_datasets,
+    interleave_datasets,
+    load_dataset,
+    load_from_disk,
+)
+from transformers import PreTrainedTokenizerBase
+from trl import is_conversational, maybe_extract_prompt
+
+from .demo import demo_dataset
+
+
+AUDIT_KINDS = {
+    "missing": "an answer or the prompt is null or of the wrong type",
+    "empty": "an answer is empty or only white space",
+    "identical": "chosen and rejected are the same",
+    "duplicate": "the same row stands earlier in the split",
+    "leaked": "the same row stands in the evaluation split",
+    "lost": "the prompt alone fills `max_length`, so no answer is left",
+    "cut": "an answer is cut by `max_length`",
+}
+AUDIT_POLICIES = ("drop", "keep", "error")
+
+PREFERENCE_COLUMNS = ("prompt", "chosen", "rejected")
+KEPT_COLUMNS = (*PREFERENCE_COLUMNS, "tools", "chat_template_kwargs")
+
+# One message after another, told apart by role alone; an answer ends with EOS so that a model learns to stop
+PLAIN_CHAT_TEMPLATE = (
+    "{% for message in messages %}{% if not loop.first %}{{ '\n' }}{% endif %}"
+    "{{ message['role'] | capitalize }}: {{ message['content'] }}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '\nAssistant:' }}{% endif %}"
+)
+
+Rows = Dataset | IterableDataset
+
+
+class DataError(ValueError):
+    """Preference data that cannot be trained on; the message is for the user."""
+
+
+@dataclass
+class DataSource:
+    """
+    Where preference rows come from.
+
+    Parameters:
+        path (`str`):
+            Hub name, local folder, or a `.jsonl`, `.json`, `.csv` or `.parquet` file; `demo` is the built-in data.
+        name (`str`, *optional*):
+            Configuration of a Hub dataset.
+        revision (`str`, *optional*):
+            Branch, tag or commit of a Hub dataset.
+        data_files (`str`, `list[str]` or `dict[str, str]`, *optional*):
+            Files inside `path`, as [`~datasets.load_dataset`] takes them.
+        train_split (`str`, *optional*, defaults to `"train"`):
+            Split to train on.
+        eval_split (`str`, *optional*):
+            Split to evaluate on.
+        columns (`dict[str, str]`, *optional*):
+            Names of the columns where they differ: `{prompt: question, chosen: good, rejected: bad}`.
+        weight (`float`, *optional*, defaults to `1.0`):
+            Share in a mixture, relative to the other sources'.
+    """
+
+    path: str | None = None
+    name: str | None = None
+    revision: str | None = None
+    data_files: str | list[str] | dict[str, str] | None = None
+    train_split: str = "train"
+    eval_split: str | None = None
+    columns: dict[str, str] | None = None
+    weight: float = 1.0
+
+    def __post_init__(self):
+        if not self.weight > 0:
+            raise ValueError(f"`weight` must be greater than 0, got {self.weight!r}. Leave the source out instead.")
+        unknown = sorted(set(self.columns or {}) - set(KEPT_COLUMNS))
+        if unknown:
+            raise ValueError(
+                f"`columns` must map {', '.join(PREFERENCE_COLUMNS)} to the names in the data, got the key "
+                f"{unknown[0]!r}. Write `columns: {{chosen: {(self.columns or {})[unknown[0]]}}}`, ours first."
+            )
+
+
+@dataclass
+class DataConfig(DataSource):
+    """
+    The `data` section of a recipe: one source, or a mixture of several, and what to do with unusable rows.
+
+    Parameters:
+        mixture (`list[dict]`, *optional*):
+            Sources drawn from in proportion to their `weight`, until the first is exhausted; in place of `path`.
+        eval_size (`int` or `float`, *optional*):
+            Rows (int) or share (float) of the training rows to hold out, where there is no `eval_split`.
+        max_train_rows (`int`, *optional*):
+            Take only the first rows.
+        max_eval_rows (`int`, *optional*):
+            Take only the first evaluation rows.
+        streaming (`bool`, *optional*, defaults to `False`):
+            Read rows as training goes, without a copy on disk. The stages then need `max_steps`.
+        audit (`str` or `dict[str, str]`, *optional*, defaults to `"drop"`):
+            `drop`, `keep` or `error`, for all kinds of unusable rows or for each by name.
+        min_rows_kept (`float`, *optional*, defaults to `0.5`):
+            Share of a split that must survive the audit.
+    """
+
+    mixture: list[dict[str, Any]] | None = None
+    eval_size: int | float | None = None
+    max_train_rows: int | None = None
+    max_eval_rows: int | None = None
+    streaming: bool = False
+    audit: str | dict[str, str] = "drop"
+    min_rows_kept: float = 0.5
+
+    def __post_init__(self):
+        super().__post_init__()
+        if (self.path is None) == (self.mixture is None):
+            raise ValueError(
+                f"one of `path` and `mixture` must be set, got {'both' if self.path else 'neither'}. Write `path: demo` "
+                "for the built-in data."
+            )
+        if self.mixture is not None and not self.mixture:
+            raise ValueError("`mixture` must hold at least one source, got []. Write for example `- path: demo`.")
+        if self.eval_size is not None:
+            if self.has_eval_split:
+                raise ValueError(
+                    f"`eval_size` must be left out where there is an `eval_split`, got {self.eval_size!r}. Remove one."
+                )
+            share = isinstance(self.eval_size, float)
+            if self.eval_size <= 0 or (share and self.eval_size >= 1):
+                raise ValueError(
+                    "`eval_size` must be a number of rows above 0 or a share between 0 and 1, got "
+                    f"{self.eval_size!r}. Write for example `eval_size: 0.05`."
+                )
+            if self.streaming and share:
+                raise ValueError(
+                    f"`eval_size` must be a number of rows with `streaming`, got {self.eval_size!r}. Write for example "
+                    "`eval_size: 500`."
+                )
+        for name in ("max_train_rows", "max_eval_rows"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {value!r}. Leave it out to take all rows.")
+        if not 0 < self.min_rows_kept <= 1:
+            raise ValueError(
+                f"`min_rows_kept` must be a share above 0 and at most 1, got {self.min_rows_kept!r}. Write for example "
+                "0.5 to stop where more than half of a split would be dropped."
+            )
+        policies = self.audit if isinstance(self.audit, dict) else {"missing": self.audit}
+        for kind, policy in policies.items():
+            if kind not in AUDIT_KINDS:
+                raise ValueError(f"`audit` must name its kinds among {', '.join(AUDIT_KINDS)}, got {kind!r}.")
+            if policy not in AUDIT_POLICIES:
+                raise ValueError(f"`audit` must be one of {', '.join(AUDIT_POLICIES)}, got {policy!r} for {kind}.")
+        if policies.get("missing") == "keep":
+            if isinstance(self.audit, dict):
+                raise ValueError("`audit` must be drop or error for missing, got 'keep': a null cannot be trained on.")
+
+    @property
+    def sources(self) -> list[DataSource]:
+        """The sources of the mixture, or the one source."""
+        if self.mixture is None:
+            return [self]
+        return [DataSource(**source) for source in self.mixture]
+
+    @property
+    def has_eval_split(self) -> bool:
+        return any(source.eval_split is not None for source in self.sources)
+
+    @property
+    def has_eval(self) -> bool:
+        """Whether there are rows to evaluate on."""
+        return self.has_eval_split or self.eval_size is not None
+
+    def policy(self, kind: str) -> str:
+        """What to do with rows of one of the [`AUDIT_KINDS`]."""
+        if isinstance(self.audit, dict):
+            return self.audit.get(kind, "drop")
+        return "drop" if (kind, self.audit) == ("missing", "keep") else self.audit
+
+
+def load_preferences(config: DataConfig, seed: int) -> tuple[Rows, Rows | None]:
+    """
+    Load training and evaluation rows with the columns `prompt` (unless implicit), `chosen` and `rejected`.
+
+    Args:
+        config ([`DataConfig`]):
+            Sources, splits and columns.
+        seed (`int`):
+            Seed of the order in which a mixture is drawn and of the rows held out.
+
+    Returns:
+        `tuple[Dataset or IterableDataset, Dataset or IterableDataset or None]`: Training and evaluation rows.
+
+    Raises:
+        DataError: If a source cannot be read, or lacks a split or a column.
+    """
+    sources = config.sources
+    train = [_load_split(source, source.train_split, config.streaming) for source in sources]
+    if len(sources) > 1:
+        total = sum(source.weight for source in sources)
+        rows = interleave_datasets(train, [source.weight / total for source in sources], seed=seed)
+    else:
+        rows = train[0]
+    evaluation = [
+        _load_split(source, source.eval_split, config.streaming) for source in sources if source.eval_split is not None
+    ]
+    eval_rows = concatenate_datasets(evaluation) if evaluation else None
+    if config.eval_size is not None:
+        rows, eval_rows = _hold_out(rows, config.eval_size, seed)
+    return _first(rows, config.max_train_rows), _first(eval_rows, config.max_eval_rows)
+
+
+def _first(rows: Rows | None, count: int | None) -> Rows | None:
+    if rows is None or count is None:
+        return rows
+    return rows.take(count) if isinstance(rows, IterableDataset) else rows.select(range(min(count, len(rows))))
+
+
+def _hold_out(rows: Rows, size: int | float, seed: int) -> tuple[Rows, Rows]:
+    if isinstance(rows, IterableDataset):
+        return rows.skip(int(size)), rows.take(int(size))
+    if isinstance(size, int) and size >= len(rows):
+        raise DataError(f"`data.eval_size` must be less than the {len(rows)} training rows, got {size}.")
+    split = rows.train_test_split(test_size=size, seed=seed)
+    return split["train"], split["test"]
+
+
+def _load_split(source: DataSource, split: str, streaming: bool) -> Rows:
+    try:
+        rows = _read(source, split, streaming)
+    except (OSError, ValueError, ImportError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise DataError(f"`data.path` {source.path!r}, split {split!r}, cannot be read: {reason}") from error
+    names = rows.column_names or list(next(iter(rows), {}))
+    for ours, theirs in (source.columns or {}).items():
+        if theirs not in names:
+            raise DataError(
+                f"`data.columns` maps {ours} to {theirs!r}, but {source.path!r} has the columns {', '.join(names)}."
+            )
+        if ours != theirs:
+            if ours in names:
+                rows = rows.remove_columns(ours)
+            rows = rows.rename_column(theirs, ours)
+    names = rows.column_names or list(next(iter(rows), {}))
+    missing = [name for name in ("chosen", "rejected") if name not in names]
+    if missing:
+        raise DataError(
+            f"{source.path!r} has no column {missing[0]!r}, only {', '.join(names)}. Name yours, for example "
+            f"`data.columns: {{{missing[0]}: {names[0] if names else '...'}}}`."
+        )
+    return rows.select_columns([name for name in KEPT_COLUMNS if name in names])
+
+
+def _read(source: DataSource, split: str, streaming: bool) -> Rows:
+    assert source.path is not None
+    if source.path == "demo":
+        demo = demo_dataset()
+        if split not in demo:
+            raise ValueError(f"the demo has the splits {', '.join(demo)}")
+        return demo[split].to_iterable_dataset() if streaming else demo[split]
+    path = Path(source.path)
+    builder = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}.get(path.suffix)
+    if builder is not None and (path.is_file() or not path.exists()):
+        if not path.is_file():
+            raise FileNotFoundError("there is no such file")
+        if path.stat().st_size == 0:
+            raise ValueError("the file is empty")
+        if split != "train":
+            raise ValueError("a file has the one split 'train'; hold rows out with `data.eval_size`")
+        return load_dataset(builder, data_files=str(path), split="train", streaming=streaming)
+    if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
+        saved = load_from_disk(str(path))
+        if isinstance(saved, DatasetDict):
+            if split not in saved:
+                raise ValueError(f"it has the splits {', '.join(saved)}")
+            saved = saved[split]
+        return saved.to_iterable_dataset() if streaming else saved
+    return load_dataset(
+        source.path,
+        source.name,
+        revision=source.revision,
+        data_files=source.data_files,
+        split=split,
+        streaming=streaming,
+    )
+
+
+def use_plain_chat_template(rows: Rows, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Give a tokenizer without a chat template the plain one if the rows are conversational; say whether it did."""
+    conversational = any(_is_conversation(row.get("chosen")) for row in islice(rows, 100))
+    if tokenizer.chat_template is not None or not conversational:
+        return False
+    tokenizer.chat_template = PLAIN_CHAT_TEMPLATE
+    return True
+
+
+@dataclass
+class Finding:
+    """Rows of one kind in one split: how many, what was done, and up to three of them."""
+
+    policy: str
+    count: int = 0
+    examples: list[dict[str, Any]] = field(default_factory=list)
+
+
+@dataclass
+class SplitAudit:
+    """What the audit found in one split; `rows` and `kept` are None where rows are streamed."""
+
+    rows: int | None
+    kept: int | None
+    findings: dict[str, Finding] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        if self.rows is None:
+            return "rows are checked as they are read"
+        found = [f"{found.count} {kind} ({found.policy})" for kind, found in self.findings.items() if found.count]
+        return f"{self.kept} of {self.rows} rows kept" + (f": {', '.join(found)}" if found else "")
+
+
+def audit_preferences(
+    train: Rows,
+    evaluation: Rows | None,
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int | None,
+) -> tuple[Rows, Rows | None, dict[str, SplitAudit]]:
+    """
+    Find unusable rows, apply each kind's policy, and make the prompt explicit.
+
+    At the reference an identical pair is a hidden SFT step of weight beta (1 - lambda) / 2, so unusable rows matter
+    more under a shift than in DPO. Streamed rows are checked as they are read; duplicates are not looked for there.
+
+    Args:
+        train, evaluation (`Dataset` or `IterableDataset`):
+            Rows of [`load_preferences`].
+        config ([`DataConfig`]):
+            Policies.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            With a chat template where the rows are conversational.
+        max_length (`int`, *optional*):
+            Tokens of prompt and answer that the stages keep.
+
+    Returns:
+        `tuple`: Training rows, evaluation rows and what was found by split.
+
+    Raises:
+        DataError: If a kind with the policy `error` occurs, or too few rows are left.
+    """
+    audits: dict[str, SplitAudit] = {}
+    eval_keys: set[str] = set()
+    checked: dict[str, Rows | None] = {"eval": None}
+    # Evaluation first: a row in both splits is taken out of training
+    for split, rows in (("eval", evaluation), ("train", train)):
+        if rows is None:
+            continue
+        check = _RowCheck(tokenizer, max_length, eval_keys if split == "train" else set())
+        if isinstance(rows, IterableDataset):
+            checked[split] = _audit_stream(rows, split, config, check)
+            audits[split] = SplitAudit(None, None, {k: Finding(config.policy(k)) for k in _RowCheck.STREAMED})
+        else:
+            checked[split], audits[split] = _audit_split(rows, split, config, check)
+        if split == "eval":
+            eval_keys = check.seen
+    kept = checked["train"]
+    assert kept is not None
+    return kept, checked["eval"], dict(sorted(audits.items(), reverse=True))
+
+
+def _audit_split(rows: Dataset, split: str, config: DataConfig, check: "_RowCheck") -> tuple[Dataset, SplitAudit]:
+    findings = {kind: Finding(config.policy(kind)) for kind in AUDIT_KINDS}
+    keep = []
+    for index, row in enumerate(rows):
+        kind = check(row)
+        if kind is not None:
+            finding = findings[kind]
+            finding.count += 1
+            if len(finding.examples) < 3:
+                finding.examples.append({"row": index, **{name: _shown(row.get(name)) for name in PREFERENCE_COLUMNS}})
+        if kind is None or findings[kind].policy == "keep":
+            keep.append(index)
+    for kind, finding in findings.items():
+        if finding.count and finding.policy == "error":
+            raise DataError(
+                f"{finding.count} of {len(rows)} {split} rows are `{kind}`: {AUDIT_KINDS[kind]} (first at row "
+                f"{finding.examples[0]['row']}). Mend the data, or set `data.audit.{kind}: drop`."
+            )
+    audit = SplitAudit(len(rows), len(keep), findings)
+    if not keep or len(keep) < config.min_rows_kept * len(rows):
+        raise DataError(
+            f"the row audit leaves {audit.kept} of {audit.rows} {split} rows, less than `data.min_rows_kept` "
+            f"({config.min_rows_kept}): {audit}. Mend the data, raise `max_length`, or lower `data.min_rows_kept`."
+        )
+    kept = rows if len(keep) == len(rows) else rows.select(keep)
+    return (kept if check.explicit else kept.map(maybe_extract_prompt)), audit
+
+
+def _audit_stream(rows: IterableDataset, split: str, config: DataConfig, check: "_RowCheck") -> IterableDataset:
+    def usable(row: dict[str, Any]) -> bool:
+        kind = check.streamed(row)
+        if kind is not None and config.policy(kind) == "error":
+            raise DataError(f"a {split} row is `{kind}`: {AUDIT_KINDS[kind]}: {_shown(row.get('chosen'))!r}")
+        return kind is None or config.policy(kind) == "keep"
+
+    return rows.filter(usable).map(maybe_extract_prompt)
+
+
+class _RowCheck:
+    """Names what is wrong with a row, or None; remembers the rows it has seen."""
+
+    STREAMED = ("missing", "empty", "identical", "lost", "cut")
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int | None, forbidden: set[str]):
+        self.tokenizer = tokenizer
+        self.max_length = max_length
+        self.forbidden = forbidden
+        self.seen: set[str] = set()
+        self.explicit = True
+
+    def __call__(self, row: dict[str, Any]) -> str | None:
+        kind = self.streamed(row)
+        if kind in ("missing", "empty"):
+            return kind
+        explicit = maybe_extract_prompt(row)
+        key = json.dumps([explicit[name] for name in PREFERENCE_COLUMNS])
+        repeated = key in self.seen
+        self.seen.add(key)
+        return kind or ("leaked" if key in self.forbidden else "duplicate" if repeated else None)
+
+    def streamed(self, row: dict[str, Any]) -> str | None:
+        """The checks that need no memory of other rows."""
+        if not _is_preference(row):
+            return "missing"
+        if not all(_text(row[name]).strip() for name in ("chosen", "rejected")):
+            return "empty"
+        if row["chosen"] == row["rejected"]:
+            return "identical"
+        explicit = maybe_extract_prompt(row)
+        self.explicit = self.explicit and explicit is row
+        if self.max_length is None:
+            return None
+        if self._tokens(explicit, None) >= self.max_length:
+            return "lost"
+        longest = max(self._tokens(explicit, "chosen"), self._tokens(explicit, "rejected"))
+        return "cut" if longest > self.max_length else None
+
+    def _tokens(self, row: dict[str, Any], answer: str | None) -> int:
+        """Length in tokens of the prompt, with one answer or alone, as TRL will tokenise it."""
+        if is_conversational(row):
+            messages = row["prompt"] + (row[answer] if answer else [])
+            kwargs = {"tools": row.get("tools"), **(row.get("chat_template_kwargs") or {})}
+            if isinstance(kwargs["tools"], str):
+                kwargs["tools"] = json.loads(kwargs["tools"])
+            tokens = self.tokenizer.apply_chat_template(
+                messages, tokenize=True, return_dict=True, add_generation_prompt=answer is None, **kwargs
+            )
+            return len(tokens["input_ids"])
+        text = row["prompt"]
+        if answer:
+            eos = self.tokenizer.eos_token or ""
+            text += row[answer] if row[answer].endswith(eos) else row[answer] + eos
+        return len(self.tokenizer(text)["input_ids"])
+
+
+def _is_preference(row: dict[str, Any]) -> bool:
+    chosen, rejected, prompt = (row.get(name) for name in ("chosen", "rejected", "prompt"))
+    if isinstance(chosen, str):
+        return isinstance(rejected, str) and ("prompt" not in row or isinstance(prompt, str))
+    return (
+        _is_conversation(chosen)
+        and _is_conversation(rejected)
+        and ("prompt" not in row or isinstance(prompt, str) or (_is_conversation(prompt) and len(prompt) > 0))
+    )
+
+
+def _is_conversation(value: Any) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(message, dict) and isinstance(message.get("role"), str) and isinstance(message.get("content"), str)
+        for message in value
+    )
+
+
+def _text(answer: str | list[dict[str, str]]) -> str:
+    return answer if isinstance(answer, str) else "".join(message["content"] for message in answer[-1:])
+
+
+def _shown(value: Any) -> str | None:
+    if value is None:
+        return None
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 200 else text[:200] + "..."

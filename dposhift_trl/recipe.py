@@ -1,0 +1,433 @@
+"""A recipe: YAML and overrides made into typed, checked sections."""
+
+import contextlib
+import dataclasses
+import difflib
+import io
+import types
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import pydantic
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+from trl import ModelConfig, SFTConfig
+
+from .config import DPOShiftConfig
+from .data import DataConfig, DataSource
+
+
+MAX_NODES = 20_000  # far above any recipe, far below what nested YAML aliases can expand to
+
+# What our command adds where the recipe is silent: checkpoints, a limit to them, and W&B
+STAGE_DEFAULTS: dict[str, Any] = {"save_steps": 0.1, "save_total_limit": 2, "report_to": "wandb"}
+EVAL_DEFAULTS: dict[str, Any] = {"eval_strategy": "steps", "eval_steps": 0.1, "eval_on_start": True}
+
+# Stage fields that another part of the recipe decides
+DECIDED_ELSEWHERE = {
+    "output_dir": "set it at the top level; stages write beneath it",
+    "seed": "set it at the top level; both stages use it",
+    "run_name": "set it at the top level; each stage adds its own name",
+    "model_init_kwargs": "use the section `model`",
+    "trust_remote_code": "use `model.trust_remote_code`",
+    "resume_from_checkpoint": "leave it out: the same command resumes by itself",
+}
+# Names that users of older releases still write
+GONE = {
+    "warmup_ratio": "Write the ratio as `warmup_steps`, for example `warmup_steps: 0.1`.",
+    "max_prompt_length": "Use `max_length`, which bounds prompt and answer together.",
+    "max_completion_length": "Use `max_length`, which bounds prompt and answer together.",
+    "max_seq_length": "Use `max_length`.",
+    "evaluation_strategy": "Use `eval_strategy`.",
+    "torch_dtype": "Use `dtype`.",
+    "model_name": "Use `model_name_or_path`.",
+}
+
+
+class RecipeError(ValueError):
+    """One or more mistakes in a recipe; each line is for the user."""
+
+    def __init__(self, *mistakes: str):
+        super().__init__("\n".join(" ".join(mistake.split()) for mistake in mistakes))
+
+
+@dataclass
+class RecipeModelConfig(ModelConfig):
+    """
+    The `model` section: [`~trl.ModelConfig`] and two more fields.
+
+    Parameters:
+        trust_remote_code (`bool`, *optional*, defaults to `False`):
+            Whether to run Python code that ships with the model or tokenizer.
+        merge_adapter (`bool`, *optional*, defaults to `False`):
+            Whether each stage also saves its LoRA adapter merged into the base model, in a folder `merged`.
+    """
+
+    trust_remote_code: bool = False
+    merge_adapter: bool = False
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.model_name_or_path:
+            raise ValueError("`model_name_or_path` must be set. Write a Hub name, a local folder, or `demo`.")
+        for name in ("merge_adapter", "load_in_8bit", "load_in_4bit"):
+            if getattr(self, name) and not self.use_peft:
+                raise ValueError(f"`{name}` must be left out without LoRA, got True. Set `use_peft: true` beside it.")
+        dtypes = ("auto", "bfloat16", "float16", "float32")
+        if self.dtype not in (*dtypes, None):
+            raise ValueError(f"`dtype` must be one of {', '.join(dtypes)}, got {self.dtype!r}.")
+
+
+@dataclass
+class WandbConfig:
+    """
+    The `wandb` section.
+
+    Parameters:
+        project (`str`, *optional*, defaults to `"dposhift_trl"`):
+            W&B project.
+        entity (`str`, *optional*):
+            W&B user or team.
+        mode (`str`, *optional*):
+            `online`, `offline` or `disabled`. By default online with a login, else offline.
+        tags (`list[str]`, *optional*):
+            Tags of both stages' runs.
+    """
+
+    project: str = "dposhift_trl"
+    entity: str | None = None
+    mode: Literal["online", "offline", "disabled"] | None = None
+    tags: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Recipe:
+    """
+    A checked recipe.
+
+    Args:
+        source (`str`):
+            Path it was read from.
+        output_dir (`Path`), seed (`int`), run_name (`str`):
+            Its top level.
+        model ([`RecipeModelConfig`]), data ([`~data.DataConfig`]), wandb ([`WandbConfig`]):
+            Its sections.
+        stages (`dict[str, SFTConfig or DPOShiftConfig]`):
+            The stages it runs, in order, by name: `sft`, `dpo`.
+        resolved (`dict[str, Any]`):
+            The recipe as plain values, overrides and the command's own defaults filled in.
+    """
+
+    source: str
+    output_dir: Path
+    seed: int
+    run_name: str
+    model: RecipeModelConfig
+    data: DataConfig
+    wandb: WandbConfig
+    stages: dict[str, SFTConfig | DPOShiftConfig]
+    resolved: dict[str, Any]
+
+    @property
+    def max_length(self) -> int | None:
+        """Tokens of prompt and answer that every stage keeps."""
+        return min((stage.max_length for stage in self.stages.values() if stage.max_length), default=None)
+
+
+STAGES: dict[str, type] = {"sft": SFTConfig, "dpo": DPOShiftConfig}
+SECTIONS: dict[str, type] = {"model": RecipeModelConfig, "data": DataConfig, "wandb": WandbConfig, **STAGES}
+TOP_LEVEL: dict[str, Any] = {"output_dir": str, "seed": int, "run_name": str}
+
+
+def load_recipe(path: str, overrides: Sequence[str] = ()) -> Recipe:
+    """
+    Read a recipe, apply `key=value` overrides and check it whole, before any model or dataset is loaded.
+
+    Args:
+        path (`str`):
+            YAML 1.2 file.
+        overrides (`Sequence[str]`):
+            Dotted keys, as `dpo.lambda_min=0.5`; the value is read as YAML.
+
+    Returns:
+        [`Recipe`]: The checked recipe.
+
+    Raises:
+        RecipeError: With one line for each mistake, naming file, section, key and, for an unknown key, the nearest
+            valid one.
+    """
+    values = _read_yaml(path)
+    for override in overrides:
+        _apply_override(values, override, path)
+    _check_keys_and_types(values, path)
+    resolved = _with_defaults(values, path)
+    data: DataConfig = _build(DataConfig, resolved["data"], "data", path)
+    model = _build(RecipeModelConfig, resolved["model"], "model", path)
+    wandb = _build(WandbConfig, resolved["wandb"], "wandb", path)
+    stages = {}
+    mistakes = []
+    for name, stage in STAGES.items():
+        if name not in resolved:
+            continue
+        decided = {
+            "output_dir": str(Path(resolved["output_dir"]) / name),
+            "seed": resolved["seed"],
+            "run_name": f"{resolved['run_name']}-{name}",
+            "trust_remote_code": model.trust_remote_code,
+        }
+        try:
+            stages[name] = _build(stage, {**resolved[name], **decided}, name, path)
+        except RecipeError as error:
+            mistakes.append(str(error))
+    if mistakes:
+        raise RecipeError(*mistakes)
+    recipe = Recipe(
+        source=path,
+        output_dir=Path(resolved["output_dir"]),
+        seed=resolved["seed"],
+        run_name=resolved["run_name"],
+        model=model,
+        data=data,
+        wandb=wandb,
+        stages=stages,
+        resolved=resolved,
+    )
+    _check_combinations(recipe)
+    return recipe
+
+
+def dump_yaml(values: dict[str, Any]) -> str:
+    """Plain values as YAML text."""
+    yaml = YAML(typ="safe", pure=True)
+    yaml.default_flow_style = False
+    yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
+    stream = io.StringIO()
+    yaml.dump(values, stream)
+    return stream.getvalue()
+
+
+def parse_yaml(text: str) -> Any:
+    """Text as YAML 1.2, in which `1e-6` is a number and `no` is not a truth value."""
+    return YAML(typ="safe", pure=True).load(text)
+
+
+def changed_keys(old: Any, new: Any, prefix: str = "") -> list[str]:
+    """Dotted keys in which two resolved recipes differ."""
+    if not (isinstance(old, dict) and isinstance(new, dict)):
+        return [] if old == new else [prefix]
+    keys = sorted({*old, *new}, key=str)
+    absent = object()
+    return [
+        change
+        for key in keys
+        for change in changed_keys(old.get(key, absent), new.get(key, absent), f"{prefix}.{key}".lstrip("."))
+    ]
+
+
+def _read_yaml(path: str) -> dict[str, Any]:
+    try:
+        values = parse_yaml(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RecipeError(f"{path}: there is no such file.{_nearest_file(path)}") from None
+    except (OSError, UnicodeDecodeError, ValueError) as error:
+        raise RecipeError(f"{path}: cannot be read: {error}") from None
+    except YAMLError as error:
+        raise RecipeError(f"{path}: is not valid YAML: {error}") from None
+    except RecursionError:
+        raise RecipeError(f"{path}: is nested too deeply.") from None
+    if not isinstance(values, dict):
+        raise RecipeError(f"{path}: must be a mapping of sections, got {type(values).__name__}.")
+    if not _smaller_than(values, MAX_NODES):
+        raise RecipeError(f"{path}: holds more than {MAX_NODES} values once its aliases are expanded.")
+    return values
+
+
+def _nearest_file(path: str) -> str:
+    names = [entry.name for entry in Path(path).parent.glob("*.y*ml")]
+    nearest = difflib.get_close_matches(Path(path).name, names, n=1)
+    return f" Did you mean `{Path(path).parent / nearest[0]}`?" if nearest else ""
+
+
+def _smaller_than(values: Any, limit: int) -> bool:
+    stack, count = [values], 0
+    while stack:
+        value = stack.pop()
+        count += 1
+        if count > limit:
+            return False
+        if isinstance(value, dict):
+            stack.extend(value.values())
+        elif isinstance(value, list):
+            stack.extend(value)
+    return True
+
+
+def _apply_override(values: dict[str, Any], override: str, path: str) -> None:
+    key, equals, text = override.partition("=")
+    parts = key.strip().split(".")
+    if not equals or not all(parts):
+        raise RecipeError(f"{path}: the override {override!r} must have the form key=value, as `dpo.lambda_min=0.5`.")
+    try:
+        value = parse_yaml(text) if text else None
+    except YAMLError as error:
+        raise RecipeError(f"{path}: the value of the override {override!r} is not valid YAML: {error}") from None
+    node = values
+    for part in parts[:-1]:
+        if node.get(part) is None:
+            node[part] = {}
+        node = node[part]
+        if not isinstance(node, dict):
+            raise RecipeError(f"{path}: the override {override!r} reaches into `{part}`, which is not a mapping.")
+    node[parts[-1]] = value
+
+
+def _check_keys_and_types(values: dict[str, Any], path: str) -> None:
+    mistakes = []
+    for key, value in values.items():
+        if key not in SECTIONS and key not in TOP_LEVEL:
+            mistakes.append(f"{path}: unknown key `{key}`.{_suggestion(key, [*TOP_LEVEL, *SECTIONS])}")
+        elif key in TOP_LEVEL:
+            mistakes += _type_mistakes({key: value}, {key: (TOP_LEVEL[key], False)}, "", path)
+        elif value is not None and not isinstance(value, dict):
+            mistakes.append(f"{path}: section `{key}` must be a mapping, got {value!r}.")
+        elif value is not None:
+            mistakes += _section_mistakes(key, value, SECTIONS[key], path)
+    for name in ("output_dir", "model", "data"):
+        if not values.get(name):
+            mistakes.append(f"{path}: `{name}` is missing. Every recipe says where it writes, its model and its data.")
+    if not any(values.get(stage) is not None for stage in STAGES):
+        mistakes.append(f"{path}: needs a section `sft`, `dpo` or both; write `dpo: {{}}` for the default settings.")
+    if mistakes:
+        raise RecipeError(*mistakes)
+
+
+def _section_mistakes(section: str, values: dict[str, Any], cls: type, path: str) -> list[str]:
+    hints = typing.get_type_hints(cls)
+    fields = {f.name: (f.metadata.get("recipe_type", hints[f.name]), True) for f in dataclasses.fields(cls) if f.init}
+    mistakes = []
+    known = {}
+    for key, value in values.items():
+        where = f"{path}: `{section}.{key}`"
+        if section in STAGES and key in DECIDED_ELSEWHERE:
+            mistakes.append(f"{where} cannot be set here: {DECIDED_ELSEWHERE[key]}.")
+        elif key not in fields:
+            advice = f" {GONE[key]}" if key in GONE else _suggestion(key, list(fields))
+            mistakes.append(f"{path}: unknown key `{section}.{key}`.{advice}")
+        else:
+            known[key] = value
+    mistakes += _type_mistakes(known, fields, f"{section}.", path)
+    if section == "data" and isinstance(values.get("mixture"), list):
+        for index, source in enumerate(values["mixture"]):
+            if isinstance(source, dict):
+                mistakes += _section_mistakes(f"data.mixture[{index}]", source, DataSource, path)
+    return mistakes
+
+
+def _type_mistakes(
+    values: dict[str, Any], fields: dict[str, tuple[Any, bool]], prefix: str, path: str
+) -> list[str]:
+    mistakes = []
+    for key, value in values.items():
+        hint, as_list = fields[key]
+        # One value where a list of them is wanted is a list of one, as on TRL's command line
+        candidates = [value, [value]] if as_list and not isinstance(value, (list, dict)) else [value]
+        if not any(_fits(candidate, hint) for candidate in candidates):
+            mistakes.append(f"{path}: `{prefix}{key}` must be {_describe(hint)}, got {value!r}.")
+        elif not _fits(value, hint):
+            values[key] = candidates[-1]
+    return mistakes
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    config = pydantic.ConfigDict(strict=True, arbitrary_types_allowed=True)
+    try:
+        pydantic.TypeAdapter(hint, config=None if dataclasses.is_dataclass(hint) else config).validate_python(value)
+    except pydantic.ValidationError:
+        return False
+    return True
+
+
+def _describe(hint: Any) -> str:
+    words = {bool: "true or false", int: "a whole number", float: "a number", str: "text", type(None): "null"}
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        parts = [_describe(argument) for argument in arguments]
+        return " or ".join(dict.fromkeys(parts))
+    if origin is Literal:
+        return "one of " + ", ".join(map(str, arguments))
+    if origin is list or hint is list:
+        return "a list"
+    if origin is dict or hint is dict:
+        return "a mapping"
+    return words.get(hint, "text")
+
+
+def _suggestion(key: Any, known: list[str]) -> str:
+    nearest = difflib.get_close_matches(str(key), known, n=1, cutoff=0.6)
+    return f" Did you mean `{nearest[0]}`?" if nearest else ""
+
+
+def _with_defaults(values: dict[str, Any], path: str) -> dict[str, Any]:
+    resolved: dict[str, Any] = {
+        "output_dir": values["output_dir"],
+        "seed": values.get("seed", 42),
+        "run_name": values.get("run_name") or Path(values["output_dir"]).name or Path(path).stem,
+        "model": dict(values["model"]),
+        "data": dict(values["data"]),
+    }
+    sources = [values["data"], *(values["data"].get("mixture") or [])]
+    has_eval = any(isinstance(source, dict) and source.get("eval_split") for source in sources) or values["data"].get(
+        "eval_size"
+    )
+    for name in STAGES:
+        if values.get(name) is None:
+            continue
+        stage = {**STAGE_DEFAULTS, **(EVAL_DEFAULTS if has_eval else {}), **values[name]}
+        if stage.get("eval_strategy", "no") == "no":
+            stage = {key: value for key, value in stage.items() if key in values[name] or key not in EVAL_DEFAULTS}
+        elif not stage.get("metric_for_best_model"):
+            # The checkpoint with the best of these is kept beside the newest ones
+            stage["metric_for_best_model"] = "dpo_loss" if name == "dpo" else "loss"
+            stage["greater_is_better"] = False
+        resolved[name] = stage
+    resolved["wandb"] = dict(values.get("wandb") or {})
+    return resolved
+
+
+def _build(cls: type, values: dict[str, Any], section: str, path: str) -> Any:
+    try:
+        # TrainingArguments prints advice of its own on the way
+        with contextlib.redirect_stdout(io.StringIO()):
+            return cls(**values)
+    except (ValueError, TypeError, ImportError, KeyError, AttributeError, RuntimeError) as error:
+        raise RecipeError(f"{path}: section `{section}`: {error}") from None
+
+
+def _check_combinations(recipe: Recipe) -> None:
+    path, mistakes = recipe.source, []
+    for name, stage in recipe.stages.items():
+        if recipe.data.streaming and stage.max_steps <= 0:
+            mistakes.append(
+                f"{path}: `{name}.max_steps` must be set with `data.streaming`, since a stream has no length. Write "
+                f"for example `{name}.max_steps: 1000`."
+            )
+        evaluates = stage.eval_strategy != "no" or stage.eval_on_start
+        if evaluates and not recipe.data.has_eval:
+            mistakes.append(
+                f"{path}: `{name}.eval_strategy` asks for evaluation, but `data` has no rows for it. Set "
+                "`data.eval_split` or `data.eval_size`."
+            )
+        if stage.padding_free and name == "dpo":
+            mistakes.append(
+                f"{path}: `dpo.padding_free` must be left out: TRL's DPOTrainer has it switched off at present."
+            )
+    dpo = recipe.stages.get("dpo")
+    if isinstance(dpo, DPOShiftConfig) and dpo.precompute_ref_log_probs and recipe.data.streaming:
+        mistakes.append(f"{path}: `dpo.precompute_ref_log_probs` must be left out with `data.streaming`.")
+    if isinstance(dpo, DPOShiftConfig) and dpo.sync_ref_model and recipe.model.use_peft:
+        mistakes.append(f"{path}: `dpo.sync_ref_model` must be left out with `model.use_peft`, which has no copy.")
+    if mistakes:
+        raise RecipeError(*mistakes)

@@ -1,0 +1,395 @@
+"""`python -m dposhift_trl.run RECIPE [key=value ...]`: recipe -> stages -> artifacts."""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import math
+import re
+import shutil
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import wandb
+from accelerate import PartialState
+from accelerate.utils import is_peft_model
+from filelock import FileLock, Timeout
+from peft import AutoPeftModelForCausalLM
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, TrainerState, set_seed
+from transformers.trainer import TRAINER_STATE_NAME
+from trl import SFTConfig, get_peft_config, get_quantization_config
+
+from .config import DPOShiftConfig
+from .data import DataError, Rows, SplitAudit, audit_preferences, load_preferences, use_plain_chat_template
+from .demo import save_demo_model
+from .recipe import Recipe, RecipeError, changed_keys, dump_yaml, load_recipe, parse_yaml
+from .schedules import make_lambda_schedule
+from .trainer import ChosenSFTTrainer, DPOShiftTrainer, TrainingStopped
+
+
+FINISHED = "finished.json"
+RECIPE = "recipe.yaml"
+AUDIT = "audit.json"
+PACKAGES = ("dposhift_trl", "trl", "transformers", "torch", "peft", "accelerate", "datasets")
+
+
+class RunError(RuntimeError):
+    """A run that cannot start or go on; the message is for the user."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a recipe. Returns the exit code: 0 done, 1 stopped during training, 2 a mistake in what was asked for."""
+    parser = argparse.ArgumentParser(
+        prog="python -m dposhift_trl.run", description="Fine-tune on the chosen answers, then train by DPO-Shift."
+    )
+    parser.add_argument("recipe", help="YAML recipe, for example recipes/tiny_shift.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example dpo.lambda_min=0.5 seed=7")
+    parser.add_argument("--dry-run", action="store_true", help="print the resolved recipe, steps and lambda, and stop")
+    parser.add_argument(
+        "--accept-changes", action="store_true", help="go on in a run folder that another recipe has begun"
+    )
+    options = parser.parse_intermixed_args(argv)
+    try:
+        recipe = load_recipe(options.recipe, options.overrides)
+        if options.dry_run:
+            describe(recipe)
+        else:
+            run(recipe, accept_changes=options.accept_changes)
+    except (RecipeError, DataError, RunError) as error:
+        _complain(error)
+        return 2
+    except TrainingStopped as error:
+        _complain(error)
+        return 1
+    return 0
+
+
+def _complain(error: Exception) -> None:
+    if PartialState().is_main_process:
+        print(error, file=sys.stderr)
+
+
+def _say(message: str) -> None:
+    if PartialState().is_main_process:
+        print(message, flush=True)
+
+
+def describe(recipe: Recipe) -> None:
+    """Print the resolved recipe, the optimizer steps of each stage, and lambda at the start, middle and end."""
+    _say(dump_yaml(recipe.resolved))
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            tokenizer = _load_tokenizer(recipe, _base_model(recipe, Path(folder)))
+            train, _, audits = _load_data(recipe, tokenizer)
+        for split, audit in audits.items():
+            _say(f"{split}: {audit}")
+        rows = None if recipe.data.streaming else len(train)
+    except (DataError, RunError) as error:
+        rows = None
+        _say(f"rows unknown: {error}")
+    for name, args in recipe.stages.items():
+        steps = _optimizer_steps(args, rows)
+        _say(f"{name}: {steps if steps is not None else 'unknown number of'} optimizer steps")
+        if isinstance(args, DPOShiftConfig):
+            schedule = make_lambda_schedule(args)
+            _say("lambda: {:.4g} at the start, {:.4g} in the middle, {:.4g} at the end".format(*map(schedule, (0, 0.5, 1))))
+
+
+def _optimizer_steps(args: SFTConfig | DPOShiftConfig, rows: int | None) -> int | None:
+    if args.max_steps > 0:
+        return args.max_steps
+    if rows is None:
+        return None
+    batches = math.ceil(rows / (args.per_device_train_batch_size * args.world_size))
+    return math.ceil(args.num_train_epochs * max(math.ceil(batches / args.gradient_accumulation_steps), 1))
+
+
+def run(recipe: Recipe, accept_changes: bool = False) -> None:
+    """
+    Run the stages of a recipe, each unless it is finished, from its last complete checkpoint if it was interrupted.
+
+    Args:
+        recipe ([`~recipe.Recipe`]):
+            Checked recipe.
+        accept_changes (`bool`, *optional*, defaults to `False`):
+            Whether to go on in a folder that another recipe has begun.
+
+    Raises:
+        RunError: If the folder holds another recipe's run or is in use, or a model cannot be loaded.
+        DataError: If the data cannot be read or trained on.
+        TrainingStopped: If training stops itself.
+    """
+    with _claimed(recipe, accept_changes):
+        set_seed(recipe.seed)
+        base = _base_model(recipe, recipe.output_dir / "base")
+        tokenizer = _load_tokenizer(recipe, base)
+        train, evaluation, audits = _load_data(recipe, tokenizer)
+        if PartialState().is_main_process:
+            findings = {split: dataclasses.asdict(audit) for split, audit in audits.items()}
+            _write(recipe.output_dir / AUDIT, json.dumps(findings, indent=2, ensure_ascii=False))
+        for split, audit in audits.items():
+            _say(f"{split}: {audit}")
+        start = base
+        for name in recipe.stages:
+            folder = recipe.output_dir / name
+            if (folder / FINISHED).is_file():
+                _say(f"{name}: finished before, skipped ({folder})")
+            else:
+                _run_stage(name, recipe, start, tokenizer, train, evaluation)
+            start = str(folder)
+        _say(f"The model is in {start}")
+
+
+@contextlib.contextmanager
+def _claimed(recipe: Recipe, accept_changes: bool):
+    """The run folder, made or found fit to go on in, for this command alone."""
+    state, folder = PartialState(), recipe.output_dir
+    if state.is_main_process:
+        problem = None
+        lock = None
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(folder / ".lock", blocking=False)
+            lock.acquire()
+            problem = _refusal(recipe, accept_changes)
+        except Timeout:
+            problem = f"{folder}: another command is running in this folder."
+        except OSError as error:
+            problem = f"`output_dir` {folder} cannot be written: {error}"
+    else:
+        problem, lock = None, None
+    problem = _from_main(problem)
+    if problem is not None:
+        raise RunError(problem)
+    try:
+        yield
+    finally:
+        if lock is not None:
+            lock.release()
+
+
+def _refusal(recipe: Recipe, accept_changes: bool) -> str | None:
+    """Why the run folder is not fit for this recipe, or None once the recipe lies in it."""
+    folder, saved = recipe.output_dir, recipe.output_dir / RECIPE
+    if not saved.is_file():
+        others = [entry.name for entry in folder.iterdir() if entry.name != ".lock"]
+        if others:
+            return f"`output_dir` {folder} holds other files ({others[0]}) and no run of ours. Choose a new folder."
+    else:
+        earlier = parse_yaml(saved.read_text(encoding="utf-8"))
+        ignored = {"output_dir": None}
+        changes = changed_keys({**earlier, **ignored}, {**recipe.resolved, **ignored})
+        if not changes:
+            return None
+        if not accept_changes:
+            return (
+                f"{folder} holds a run of another recipe; they differ in {', '.join(changes)}. Choose a new "
+                "`output_dir`, or pass --accept-changes to go on here: finished stages stay as they are."
+            )
+        number = 1 + len(list(folder.glob("recipe.*.yaml")))
+        shutil.copy(saved, folder / f"recipe.{number}.yaml")
+    _write(saved, dump_yaml(recipe.resolved))
+    return None
+
+
+def _from_main(value: Any) -> Any:
+    """The main process's value, on every process."""
+    if PartialState().num_processes > 1:
+        box = [value]
+        torch.distributed.broadcast_object_list(box, src=0)
+        value = box[0]
+    return value
+
+
+def _base_model(recipe: Recipe, demo_folder: Path) -> str:
+    if recipe.model.model_name_or_path != "demo":
+        return str(recipe.model.model_name_or_path)
+    if PartialState().is_main_process and not (demo_folder / "config.json").is_file():
+        save_demo_model(str(demo_folder))
+    PartialState().wait_for_everyone()
+    # Absolute, since an adapter remembers where its base lies
+    return str(demo_folder.resolve())
+
+
+def _load_tokenizer(recipe: Recipe, base: str) -> PreTrainedTokenizerBase:
+    model = recipe.model
+    try:
+        return AutoTokenizer.from_pretrained(
+            base, revision=model.model_revision, trust_remote_code=model.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise RunError(f"`model.model_name_or_path` {base!r} cannot be loaded: {' '.join(str(error).split())}") from None
+
+
+def _load_data(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase
+) -> tuple[Rows, Rows | None, dict[str, SplitAudit]]:
+    train, evaluation = load_preferences(recipe.data, recipe.seed)
+    use_plain_chat_template(train, tokenizer)
+    return audit_preferences(train, evaluation, recipe.data, tokenizer, recipe.max_length)
+
+
+def _run_stage(
+    name: str, recipe: Recipe, start: str, tokenizer: PreTrainedTokenizerBase, train: Rows, evaluation: Rows | None
+) -> None:
+    args, folder = recipe.stages[name], recipe.output_dir / name
+    folder.mkdir(parents=True, exist_ok=True)
+    checkpoint, partial = last_complete_checkpoint(folder)
+    for path in partial:
+        _say(f"{name}: {path} is incomplete, passed over")
+    _say(f"{name}: " + (f"going on from {checkpoint}" if checkpoint else f"starting from {start}"))
+    began = time.monotonic()
+    with _wandb_run(name, recipe):
+        trainer = _make_trainer(name, recipe, start, tokenizer, train, evaluation)
+        state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME)) if checkpoint else None
+        if checkpoint and state and 0 < state.max_steps <= state.global_step:
+            # Only saving was left to do; `train` would take one step more where `max_steps` ends inside an epoch
+            trainer._load_from_checkpoint(str(checkpoint))
+            trainer.state = state
+        else:
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        trainer.save_state()
+        trainer.save_model()
+        trainer.create_model_card(model_name=f"{recipe.run_name}-{name}", dataset_name=_hub_name(recipe))
+    if PartialState().is_main_process:
+        if is_peft_model(trainer.model):
+            _finish_adapter(trainer, folder, recipe.model.merge_adapter)
+        metrics: dict[str, Any] = {}
+        for entry in trainer.state.log_history:
+            metrics.update(entry)
+        finished = {
+            "step": trainer.state.global_step,
+            "best_checkpoint": trainer.state.best_model_checkpoint,
+            "metrics": metrics,
+            "seconds": round(time.monotonic() - began, 1),
+            "processes": args.world_size,
+            "device": str(args.device),
+            "versions": {package: version(package) for package in PACKAGES},
+        }
+        _write(folder / FINISHED, json.dumps(finished, indent=2))
+    PartialState().wait_for_everyone()
+    trainer.accelerator.free_memory()
+
+
+def _make_trainer(
+    name: str, recipe: Recipe, start: str, tokenizer: PreTrainedTokenizerBase, train: Rows, evaluation: Rows | None
+) -> ChosenSFTTrainer | DPOShiftTrainer:
+    args, model = recipe.stages[name], recipe.model
+    init_kwargs = {
+        "revision": model.model_revision,
+        "attn_implementation": model.attn_implementation,
+        "dtype": model.dtype,
+    }
+    quantization = get_quantization_config(model)
+    options: dict[str, Any] = {
+        "args": args,
+        "train_dataset": train,
+        "eval_dataset": evaluation if args.eval_strategy != "no" or args.eval_on_start else None,
+        "processing_class": tokenizer,
+    }
+    try:
+        if (Path(start) / "adapter_config.json").is_file():
+            # The adapter of stage 1 goes on; its frozen copy is the reference
+            options["model"] = AutoPeftModelForCausalLM.from_pretrained(
+                start,
+                is_trainable=True,
+                trust_remote_code=model.trust_remote_code,
+                quantization_config=quantization,
+                **init_kwargs,
+            )
+        else:
+            options |= {"model": start, "peft_config": get_peft_config(model), "quantization_config": quantization}
+            args.model_init_kwargs = init_kwargs
+        return (ChosenSFTTrainer if name == "sft" else DPOShiftTrainer)(**options)
+    except (OSError, ValueError, ImportError) as error:
+        raise RunError(f"stage `{name}` cannot start: {' '.join(str(error).split())}") from error
+
+
+def _finish_adapter(trainer: ChosenSFTTrainer | DPOShiftTrainer, folder: Path, merge: bool) -> None:
+    # The frozen reference adapter belongs to training; checkpoints keep it
+    shutil.rmtree(folder / "ref", ignore_errors=True)
+    if merge:
+        merged = trainer.accelerator.unwrap_model(trainer.model).merge_and_unload()
+        merged.save_pretrained(folder / "merged")
+        trainer.processing_class.save_pretrained(folder / "merged")
+
+
+def last_complete_checkpoint(folder: Path) -> tuple[Path | None, list[Path]]:
+    """
+    The newest checkpoint that was written to its end, and the newer ones that were not.
+
+    The trainer's state is the last file of a checkpoint, so that one that parses closes it.
+    """
+    checkpoints = {
+        int(match[1]): path
+        for path in folder.glob("checkpoint-*")
+        if path.is_dir() and (match := re.fullmatch(r"checkpoint-(\d+)", path.name))
+    }
+    partial = []
+    for step in sorted(checkpoints, reverse=True):
+        try:
+            state = json.loads((checkpoints[step] / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+            if state["global_step"] == step:
+                return checkpoints[step], partial
+        except (OSError, ValueError, KeyError, TypeError):
+            pass
+        partial.append(checkpoints[step])
+    return None, partial
+
+
+@contextlib.contextmanager
+def _wandb_run(name: str, recipe: Recipe):
+    """One W&B run a stage, its files under the run folder, gone on with when the stage is."""
+    args = recipe.stages[name]
+    if "wandb" not in args.report_to or not PartialState().is_main_process:
+        yield
+        return
+    settings = recipe.wandb
+    mode = settings.mode
+    if mode is None:
+        mode = "online" if wandb.login(prompt=False) else "offline"
+        if mode == "offline":
+            _say(f"{name}: no W&B login, logging offline under {recipe.output_dir / 'wandb'} (`wandb sync` uploads it)")
+    identity = recipe.output_dir / name / "wandb_id"
+    if not identity.is_file():
+        _write(identity, uuid.uuid4().hex[:8])
+    run = wandb.init(
+        project=settings.project,
+        entity=settings.entity,
+        mode=mode,
+        tags=settings.tags or None,
+        dir=str(recipe.output_dir),
+        id=identity.read_text(encoding="utf-8").strip(),
+        resume="allow",
+        group=recipe.run_name,
+        job_type=name,
+        name=args.run_name,
+        config={"recipe": recipe.resolved},
+    )
+    try:
+        yield
+    finally:
+        run.finish()
+
+
+def _hub_name(recipe: Recipe) -> str | None:
+    path = recipe.data.path
+    return path if path and path != "demo" and not Path(path).exists() else None
+
+
+def _write(path: Path, text: str) -> None:
+    """Whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
