@@ -1,0 +1,81 @@
+"""Tiny models and rows that every test can train on in a second."""
+
+import os
+
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
+os.environ["WANDB_MODE"] = "offline"
+os.environ["WANDB_SILENT"] = "true"
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+
+torch.set_num_threads(1)
+
+WORDS = [f"w{index}" for index in range(40)]
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    vocabulary = {word: index for index, word in enumerate(["<eos>", "<pad>", *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>")
+
+
+def make_rows(count: int, seed: int = 0) -> Dataset:
+    """Pairs of word strings of ragged length; the answers agree on their first words."""
+    rng = random.Random(seed)
+
+    def words(low: int, high: int) -> str:
+        return " ".join(rng.choice(WORDS) for _ in range(rng.randint(low, high)))
+
+    rows = []
+    for _ in range(count):
+        start = words(1, 3)
+        rows.append(
+            {"prompt": words(2, 6), "chosen": f" {start} {words(1, 6)} <eos>", "rejected": f" {start} {words(1, 6)} <eos>"}
+        )
+    return Dataset.from_list(rows)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory) -> str:
+    """Folder of a two-layer GPT-2 with random weights, dropout on as GPT-2's, and its tokenizer."""
+    folder = tmp_path_factory.mktemp("tiny") / "gpt2"
+    torch.manual_seed(0)
+    tokenizer = make_tokenizer()
+    config = GPT2Config(
+        vocab_size=len(tokenizer), n_positions=64, n_embd=32, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0
+    )
+    GPT2LMHeadModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> dict:
+    """Settings of a short, exact run on the CPU, for any of TRL's configs."""
+    return {
+        "output_dir": str(tmp_path / "out"),
+        "bf16": False,
+        "use_cpu": True,
+        "activation_checkpointing": False,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "logging_steps": 1,
+        "per_device_train_batch_size": 4,
+        "per_device_eval_batch_size": 4,
+        "learning_rate": 1e-2,
+        "save_strategy": "no",
+        "max_steps": 4,
+        "seed": 3,
+    }

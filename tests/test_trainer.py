@@ -1,0 +1,405 @@
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_rows
+from datasets import Dataset
+from peft import LoraConfig
+from reference import shift_schedule, shifted_loss
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+
+from dposhift_trl import ChosenSFTTrainer, DPOShiftConfig, DPOShiftTrainer, LambdaScheduleCallback, make_lambda_schedule
+from dposhift_trl.trainer import TrainingStopped
+
+
+ROWS, EVAL_ROWS = make_rows(24), make_rows(9, seed=1)
+OURS = ("rewards/", "logps/", "shift/", "displacement/", "dpo_loss")
+SHIFTABLE = ["sigmoid", "hinge", "ipo", "robust", "exo_pair", "discopop", "sigmoid_norm"]
+
+
+def train(trainer_class, config_class, model, settings, rows=ROWS, resume=None, options=None, **kwargs):
+    trainer = trainer_class(
+        model,
+        args=config_class(**{**settings, **kwargs}),
+        train_dataset=rows,
+        eval_dataset=EVAL_ROWS,
+        **(options or {}),
+    )
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+def weights(trainer):
+    return [parameter.detach().clone() for parameter in trainer.model.parameters()]
+
+
+def same(left, right):
+    return all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
+
+
+def logs(trainer, drop=("runtime", "per_second")):
+    return [{k: v for k, v in entry.items() if not any(d in k for d in drop)} for entry in trainer.state.log_history]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"gradient_accumulation_steps": 2},
+        {"precompute_ref_log_probs": True},
+        {"ld_alpha": 0.5},
+        {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.3]},
+        {"loss_type": ["apo_zero"]},
+        {"disable_dropout": False},
+        {"eval_strategy": "steps", "eval_steps": 2},
+    ],
+    ids=str,
+)
+def test_at_lambda_one_losses_and_weights_equal_dpo_trainers_bit_for_bit(change, tiny_model, settings):
+    stock = train(DPOTrainer, DPOConfig, tiny_model, settings, **change)
+    ours = train(DPOShiftTrainer, DPOShiftConfig, tiny_model, settings, shift_lambda=1.0, **change)
+    assert same(weights(stock), weights(ours))
+    # Ours are means over pairs in float64, TRL's means of batch means in float32
+    exact, rounded = logs(stock, ("runtime", "per_second", *OURS)), logs(stock)
+    assert exact == logs(ours, ("runtime", "per_second", *OURS))
+    for theirs, mine in zip(rounded, logs(ours), strict=True):
+        if "eval_loss" not in theirs:
+            assert {k: mine[k] for k in theirs} == pytest.approx(theirs, rel=1e-5, abs=1e-6)
+
+
+def test_with_trls_own_config_the_trainer_is_dpo_trainer(tiny_model, settings):
+    stock = train(DPOTrainer, DPOConfig, tiny_model, settings, eval_strategy="steps", eval_steps=2)
+    ours = train(DPOShiftTrainer, DPOConfig, tiny_model, settings, eval_strategy="steps", eval_steps=2)
+    assert same(weights(stock), weights(ours))
+    assert logs(stock) == logs(ours)
+
+
+def test_lambda_below_one_changes_the_weights(tiny_model, settings):
+    dpo = train(DPOShiftTrainer, DPOShiftConfig, tiny_model, settings, shift_lambda=1.0)
+    shift = train(DPOShiftTrainer, DPOShiftConfig, tiny_model, settings, shift_lambda=0.5)
+    assert not same(weights(dpo), weights(shift))
+
+
+def scored_alone(folder, row):
+    """Log-probability of a row's two answers, each by itself, in float64."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder).double().eval()
+    sums = []
+    for answer in ("chosen", "rejected"):
+        prompt = tokenizer(row["prompt"])["input_ids"]
+        ids = tokenizer(row["prompt"] + row[answer])["input_ids"]
+        logps = model(torch.tensor([ids])).logits.log_softmax(-1)[0]
+        sums.append((sum(logps[i - 1, ids[i]] for i in range(len(prompt), len(ids))), len(ids) - len(prompt)))
+    return sums
+
+
+@pytest.mark.parametrize("loss_type", SHIFTABLE)
+def test_the_loss_is_the_papers_for_every_loss_type_built_on_the_difference(loss_type, tiny_model, settings, tmp_path):
+    policy = str(tmp_path / "policy")
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    model.save_pretrained(policy)
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(policy)
+    rows = ROWS.select(range(4))
+    smoothing = 0.1 if loss_type in ("robust", "exo_pair") else 0.0
+    args = DPOShiftConfig(
+        **{**settings, "loss_type": [loss_type], "shift_lambda": 0.6, "beta": 0.3, "label_smoothing": smoothing}
+    )
+    trainer = DPOShiftTrainer(
+        policy, AutoModelForCausalLM.from_pretrained(tiny_model), args, train_dataset=rows, eval_dataset=rows
+    )
+    metrics = trainer.evaluate()
+    losses, margins = [], []
+    for row in rows:
+        (chosen, chosen_length), (rejected, rejected_length) = scored_alone(policy, row)
+        (ref_chosen, _), (ref_rejected, _) = scored_alone(tiny_model, row)
+        logratios = (chosen - ref_chosen).item(), (rejected - ref_rejected).item()
+        losses.append(
+            shifted_loss(
+                loss_type,
+                *logratios,
+                0.6,
+                beta=0.3,
+                label_smoothing=0.1,
+                chosen_length=chosen_length,
+                rejected_length=rejected_length,
+            )
+        )
+        margins.append(0.3 * (logratios[0] - 0.6 * logratios[1]))
+    assert metrics["eval_loss"] == pytest.approx(sum(losses) / 4, rel=1e-5)
+    assert metrics["eval_shift/margins"] == pytest.approx(sum(margins) / 4, rel=1e-4, abs=1e-5)
+
+
+def gradients(trainer):
+    trainer.model.train()
+    batch = next(iter(trainer.get_train_dataloader()))
+    trainer.model.zero_grad()
+    trainer.compute_loss(trainer.model, batch).backward()
+    return torch.cat([parameter.grad.flatten() for parameter in trainer.model.parameters()])
+
+
+def test_the_gradient_is_that_of_the_chosen_minus_lambda_times_the_rejected(tiny_model, settings):
+    """At the reference: grad L = -(beta / 2) mean(grad logp_w - lambda grad logp_l), from three values of lambda."""
+    by_lambda = {}
+    for shift_lambda in (1.0, 0.5, 0.25):
+        args = DPOShiftConfig(**{**settings, "shift_lambda": shift_lambda, "beta": 0.2})
+        by_lambda[shift_lambda] = gradients(DPOShiftTrainer(tiny_model, args=args, train_dataset=ROWS))
+    # Linear in lambda, so any two determine the third
+    expected = by_lambda[0.5] - (by_lambda[1.0] - by_lambda[0.5]) / 2
+    assert torch.allclose(by_lambda[0.25], expected, rtol=1e-3, atol=1e-6)
+    assert not torch.allclose(by_lambda[0.25], by_lambda[1.0], rtol=1e-2, atol=1e-4)
+
+
+def test_theorem_2_1_to_first_order(tiny_model, settings):
+    """One SGD step of size eta: dlogp_w(shift) - dlogp_w(dpo) = eta (1 - lambda)(beta / 2) <grad l, grad w>."""
+    row, eta, beta, shift_lambda = ROWS.select([0]), 1e-4, 0.1, 0.5
+
+    def logps(model):
+        tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+        for answer in ("chosen", "rejected"):
+            prompt = tokenizer(row[0]["prompt"])["input_ids"]
+            ids = tokenizer(row[0]["prompt"] + row[0][answer])["input_ids"]
+            logits = model(torch.tensor([ids])).logits.log_softmax(-1)[0]
+            yield sum(logits[i - 1, ids[i]] for i in range(len(prompt), len(ids)))
+
+    def flat_gradient(value, model):
+        return torch.cat([g.flatten() for g in torch.autograd.grad(value, list(model.parameters()))])
+
+    reference = AutoModelForCausalLM.from_pretrained(tiny_model).double().eval()
+    before = next(logps(reference)).item()
+    chosen_gradient, rejected_gradient = (flat_gradient(value, reference) for value in logps(reference))
+    rise = {}
+    for value in (shift_lambda, 1.0):
+        args = DPOShiftConfig(**{**settings, "shift_lambda": value, "beta": beta, "per_device_train_batch_size": 1})
+        trainer = DPOShiftTrainer(tiny_model, args=args, train_dataset=row)
+        trainer.model.double(), trainer.ref_model.double()
+        gradient = gradients(trainer)
+        with torch.no_grad():
+            offset = 0
+            for parameter in trainer.model.parameters():
+                size = parameter.numel()
+                parameter.sub_(eta * gradient[offset : offset + size].view_as(parameter))
+                offset += size
+        rise[value] = next(logps(trainer.model.eval())).item() - before
+    expected = eta * (1 - shift_lambda) * beta / 2 * (chosen_gradient @ rejected_gradient).item()
+    assert rise[shift_lambda] - rise[1.0] == pytest.approx(expected, rel=1e-2)
+
+
+@pytest.mark.parametrize("name", ["linear_increase", "linear_decrease"])
+def test_lambda_follows_the_completed_steps_in_training_and_evaluation(name, tiny_model, settings):
+    trainer = train(
+        DPOShiftTrainer, DPOShiftConfig, tiny_model, settings, lambda_schedule=name, lambda_min=0.5,
+        eval_strategy="steps", eval_steps=2, eval_on_start=True,
+    )  # fmt: skip
+    steps = {e["step"]: e["shift/lambda"] for e in trainer.state.log_history if "shift/lambda" in e}
+    evals = {e["step"]: e["eval_shift/lambda"] for e in trainer.state.log_history if "eval_shift/lambda" in e}
+    assert steps == {step: shift_schedule(name, (step - 1) / 4, 0.5, 1.0) for step in (1, 2, 3, 4)}
+    assert evals == {step: shift_schedule(name, step / 4, 0.5, 1.0) for step in (0, 2, 4)}
+
+
+def test_lambda_is_constant_inside_an_accumulation_window_and_right_across_epochs(tiny_model, settings):
+    seen = []
+
+    class Spy(DPOShiftTrainer):
+        def compute_loss(self, *args, **kwargs):
+            seen.append(self.shift_lambda)
+            return super().compute_loss(*args, **kwargs)
+
+    train(
+        Spy, DPOShiftConfig, tiny_model, settings, rows=ROWS.select(range(16)), lambda_schedule="linear_decrease",
+        lambda_min=0.5, gradient_accumulation_steps=2, num_train_epochs=2, max_steps=-1,
+    )  # fmt: skip
+    assert seen == [1.0, 1.0, 0.875, 0.875, 0.75, 0.75, 0.625, 0.625]
+
+
+def test_the_authors_golden_value_of_lambda():
+    """Their model card: 1.0 falling to 0.95 over 477 steps, evaluated after step 450."""
+    args = DPOShiftConfig("out", use_cpu=True, lambda_schedule="decrease_linear", lambda_min=0.95)
+    assert round(make_lambda_schedule(args)(450 / 477), 4) == 0.9528
+
+
+def test_four_pairs_at_once_and_two_by_two_accumulated_give_the_same_weights(tiny_model, settings):
+    # SGD, since Adam turns rounding of tiny gradients into whole steps
+    common = {"lambda_schedule": "linear_increase", "optim": "sgd", "max_grad_norm": 0.0}
+    once = train(DPOShiftTrainer, DPOShiftConfig, tiny_model, settings, **common)
+    twice = train(
+        DPOShiftTrainer, DPOShiftConfig, tiny_model, settings, **common,
+        per_device_train_batch_size=2, gradient_accumulation_steps=2,
+    )  # fmt: skip
+    for left, right in zip(weights(once), weights(twice), strict=True):
+        assert torch.allclose(left, right, rtol=1e-5, atol=1e-6)
+
+
+def test_cached_references_give_the_same_training_as_online_ones(tiny_model, settings):
+    online = train(DPOShiftTrainer, DPOShiftConfig, tiny_model, settings, shift_lambda=0.7)
+    cached = train(
+        DPOShiftTrainer, DPOShiftConfig, tiny_model, settings, shift_lambda=0.7, precompute_ref_log_probs=True
+    )
+    for left, right in zip(weights(online), weights(cached), strict=True):
+        assert torch.allclose(left, right, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(lora, tiny_model, settings):
+    common = {
+        "lambda_schedule": "linear_decrease", "save_strategy": "steps", "save_steps": 2, "max_steps": 8,
+        "options": {"peft_config": LoraConfig(task_type="CAUSAL_LM")} if lora else None,
+    }  # fmt: skip
+    whole = train(DPOShiftTrainer, DPOShiftConfig, tiny_model, settings, **common)
+    shutil.rmtree(f"{settings['output_dir']}/checkpoint-8")
+    resumed = train(
+        DPOShiftTrainer, DPOShiftConfig, tiny_model, settings, resume=f"{settings['output_dir']}/checkpoint-4", **common
+    )
+    assert same(weights(whole), weights(resumed))
+    # TRL counts tokens from the resume on
+    timing_and_tokens = ("train_", "runtime", "flos", "num_tokens")
+    assert logs(whole, timing_and_tokens) == logs(resumed, timing_and_tokens)
+
+
+def test_a_row_stream_trains_like_the_same_rows_in_a_table(tiny_model, settings):
+    common = {"shift_lambda": 0.7, "train_sampling_strategy": "sequential"}
+    table = train(DPOShiftTrainer, DPOShiftConfig, tiny_model, settings, **common)
+    stream = train(DPOShiftTrainer, DPOShiftConfig, tiny_model, settings, rows=ROWS.to_iterable_dataset(), **common)
+    assert same(weights(table), weights(stream))
+
+
+def test_lora_by_peft_config_takes_the_base_as_reference_and_trains_the_adapter_only(tiny_model, settings):
+    trainer = train(
+        DPOShiftTrainer, DPOShiftConfig, tiny_model, settings, shift_lambda=0.8,
+        options={"peft_config": LoraConfig(task_type="CAUSAL_LM")},
+    )  # fmt: skip
+    assert trainer.ref_model is None
+    first = trainer.state.log_history[0]
+    assert (first["rewards/chosen"], first["rewards/rejected"]) == (0.0, 0.0)
+    base = AutoModelForCausalLM.from_pretrained(tiny_model).state_dict()
+    trained = {n.replace("base_model.model.", "").replace(".base_layer", ""): p for n, p in trainer.model.state_dict().items()}
+    assert all(torch.equal(trained[name], value) for name, value in base.items() if name in trained)
+
+
+def test_a_policy_that_is_not_its_reference_stops_training_with_the_reason(tiny_model, settings):
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    with torch.no_grad():
+        model.transformer.wte.weight.mul_(1.5)  # as if fine-tuned in memory
+    with pytest.raises(TrainingStopped, match=r"The reference is not the policy.*loaded from .*gpt2"):
+        train(
+            DPOShiftTrainer, DPOShiftConfig, model, settings,
+            options={"processing_class": AutoTokenizer.from_pretrained(tiny_model)},
+        )  # fmt: skip
+
+
+def test_a_reference_given_by_the_user_may_differ_from_the_policy(tiny_model, settings):
+    reference = AutoModelForCausalLM.from_pretrained(tiny_model)
+    with torch.no_grad():
+        reference.transformer.wte.weight.mul_(1.5)
+    trainer = train(DPOShiftTrainer, DPOShiftConfig, tiny_model, settings, options={"ref_model": reference})
+    assert trainer.state.log_history[0]["rewards/chosen"] != 0.0
+
+
+def test_a_callback_of_the_users_own_moves_lambda(tiny_model, settings):
+    trainer = train(
+        DPOShiftTrainer, DPOShiftConfig, tiny_model, settings,
+        options={"callbacks": [LambdaScheduleCallback(lambda progress: 1 - 0.5 * progress**2)]},
+    )  # fmt: skip
+    seen = [e["shift/lambda"] for e in trainer.state.log_history if "shift/lambda" in e]
+    assert seen == [1.0, 1 - 0.5 / 16, 1 - 0.5 / 4, 1 - 0.5 * 9 / 16]
+
+
+def test_a_callback_of_the_users_own_is_refused_where_lambda_has_no_meaning(tiny_model, settings):
+    args = DPOShiftConfig(**{**settings, "shift_lambda": 1.0, "loss_type": ["apo_zero"]})
+    with pytest.raises(ValueError, match="`loss_type` must be built on the difference"):
+        DPOShiftTrainer(
+            tiny_model, args=args, train_dataset=ROWS, callbacks=[LambdaScheduleCallback(lambda progress: 0.9)]
+        )
+
+
+def test_without_arguments_the_trainer_makes_its_own_config(tiny_model, monkeypatch, tmp_path):
+    class OnCPU(DPOShiftConfig):
+        def __init__(self, output_dir):
+            super().__init__(output_dir, use_cpu=True, bf16=False)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("dposhift_trl.trainer.DPOShiftConfig", OnCPU)
+    trainer = DPOShiftTrainer(tiny_model, train_dataset=ROWS)
+    assert trainer.args.output_dir == "gpt2-DPO-Shift"
+    assert trainer.shift_lambda == 0.95
+
+
+def test_evaluation_metrics_do_not_depend_on_the_batch_size(tiny_model, settings):
+    seen = []
+    for size in (9, 4, 8):
+        reference = AutoModelForCausalLM.from_pretrained(tiny_model)
+        torch.manual_seed(0)
+        with torch.no_grad():
+            reference.transformer.wte.weight.add_(0.05 * torch.randn_like(reference.transformer.wte.weight))
+        args = DPOShiftConfig(**{**settings, "per_device_eval_batch_size": size, "shift_lambda": 0.8})
+        trainer = DPOShiftTrainer(tiny_model, reference, args, train_dataset=ROWS, eval_dataset=EVAL_ROWS)
+        metrics = trainer.evaluate()
+        seen.append({k: v for k, v in metrics.items() if any(k.startswith(f"eval_{o}") for o in OURS)})
+    assert seen[0]["eval_rewards/accuracies"] * 9 == pytest.approx(round(seen[0]["eval_rewards/accuracies"] * 9))
+    assert seen[1] == pytest.approx(seen[0], rel=1e-5, abs=1e-6)
+    assert seen[2] == pytest.approx(seen[0], rel=1e-5, abs=1e-6)
+
+
+def test_the_dpo_loss_stands_beside_the_loss_at_lambda(tiny_model, settings):
+    trainer = train(DPOShiftTrainer, DPOShiftConfig, tiny_model, settings, shift_lambda=0.5, eval_strategy="epoch")
+    metrics = trainer.evaluate()
+    assert metrics["eval_dpo_loss"] != pytest.approx(metrics["eval_loss"], rel=1e-4)
+    trainer.lambda_callback.shift_lambda = 1.0
+    metrics = trainer.evaluate()
+    assert metrics["eval_dpo_loss"] == pytest.approx(metrics["eval_loss"], rel=1e-6)
+
+
+def test_the_model_card_names_the_method_the_schedule_and_the_metrics(tiny_model, settings):
+    trainer = train(
+        DPOShiftTrainer, DPOShiftConfig, tiny_model, settings, lambda_schedule="linear_decrease",
+        eval_strategy="steps", eval_steps=4,
+    )  # fmt: skip
+    trainer.create_model_card()
+    card = (Path(trainer.args.output_dir) / "README.md").read_text()
+    for words in ("DPO-Shift", "| lambda schedule | linear_decrease |", "2502.07599", "`eval_rewards/margins`", "dpo-shift"):
+        assert words in card
+
+
+def test_the_best_checkpoint_is_chosen_by_the_lambda_free_loss(settings):
+    args = DPOShiftConfig(
+        **{**settings, "load_best_model_at_end": True, "save_strategy": "steps", "eval_strategy": "steps"}
+    )
+    assert (args.metric_for_best_model, args.greater_is_better) == ("dpo_loss", False)
+
+
+def test_chosen_sft_trains_on_the_chosen_answers_alone(tiny_model, settings):
+    completions = ROWS.map(lambda row: {"completion": row["chosen"]}, remove_columns=["chosen", "rejected"])
+    stock = SFTTrainer(tiny_model, SFTConfig(**settings), train_dataset=completions)
+    stock.train()
+    trainer = ChosenSFTTrainer(
+        tiny_model, SFTConfig(**settings), train_dataset=ROWS, eval_dataset={"a": EVAL_ROWS, "b": EVAL_ROWS}
+    )
+    trainer.train()
+    assert same(weights(stock), weights(trainer))
+    batch = next(iter(trainer.get_train_dataloader()))
+    assert (batch["labels"] == -100).any()  # the prompt is not learnt
+    assert {"eval_a_loss", "eval_b_loss"} <= set(trainer.evaluate())
+    assert "eval_loss" in trainer.evaluate(EVAL_ROWS)
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["table", "stream"])
+def test_chosen_sft_finds_a_prompt_that_is_implicit_in_both_answers(stream, tiny_model, settings):
+    implicit = Dataset.from_list(
+        [{"chosen": r["prompt"] + r["chosen"], "rejected": r["prompt"] + r["rejected"]} for r in ROWS]
+    )
+    rows = implicit.to_iterable_dataset() if stream else implicit
+    trainer = ChosenSFTTrainer(tiny_model, SFTConfig(**settings), train_dataset=rows)
+    batch = next(iter(trainer.get_train_dataloader()))
+    assert (batch["labels"] == -100).any()
+    assert (batch["labels"] != -100).any()
+
+
+def test_chosen_sft_leaves_rows_of_other_kinds_alone(tiny_model, settings):
+    texts = Dataset.from_list([{"text": row["prompt"] + row["chosen"]} for row in ROWS])
+    trainer = ChosenSFTTrainer(tiny_model, SFTConfig(**settings), train_dataset=texts)
+    assert "input_ids" in trainer.train_dataset.column_names
