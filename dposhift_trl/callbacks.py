@@ -50,8 +50,8 @@ class LambdaScheduleCallback(TrainerCallback):
         shift_lambda = self._at(progress)
         if shift_lambda > 1 and not getattr(args, "allow_lambda_above_one", False):
             raise ValueError(
-                f"`schedule` must not exceed 1, got {shift_lambda} at progress {progress}. If you want lambda above 1, "
-                "set `allow_lambda_above_one=True` in `DPOShiftConfig`."
+                f"`schedule` must not exceed 1, got {shift_lambda} at progress {progress}. For lambda above 1 set "
+                " `allow_lambda_above_one=True` in `DPOShiftConfig`."
             )
         self.shift_lambda = shift_lambda
 

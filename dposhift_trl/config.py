@@ -56,7 +56,6 @@ class DPOShiftConfig(DPOConfig):
             "help": "How lambda moves over the optimizer steps: `'fixed'`, `'linear_increase'`, `'linear_decrease'`, "
             "`'cosine_increase'`, `'cosine_decrease'`, or a list of `[progress, lambda]` knots joined by straight "
             "lines, progress being the share of the optimizer steps that are completed.",
-            "recipe_type": str | list[list[float]],
         },
     )
     shift_lambda: float = field(
@@ -80,6 +79,11 @@ class DPOShiftConfig(DPOConfig):
     )
 
     def __post_init__(self):
+        if not isinstance(self.allow_lambda_above_one, bool):
+            raise TypeError(
+                f"`allow_lambda_above_one` must be true or false, got {self.allow_lambda_above_one!r}. Leave it out "
+                "to keep lambda in (0, 1]."
+            )
         for name in ("shift_lambda", "lambda_min", "lambda_max"):
             setattr(self, name, self._checked_lambda(name, getattr(self, name)))
         if self.lambda_min > self.lambda_max:
@@ -113,10 +117,10 @@ class DPOShiftConfig(DPOConfig):
     def _checked_lambda(self, name: str, value: Any) -> float:
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise TypeError(f"`{name}` must be a number, got {value!r}. Write for example `{name}: 0.95`.")
-        if not math.isfinite(value) or value <= 0:
+        if not 0 < value < math.inf:
             raise ValueError(
-                f"`{name}` must be greater than 0, got {value!r}. At 0 the rejected answer would not be seen at all; "
-                "the paper's range is 0.5 to 1."
+                f"`{name}` must be finite and greater than 0, got {value!r}. At 0 the rejected answer would not be "
+                "seen at all; the paper's range is 0.5 to 1."
             )
         if value > 1 and not self.allow_lambda_above_one:
             raise ValueError(
@@ -157,7 +161,8 @@ class DPOShiftConfig(DPOConfig):
         if alien or set(self.loss_type) == {"sft"}:
             raise ValueError(
                 f"`loss_type` must be built on the difference of log-ratios where lambda differs from 1, got "
-                f"{self.loss_type!r}. Use {', '.join(sorted(SHIFTABLE_LOSS_TYPES))}, alone or mixed with `sft`. {remedy}"
+                f"{self.loss_type!r}. Use {', '.join(sorted(SHIFTABLE_LOSS_TYPES))}, alone or mixed with `sft`. "
+                f"{remedy}"
             )
         if self.f_divergence_type != "reverse_kl":
             raise ValueError(

@@ -1,10 +1,13 @@
 """Preference rows: loading, column checks and the row audit. Tokenising is TRL's."""
 
+import dataclasses
 import json
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from datasets import (
     Dataset,
@@ -15,6 +18,8 @@ from datasets import (
     load_dataset,
     load_from_disk,
 )
+from datasets.exceptions import DatasetsError
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 from trl import is_conversational, maybe_extract_prompt
 
@@ -43,7 +48,7 @@ PLAIN_CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '\nAssistant:' }}{% endif %}"
 )
 
-Rows = Dataset | IterableDataset
+Rows: TypeAlias = Dataset | IterableDataset
 
 
 class DataError(ValueError):
@@ -84,14 +89,19 @@ class DataSource:
     weight: float = 1.0
 
     def __post_init__(self):
-        if not self.weight > 0:
-            raise ValueError(f"`weight` must be greater than 0, got {self.weight!r}. Leave the source out instead.")
+        if not 0 < self.weight < math.inf:
+            raise ValueError(
+                f"`weight` must be finite and greater than 0, got {self.weight!r}. Leave the source out instead."
+            )
         unknown = sorted(set(self.columns or {}) - set(KEPT_COLUMNS))
         if unknown:
             raise ValueError(
                 f"`columns` must map {', '.join(PREFERENCE_COLUMNS)} to the names in the data, got the key "
                 f"{unknown[0]!r}. Write `columns: {{chosen: {(self.columns or {})[unknown[0]]}}}`, ours first."
             )
+        theirs = list((self.columns or {}).values())
+        if len(set(theirs)) < len(theirs):
+            raise ValueError(f"`columns` must name a column of the data once, got {self.columns!r}.")
 
 
 @dataclass
@@ -126,28 +136,40 @@ class DataConfig(DataSource):
 
     def __post_init__(self):
         super().__post_init__()
-        if (self.path is None) == (self.mixture is None):
+        if bool(self.path) == (self.mixture is not None):
             raise ValueError(
-                f"one of `path` and `mixture` must be set, got {'both' if self.path else 'neither'}. Write `path: demo` "
-                "for the built-in data."
+                f"one of `path` and `mixture` must be set, got {'both' if self.path else 'neither'}. Write "
+                "`path: demo` for the built-in data."
             )
         if self.mixture is not None and not self.mixture:
             raise ValueError("`mixture` must hold at least one source, got []. Write for example `- path: demo`.")
+        if self.mixture is not None:
+            for f in dataclasses.fields(DataSource):
+                if getattr(self, f.name) != f.default:
+                    raise ValueError(
+                        f"`{f.name}` must stand in the sources of a `mixture`, not beside it, got "
+                        f"{getattr(self, f.name)!r}. Write it into each source it applies to."
+                    )
+            for index, source in enumerate(self.sources):
+                if not source.path:
+                    raise ValueError(
+                        f"`path` must be set in every source of a `mixture`, but source {index} has none."
+                    )
         if self.eval_size is not None:
             if self.has_eval_split:
                 raise ValueError(
                     f"`eval_size` must be left out where there is an `eval_split`, got {self.eval_size!r}. Remove one."
                 )
             share = isinstance(self.eval_size, float)
-            if self.eval_size <= 0 or (share and self.eval_size >= 1):
+            if not self.eval_size > 0 or (share and self.eval_size >= 1):
                 raise ValueError(
                     "`eval_size` must be a number of rows above 0 or a share between 0 and 1, got "
                     f"{self.eval_size!r}. Write for example `eval_size: 0.05`."
                 )
             if self.streaming and share:
                 raise ValueError(
-                    f"`eval_size` must be a number of rows with `streaming`, got {self.eval_size!r}. Write for example "
-                    "`eval_size: 500`."
+                    f"`eval_size` must be a number of rows with `streaming`, got {self.eval_size!r}. Write for "
+                    "example `eval_size: 500`."
                 )
         for name in ("max_train_rows", "max_eval_rows"):
             value = getattr(self, name)
@@ -155,8 +177,8 @@ class DataConfig(DataSource):
                 raise ValueError(f"`{name}` must be at least 1, got {value!r}. Leave it out to take all rows.")
         if not 0 < self.min_rows_kept <= 1:
             raise ValueError(
-                f"`min_rows_kept` must be a share above 0 and at most 1, got {self.min_rows_kept!r}. Write for example "
-                "0.5 to stop where more than half of a split would be dropped."
+                f"`min_rows_kept` must be a share above 0 and at most 1, got {self.min_rows_kept!r}. Write for "
+                "example 0.5 to stop where more than half of a split would be dropped."
             )
         policies = self.audit if isinstance(self.audit, dict) else {"missing": self.audit}
         for kind, policy in policies.items():
@@ -164,9 +186,8 @@ class DataConfig(DataSource):
                 raise ValueError(f"`audit` must name its kinds among {', '.join(AUDIT_KINDS)}, got {kind!r}.")
             if policy not in AUDIT_POLICIES:
                 raise ValueError(f"`audit` must be one of {', '.join(AUDIT_POLICIES)}, got {policy!r} for {kind}.")
-        if policies.get("missing") == "keep":
-            if isinstance(self.audit, dict):
-                raise ValueError("`audit` must be drop or error for missing, got 'keep': a null cannot be trained on.")
+        if policies.get("missing") == "keep" and isinstance(self.audit, dict):
+            raise ValueError("`audit` must be drop or error for missing, got 'keep': a null cannot be trained on.")
 
     @property
     def sources(self) -> list[DataSource]:
@@ -205,19 +226,19 @@ def load_preferences(config: DataConfig, seed: int) -> tuple[Rows, Rows | None]:
         `tuple[Dataset or IterableDataset, Dataset or IterableDataset or None]`: Training and evaluation rows.
 
     Raises:
-        DataError: If a source cannot be read, or lacks a split or a column.
+        DataError: If a source cannot be read, lacks a split or a column, or does not fit the others of a mixture.
     """
     sources = config.sources
     train = [_load_split(source, source.train_split, config.streaming) for source in sources]
     if len(sources) > 1:
         total = sum(source.weight for source in sources)
-        rows = interleave_datasets(train, [source.weight / total for source in sources], seed=seed)
+        weights = [source.weight / total for source in sources]
+        rows = _mixed(sources, train, lambda parts: interleave_datasets(parts, weights, seed=seed))
     else:
         rows = train[0]
-    evaluation = [
-        _load_split(source, source.eval_split, config.streaming) for source in sources if source.eval_split is not None
-    ]
-    eval_rows = concatenate_datasets(evaluation) if evaluation else None
+    evaluated = [source for source in sources if source.eval_split is not None]
+    evaluation = [_load_split(source, str(source.eval_split), config.streaming) for source in evaluated]
+    eval_rows = _mixed(evaluated, evaluation, concatenate_datasets) if evaluation else None
     if config.eval_size is not None:
         rows, eval_rows = _hold_out(rows, config.eval_size, seed)
     return _first(rows, config.max_train_rows), _first(eval_rows, config.max_eval_rows)
@@ -232,7 +253,7 @@ def _first(rows: Rows | None, count: int | None) -> Rows | None:
 def _hold_out(rows: Rows, size: int | float, seed: int) -> tuple[Rows, Rows]:
     if isinstance(rows, IterableDataset):
         return rows.skip(int(size)), rows.take(int(size))
-    if isinstance(size, int) and size >= len(rows):
+    if (size if isinstance(size, int) else math.ceil(size * len(rows))) >= len(rows):
         raise DataError(f"`data.eval_size` must be less than the {len(rows)} training rows, got {size}.")
     split = rows.train_test_split(test_size=size, seed=seed)
     return split["train"], split["test"]
@@ -241,31 +262,53 @@ def _hold_out(rows: Rows, size: int | float, seed: int) -> tuple[Rows, Rows]:
 def _load_split(source: DataSource, split: str, streaming: bool) -> Rows:
     try:
         rows = _read(source, split, streaming)
-    except (OSError, ValueError, ImportError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
+        names = _column_names(rows)
+    except (OSError, ValueError, ImportError, RuntimeError, DatasetsError) as error:
+        reason = " ".join(f"{error}{': ' if error.__cause__ else ''}{error.__cause__ or ''}".split())
         raise DataError(f"`data.path` {source.path!r}, split {split!r}, cannot be read: {reason}") from error
-    names = rows.column_names or list(next(iter(rows), {}))
-    for ours, theirs in (source.columns or {}).items():
+    if not names:
+        raise DataError(f"`data.path` {source.path!r}, split {split!r}, has no rows.")
+    columns = source.columns or {}
+    for ours, theirs in columns.items():
         if theirs not in names:
             raise DataError(
                 f"`data.columns` maps {ours} to {theirs!r}, but {source.path!r} has the columns {', '.join(names)}."
             )
-        if ours != theirs:
-            if ours in names:
-                rows = rows.remove_columns(ours)
-            rows = rows.rename_column(theirs, ours)
-    names = rows.column_names or list(next(iter(rows), {}))
-    missing = [name for name in ("chosen", "rejected") if name not in names]
+    ours_first = {name: name for name in KEPT_COLUMNS if name in names and name not in columns.values()} | columns
+    missing = [name for name in ("chosen", "rejected") if name not in ours_first]
     if missing:
         raise DataError(
             f"{source.path!r} has no column {missing[0]!r}, only {', '.join(names)}. Name yours, for example "
-            f"`data.columns: {{{missing[0]}: {names[0] if names else '...'}}}`."
+            f"`data.columns: {{{missing[0]}: {names[0]}}}`."
         )
-    return rows.select_columns([name for name in KEPT_COLUMNS if name in names])
+    rows = rows.select_columns(list(ours_first.values()))
+    renamed = {ours: theirs for ours, theirs in ours_first.items() if ours != theirs}
+    if renamed:
+        # In two steps, since a stream cannot swap two columns in one
+        rows = rows.rename_columns({theirs: f"our {ours}" for ours, theirs in renamed.items()})
+        rows = rows.rename_columns({f"our {ours}": ours for ours in renamed})
+    return rows
+
+
+def _column_names(rows: Rows) -> list[str]:
+    return rows.column_names or list(next(iter(rows), {}))
+
+
+def _mixed(sources: list[DataSource], rows: list[Rows], mix: Callable[[list[Rows]], Rows]) -> Rows:
+    with_prompt = [source.path for source, part in zip(sources, rows, strict=True) if "prompt" in _column_names(part)]
+    if with_prompt and len(with_prompt) < len(sources):
+        raise DataError(
+            "the sources of `data.mixture` must all have a column 'prompt' or none, got it in "
+            f"{', '.join(map(str, with_prompt))} alone. Add it to the others."
+        )
+    try:
+        return mix(rows)
+    except (ValueError, TypeError) as error:
+        raise DataError(f"the sources of `data.mixture` cannot be mixed: {' '.join(str(error).split())}") from error
 
 
 def _read(source: DataSource, split: str, streaming: bool) -> Rows:
-    assert source.path is not None
+    assert source.path
     if source.path == "demo":
         demo = demo_dataset()
         if split not in demo:
@@ -287,6 +330,8 @@ def _read(source: DataSource, split: str, streaming: bool) -> Rows:
             if split not in saved:
                 raise ValueError(f"it has the splits {', '.join(saved)}")
             saved = saved[split]
+        elif split not in ("train", str(saved.split)):
+            raise ValueError("it holds no splits, only rows; hold some out with `data.eval_size`")
         return saved.to_iterable_dataset() if streaming else saved
     return load_dataset(
         source.path,
@@ -384,7 +429,9 @@ def _audit_split(rows: Dataset, split: str, config: DataConfig, check: "_RowChec
     findings = {kind: Finding(config.policy(kind)) for kind in AUDIT_KINDS}
     keep = []
     for index, row in enumerate(rows):
-        kind = check(row)
+        kinds = check(row)
+        # Of several, the first that takes the row out
+        kind = next((kind for kind in kinds if findings[kind].policy != "keep"), kinds[0] if kinds else None)
         if kind is not None:
             finding = findings[kind]
             finding.count += 1
@@ -405,21 +452,23 @@ def _audit_split(rows: Dataset, split: str, config: DataConfig, check: "_RowChec
             f"({config.min_rows_kept}): {audit}. Mend the data, raise `max_length`, or lower `data.min_rows_kept`."
         )
     kept = rows if len(keep) == len(rows) else rows.select(keep)
-    return (kept if check.explicit else kept.map(maybe_extract_prompt)), audit
+    return (kept if check.explicit else kept.map(_with_prompt)), audit
 
 
 def _audit_stream(rows: IterableDataset, split: str, config: DataConfig, check: "_RowCheck") -> IterableDataset:
     def usable(row: dict[str, Any]) -> bool:
-        kind = check.streamed(row)
-        if kind is not None and config.policy(kind) == "error":
-            raise DataError(f"a {split} row is `{kind}`: {AUDIT_KINDS[kind]}: {_shown(row.get('chosen'))!r}")
-        return kind is None or config.policy(kind) == "keep"
+        for kind in check.streamed(row):
+            if config.policy(kind) == "error":
+                raise DataError(f"a {split} row is `{kind}`: {AUDIT_KINDS[kind]}: {_shown(row.get('chosen'))!r}")
+            if config.policy(kind) == "drop":
+                return False
+        return True
 
-    return rows.filter(usable).map(maybe_extract_prompt)
+    return rows.filter(usable).map(_with_prompt)
 
 
 class _RowCheck:
-    """Names what is wrong with a row, or None; remembers the rows it has seen."""
+    """Names what is wrong with a row; remembers the rows it has seen."""
 
     STREAMED = ("missing", "empty", "identical", "lost", "cut")
 
@@ -430,32 +479,36 @@ class _RowCheck:
         self.seen: set[str] = set()
         self.explicit = True
 
-    def __call__(self, row: dict[str, Any]) -> str | None:
-        kind = self.streamed(row)
-        if kind in ("missing", "empty"):
-            return kind
-        explicit = maybe_extract_prompt(row)
+    def __call__(self, row: dict[str, Any]) -> list[str]:
+        kinds = list(self.streamed(row))
+        if "missing" in kinds:
+            return kinds
+        explicit = _with_prompt(row)
         key = json.dumps([explicit[name] for name in PREFERENCE_COLUMNS])
-        repeated = key in self.seen
+        if key in self.forbidden:
+            kinds.append("leaked")
+        if key in self.seen:
+            kinds.append("duplicate")
         self.seen.add(key)
-        return kind or ("leaked" if key in self.forbidden else "duplicate" if repeated else None)
+        return kinds
 
-    def streamed(self, row: dict[str, Any]) -> str | None:
+    def streamed(self, row: dict[str, Any]) -> Iterator[str]:
         """The checks that need no memory of other rows."""
-        if not _is_preference(row):
-            return "missing"
-        if not all(_text(row[name]).strip() for name in ("chosen", "rejected")):
-            return "empty"
-        if row["chosen"] == row["rejected"]:
-            return "identical"
-        explicit = maybe_extract_prompt(row)
+        explicit = _with_prompt(row) if _is_preference(row) else None
+        if explicit is None or explicit["prompt"] == []:
+            yield "missing"
+            return
         self.explicit = self.explicit and explicit is row
+        if _has_empty_answer(explicit):
+            yield "empty"
+        if row["chosen"] == row["rejected"]:
+            yield "identical"
         if self.max_length is None:
-            return None
+            return
         if self._tokens(explicit, None) >= self.max_length:
-            return "lost"
-        longest = max(self._tokens(explicit, "chosen"), self._tokens(explicit, "rejected"))
-        return "cut" if longest > self.max_length else None
+            yield "lost"
+        elif max(self._tokens(explicit, "chosen"), self._tokens(explicit, "rejected")) > self.max_length:
+            yield "cut"
 
     def _tokens(self, row: dict[str, Any], answer: str | None) -> int:
         """Length in tokens of the prompt, with one answer or alone, as TRL will tokenise it."""
@@ -464,15 +517,31 @@ class _RowCheck:
             kwargs = {"tools": row.get("tools"), **(row.get("chat_template_kwargs") or {})}
             if isinstance(kwargs["tools"], str):
                 kwargs["tools"] = json.loads(kwargs["tools"])
-            tokens = self.tokenizer.apply_chat_template(
-                messages, tokenize=True, return_dict=True, add_generation_prompt=answer is None, **kwargs
-            )
+            try:
+                tokens = self.tokenizer.apply_chat_template(
+                    messages, tokenize=True, return_dict=True, add_generation_prompt=answer is None, **kwargs
+                )
+            except (TemplateError, ValueError) as error:
+                reason = " ".join(str(error).split())
+                raise DataError(f"the chat template cannot render a row: {reason}: {_shown(messages)}") from error
             return len(tokens["input_ids"])
         text = row["prompt"]
         if answer:
             eos = self.tokenizer.eos_token or ""
             text += row[answer] if row[answer].endswith(eos) else row[answer] + eos
         return len(self.tokenizer(text)["input_ids"])
+
+
+def _with_prompt(row: dict[str, Any]) -> dict[str, Any]:
+    """The row with an explicit prompt: what the answers share, as TRL has it; itself if it has one already."""
+    if "prompt" not in row and not (row["chosen"] and row["rejected"]):
+        return {**row, "prompt": ""}
+    explicit: dict[str, Any] = maybe_extract_prompt(row)
+    if explicit is row:
+        return row
+    if explicit["prompt"] == [] and isinstance(row.get("prompt"), str):
+        explicit["prompt"] = [{"role": "user", "content": row["prompt"]}]
+    return {**row, **explicit}
 
 
 def _is_preference(row: dict[str, Any]) -> bool:
@@ -482,19 +551,21 @@ def _is_preference(row: dict[str, Any]) -> bool:
     return (
         _is_conversation(chosen)
         and _is_conversation(rejected)
-        and ("prompt" not in row or isinstance(prompt, str) or (_is_conversation(prompt) and len(prompt) > 0))
+        and ("prompt" not in row or isinstance(prompt, str) or _is_conversation(prompt))
     )
 
 
 def _is_conversation(value: Any) -> bool:
-    return isinstance(value, list) and all(
-        isinstance(message, dict) and isinstance(message.get("role"), str) and isinstance(message.get("content"), str)
-        for message in value
-    )
+    return isinstance(value, list) and bool(value) and all(map(_is_message, value))
 
 
-def _text(answer: str | list[dict[str, str]]) -> str:
-    return answer if isinstance(answer, str) else "".join(message["content"] for message in answer[-1:])
+def _is_message(value: Any) -> bool:
+    return isinstance(value, dict) and isinstance(value.get("role"), str) and isinstance(value.get("content"), str)
+
+
+def _has_empty_answer(row: dict[str, Any]) -> bool:
+    answers = (row["chosen"], row["rejected"])
+    return not all((answer if isinstance(answer, str) else answer[-1]["content"]).strip() for answer in answers)
 
 
 def _shown(value: Any) -> str | None:

@@ -1,35 +1,22 @@
-"""The built-in demo: a tiny model, its tokenizer and preference pairs; offline, seeded, the same on every machine."""
+"""The built-in demo: preference pairs, a tiny model and its tokenizer, made on the spot from a seed."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from random import Random
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from datasets import Dataset, DatasetDict
-from tokenizers import ByteLevelBPETokenizer
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers import GPT2Config, GPT2LMHeadModel, GPT2TokenizerFast
 
 
 SEED = 20250210
-NUM_TRAIN, NUM_TEST = 4000, 300
-VOCAB_SIZE = 640
-END_OF_TEXT = "<|endoftext|>"
+NUM_TRAIN, NUM_TEST = 2400, 300
+VOCAB_SIZE, NUM_POSITIONS = 1024, 128
 
-THINGS = "barrel basket blanket bucket candle chair clock drum hammer kettle ladder lamp mirror ribbon rope spoon".split()
-PLACES = "attic barn cellar garden harbour kitchen library mill tower workshop".split()
-SHOPS = "bakery bathhouse ferry museum school smithy theatre".split()
-TOWNS = "Brathel Immeray Loxenby Ostrel Pelwick Quorra Sundrel Vandim".split()
-COLOURS = "black blue brown green grey red white yellow".split()
-DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
-UNITS = (
-    ("minute", "seconds", 60),
-    ("hour", "minutes", 60),
-    ("day", "hours", 24),
-    ("week", "days", 7),
-    ("year", "months", 12),
-)
+UNITS = (("hour", "minutes", 60), ("day", "hours", 24), ("week", "days", 7), ("year", "months", 12))
 CARE = {
     "brass": "polish it with lemon and a dry rag",
     "glass": "wash it with vinegar and warm water",
@@ -37,28 +24,29 @@ CARE = {
     "leather": "rub in some wax with a soft cloth",
     "silk": "rinse it in cold water by hand",
     "wood": "dust it well and keep it away from damp",
-    "wool": "shake it out and air it in the shade",
 }
-
-Scene = dict[str, Any]
+WORDS = {
+    "thing": "barrel basket blanket bucket candle chair clock drum hammer kettle ladder lamp mirror ribbon rope spoon",
+    "place": "attic barn cellar garden harbour kitchen library mill tower workshop",
+    "shop": "bakery bathhouse ferry museum school smithy theatre",
+    "town": "Brathel Immeray Loxenby Ostrel Pelwick Quorra Sundrel Vandim",
+    "colour": "black blue brown green grey red white yellow",
+    "day": "Monday Tuesday Wednesday Thursday Friday Saturday Sunday",
+    "material": " ".join(CARE),
+}
 
 
 @dataclass(frozen=True)
 class Family:
     """
-    One kind of task. Prompts and answers are templates over the slots of a scene; an answer also has `{answer}`.
-
-    Args:
-        prompts, answers (`tuple[str, ...]`):
-            Wordings, any of which goes with any other.
-        right, wrong (`Callable[[dict], Any]`):
-            What stands for `{answer}` in the chosen answer, and in the near miss.
+    One kind of task: wordings of prompt and answer over the slots of a scene, and what stands for `{answer}` in the
+    chosen answer (`right`) and in its near miss (`wrong`).
     """
 
     prompts: tuple[str, ...]
     answers: tuple[str, ...]
-    right: Callable[[Scene], Any]
-    wrong: Callable[[Scene], Any]
+    right: Callable[[SimpleNamespace], Any]
+    wrong: Callable[[SimpleNamespace], Any]
 
 
 FAMILIES = (
@@ -71,8 +59,8 @@ FAMILIES = (
             "There are {answer} {thing}s in the {place} now, because {a} + {b} = {answer}.",
             "Since {a} + {b} = {answer}, the {place} now holds {answer} {thing}s.",
         ),
-        right=lambda s: s["a"] + s["b"],
-        wrong=lambda s: s["a"] + s["b"] + s["slip"],
+        right=lambda s: s.a + s.b,
+        wrong=lambda s: s.a + s.b + s.slip,
     ),
     Family(  # conversion of units
         prompts=(
@@ -83,8 +71,8 @@ FAMILIES = (
             "One {unit} has {factor} {small_unit}, so {a} {unit}s are {a} x {factor} = {answer} {small_unit}.",
             "It takes {answer} {small_unit}, because {a} x {factor} = {answer}.",
         ),
-        right=lambda s: s["a"] * s["factor"],
-        wrong=lambda s: (s["a"] + s["slip"]) * s["factor"],
+        right=lambda s: s.a * s.factor,
+        wrong=lambda s: (s.a + s.slip) * s.factor,
     ),
     Family(  # a fact told in the prompt, among others
         prompts=(
@@ -95,22 +83,20 @@ FAMILIES = (
             "The {shop} in {town} opens on {answer}, so {answer} is the day for your visit.",
             "You can visit the {shop} of {town} on {answer}, which is when it opens.",
         ),
-        right=lambda s: s["day"],
-        wrong=lambda s: s["day2"],
+        right=lambda s: s.day,
+        wrong=lambda s: s.day2,
     ),
     Family(  # finding
         prompts=(
-            "The {colour} {thing} is in the {place} and the {colour2} {thing2} is in the {place2}. "
-            "Where is the {colour} {thing}?",
-            "Someone left the {colour2} {thing2} in the {place2} and the {colour} {thing} in the {place}. "
-            "I need the {colour} {thing}. Where should I look?",
+            "The {colour} {thing} is in the {place} and the {colour2} {thing2} is in the {place2}. Find the {thing}.",
+            "I left the {thing2} in the {place2} and the {thing} in the {place}. Where should I look for the {thing}?",
         ),
         answers=(
-            "The {colour} {thing} is in the {answer}, so look for it in the {answer}.",
-            "Please look in the {answer}, because the {colour} {thing} was left in the {answer}.",
+            "The {thing} is in the {answer}, so look for it in the {answer}.",
+            "Please look in the {answer}, because the {thing} was left in the {answer}.",
         ),
-        right=lambda s: s["place"],
-        wrong=lambda s: s["place2"],
+        right=lambda s: s.place,
+        wrong=lambda s: s.place2,
     ),
     Family(  # comparison
         prompts=(
@@ -121,8 +107,8 @@ FAMILIES = (
             "The {answer} is cheaper, so with few coins you should buy the {answer}.",
             "You should buy the {answer}, because the {answer} costs fewer coins.",
         ),
-        right=lambda s: s["thing"] if s["a"] < s["b"] else s["thing2"],
-        wrong=lambda s: s["thing2"] if s["a"] < s["b"] else s["thing"],
+        right=lambda s: s.thing if s.a < s.b else s.thing2,
+        wrong=lambda s: s.thing2 if s.a < s.b else s.thing,
     ),
     Family(  # sorting
         prompts=(
@@ -133,8 +119,8 @@ FAMILIES = (
             "In alphabetical order the words are {answer}.",
             "Sorted from A to Z, the list reads {answer}.",
         ),
-        right=lambda s: ", ".join(sorted(s[slot] for slot in ("thing", "place", "colour", "shop"))),
-        wrong=lambda s: ", ".join(sorted((s[slot] for slot in ("thing", "place", "colour", "shop")), reverse=True)),
+        right=lambda s: "{}, {}, {}, {}".format(*sorted([s.thing, s.place, s.colour, s.shop])),
+        wrong=lambda s: "{1}, {0}, {2}, {3}".format(*sorted([s.thing, s.place, s.colour, s.shop])),
     ),
     Family(  # a polite request
         prompts=(
@@ -145,8 +131,8 @@ FAMILIES = (
             "Could you please bring the {colour} {answer} to the {place}? Thank you very much.",
             "Would you be so kind as to bring the {colour} {answer} to the {place}? That would be lovely.",
         ),
-        right=lambda s: s["thing"],
-        wrong=lambda s: s["thing2"],
+        right=lambda s: s.thing,
+        wrong=lambda s: s.thing2,
     ),
     Family(  # a format to follow
         prompts=(
@@ -154,8 +140,8 @@ FAMILIES = (
             "Give me the order as JSON. We need {a} {thing}s in {colour} for {day}.",
         ),
         answers=('{{"item": "{thing}", "colour": "{colour}", "count": {answer}, "day": "{day}"}}',),
-        right=lambda s: s["a"],
-        wrong=lambda s: s["a"] + s["slip"],
+        right=lambda s: s.a,
+        wrong=lambda s: s.a + s.slip,
     ),
     Family(  # advice
         prompts=(
@@ -166,19 +152,16 @@ FAMILIES = (
             "If the {thing} is made of {material}, {answer}.",
             "To clean a {thing} of {material}, {answer}. Then it will look new.",
         ),
-        right=lambda s: CARE[s["material"]],
-        wrong=lambda s: CARE[s["material2"]],
+        right=lambda s: CARE[s.material],
+        wrong=lambda s: CARE[s.material2],
     ),
 )
 
-# What a rejected answer looks like, over the right and the wrong answer in full and the wrong one in short
-FAULTS = (
-    "{wrong}",
-    "{wrong}",
-    "{wrong}",
+# What a rejected answer looks like, near misses most often: `short` is what stands for `{answer}` in `wrong`
+FAULTS = 3 * ("{wrong}",) + (
     "{right} No, I mean {short}.",
     "{short}, and that is all I will say about it.",
-    "Well, that is hard to say, and opinions differ, but perhaps this: {wrong}",
+    "Well, that is hard to say, but perhaps: {wrong}",
     "{right} {echo} {echo} {echo}.",
 )
 
@@ -197,10 +180,7 @@ def demo_dataset() -> DatasetDict:
         row = _pair(rng)
         rows.setdefault(row["prompt"], row)
     pairs = list(rows.values())
-    return DatasetDict(
-        train=Dataset.from_list(pairs[:NUM_TRAIN]),
-        test=Dataset.from_list(pairs[NUM_TRAIN:]),
-    )
+    return DatasetDict(train=Dataset.from_list(pairs[:NUM_TRAIN]), test=Dataset.from_list(pairs[NUM_TRAIN:]))
 
 
 def save_demo_model(folder: str | PathLike[str]) -> None:
@@ -214,54 +194,55 @@ def save_demo_model(folder: str | PathLike[str]) -> None:
     tokenizer = _tokenizer()
     config = GPT2Config(
         vocab_size=len(tokenizer),
-        n_positions=128,
+        n_positions=NUM_POSITIONS,
         n_embd=160,
-        n_layer=4,
+        n_layer=3,
         n_head=4,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
-        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+        initializer_range=0.05,  # at this width GPT-2's 0.02 learns several times slower
+        **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0),
     )
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(SEED)
+        torch.default_generator.manual_seed(SEED)  # not `torch.manual_seed`, which seeds the accelerators too
         model = GPT2LMHeadModel(config)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
 def _pick(rng: Random, options: Sequence[Any], count: int) -> list[Any]:
-    """Distinct options, in random order. Made of `getrandbits` alone, which no Python version changes."""
+    """Distinct options in random order, by `getrandbits` alone, which no Python version changes."""
     left = list(options)
     return [left.pop(rng.getrandbits(32) % len(left)) for _ in range(count)]
 
 
-def _scene(rng: Random) -> Scene:
+def _scene(rng: Random) -> SimpleNamespace:
     """One value for each slot of the templates; slots of a kind differ."""
-    scene: Scene = {}
-    kinds = {"thing": THINGS, "place": PLACES, "shop": SHOPS, "town": TOWNS, "colour": COLOURS, "day": DAYS}
-    for slot, words in {**kinds, "material": list(CARE)}.items():
-        scene[slot], scene[f"{slot}2"] = _pick(rng, words, 2)
-    scene["a"], scene["b"] = _pick(rng, range(3, 13), 2)
-    (scene["slip"],) = _pick(rng, (-2, -1, 1, 2), 1)
-    ((scene["unit"], scene["small_unit"], scene["factor"]),) = _pick(rng, UNITS, 1)
+    scene = SimpleNamespace()
+    scene.a, scene.b = _pick(rng, range(3, 10), 2)
+    scene.slip = _pick(rng, (-2, -1, 1, 2), 1)[0]
+    scene.unit, scene.small_unit, scene.factor = _pick(rng, UNITS, 1)[0]
+    for slot, words in WORDS.items():
+        first, second = _pick(rng, words.split(), 2)
+        setattr(scene, slot, first)
+        setattr(scene, f"{slot}2", second)
     return scene
 
 
 def _pair(rng: Random) -> dict[str, str]:
-    (family,), (fault,), scene = _pick(rng, FAMILIES, 1), _pick(rng, FAULTS, 1), _scene(rng)
-    (prompt,), (wording,) = _pick(rng, family.prompts, 1), _pick(rng, family.answers, 1)
+    family, fault = _pick(rng, FAMILIES, 1)[0], _pick(rng, FAULTS, 1)[0]
+    prompt, answer = _pick(rng, family.prompts, 1)[0], _pick(rng, family.answers, 1)[0]
+    scene = _scene(rng)
     short = family.wrong(scene)
-    right = wording.format(**scene, answer=family.right(scene))
-    wrong = wording.format(**scene, answer=short)
-    rejected = fault.format(right=right, wrong=wrong, short=short, echo=" ".join(right.rstrip(".?}").split()[-2:]))
-    return {"prompt": prompt.format(**scene), "chosen": f" {right}", "rejected": f" {rejected}"}
+    right = answer.format(**vars(scene), answer=family.right(scene))
+    wrong = answer.format(**vars(scene), answer=short)
+    echo = " ".join(right.rstrip(".?}").split()[-2:])
+    rejected = fault.format(right=right, wrong=wrong, short=short, echo=echo)
+    return {"prompt": prompt.format(**vars(scene)), "chosen": f" {right}", "rejected": f" {rejected}"}
 
 
-def _tokenizer() -> PreTrainedTokenizerFast:
-    tokenizer = ByteLevelBPETokenizer()
-    texts = (text for row in demo_dataset()["train"] for text in row.values())
-    tokenizer.train_from_iterator(texts, vocab_size=VOCAB_SIZE, special_tokens=[END_OF_TEXT], show_progress=False)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer._tokenizer, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT, pad_token=END_OF_TEXT
-    )
+def _tokenizer() -> GPT2TokenizerFast:
+    texts = [text for row in demo_dataset()["train"] for text in row.values()]
+    untrained = GPT2TokenizerFast(pad_token="<|endoftext|>", model_max_length=NUM_POSITIONS)
+    return untrained.train_new_from_iterator(texts, VOCAB_SIZE, show_progress=False)

@@ -39,7 +39,7 @@ def dpo_shift_loss(
     if chosen_logratios.shape != rejected_logratios.shape:
         raise ValueError(
             "`chosen_logratios` and `rejected_logratios` must have the same shape, got "
-            f"{tuple(chosen_logratios.shape)} and {tuple(rejected_logratios.shape)}. Pass one log-ratio per pair in each."
+            f"{tuple(chosen_logratios.shape)} and {tuple(rejected_logratios.shape)}. Pass one log-ratio per pair."
         )
     return -F.logsigmoid(beta * (chosen_logratios - shift_lambda * rejected_logratios))
 

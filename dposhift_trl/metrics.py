@@ -57,11 +57,11 @@ def pair_metrics(scores: PairScores, beta: float) -> dict[str, float]:
     r"""
     Metrics as means over pairs, so that they depend on neither batch size nor number of processes.
 
-    With \\( \Delta = \log\pi_\theta - \log\pi_{\mathrm{ref}} \\): `rewards/*` are \\( \beta\Delta \\) unshifted, as the
-    paper's authors log them; `shift/margins` is \\( \beta(\Delta_w - \lambda\Delta_l) \\) and `shift/accuracies` the
-    share of pairs where it is above 0; `displacement/*` is \\( \Delta \\) itself, in nats per answer, with the share of
-    pairs whose chosen answer fell below the reference; `dpo_loss` is the sigmoid loss at lambda = 1 whatever the loss
-    type, by which runs compare.
+    With \\( \Delta = \log\pi_\theta - \log\pi_{\mathrm{ref}} \\): `rewards/*` are \\( \beta\Delta \\) unshifted, as
+    the paper's authors log them; `shift/margins` is \\( \beta(\Delta_w - \lambda\Delta_l) \\) and `shift/accuracies`
+    the share of pairs where it is above 0; `displacement/*` is \\( \Delta \\) itself, in nats per answer, with the
+    share of pairs whose chosen answer fell below the reference; `dpo_loss` is the sigmoid loss at lambda = 1 whatever
+    the loss type, by which runs compare.
 
     Args:
         scores ([`PairScores`]):

@@ -68,5 +68,22 @@ def append_shift_section(args: DPOShiftConfig, log_history: list[dict[str, Any]]
             "| --- | --- |",
             *(f"| `{name}` | {value:.4f} |" for name, value in metrics),
         ]
-    card = Path(args.output_dir) / "README.md"
-    card.write_text(card.read_text(encoding="utf-8") + "\n".join(lines) + "\n", encoding="utf-8")
+    _append(Path(args.output_dir), lines)
+
+
+def append_recipe_section(folder: Path, recipe: str) -> None:
+    """
+    Append the resolved recipe, which names the data and every setting, to `README.md` in `folder`.
+
+    Args:
+        folder (`Path`):
+            Folder of the stage's model.
+        recipe (`str`):
+            The resolved recipe as YAML.
+    """
+    _append(folder, ["", "## Recipe", "", "```yaml", recipe.rstrip(), "```"])
+
+
+def _append(folder: Path, lines: list[str]) -> None:
+    card = folder / "README.md"
+    card.write_text(card.read_text(encoding="utf-8").rstrip() + "\n" + "\n".join(lines) + "\n", encoding="utf-8")

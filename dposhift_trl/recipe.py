@@ -26,6 +26,9 @@ MAX_NODES = 20_000  # far above any recipe, far below what nested YAML aliases c
 STAGE_DEFAULTS: dict[str, Any] = {"save_steps": 0.1, "save_total_limit": 2, "report_to": "wandb"}
 EVAL_DEFAULTS: dict[str, Any] = {"eval_strategy": "steps", "eval_steps": 0.1, "eval_on_start": True}
 
+# Fields that take more than their annotation says, which the flag parser must understand
+WIDER_TYPES: dict[str, Any] = {"lambda_schedule": str | list[list[float]]}
+
 # Stage fields that another part of the recipe decides
 DECIDED_ELSEWHERE = {
     "output_dir": "set it at the top level; stages write beneath it",
@@ -64,13 +67,18 @@ class RecipeModelConfig(ModelConfig):
             Whether to run Python code that ships with the model or tokenizer.
         merge_adapter (`bool`, *optional*, defaults to `False`):
             Whether each stage also saves its LoRA adapter merged into the base model, in a folder `merged`.
+        lora_target_modules (`str` or `list[str]`, *optional*):
+            Names of modules in a list, or `all-linear`, or a regular expression, as PEFT takes them.
     """
 
+    lora_target_modules: str | list[str] | None = None
     trust_remote_code: bool = False
     merge_adapter: bool = False
 
     def __post_init__(self):
+        targets = self.lora_target_modules
         super().__post_init__()
+        self.lora_target_modules = targets  # TRL makes text of a list of one, which PEFT reads as an expression
         if not self.model_name_or_path:
             raise ValueError("`model_name_or_path` must be set. Write a Hub name, a local folder, or `demo`.")
         for name in ("merge_adapter", "load_in_8bit", "load_in_4bit"):
@@ -162,6 +170,8 @@ def load_recipe(path: str, overrides: Sequence[str] = ()) -> Recipe:
     values = _read_yaml(path)
     for override in overrides:
         _apply_override(values, override, path)
+    if not _smaller_than(values, MAX_NODES):
+        raise RecipeError(f"{path}: holds more than {MAX_NODES} values once its aliases are expanded.")
     _check_keys_and_types(values, path)
     resolved = _with_defaults(values, path)
     data: DataConfig = _build(DataConfig, resolved["data"], "data", path)
@@ -242,7 +252,14 @@ def _read_yaml(path: str) -> dict[str, Any]:
         raise RecipeError(f"{path}: must be a mapping of sections, got {type(values).__name__}.")
     if not _smaller_than(values, MAX_NODES):
         raise RecipeError(f"{path}: holds more than {MAX_NODES} values once its aliases are expanded.")
-    return values
+    return _unshared(values)
+
+
+def _unshared(values: Any) -> Any:
+    """A copy in which an alias is a value of its own, so that an override of one section leaves the other alone."""
+    if isinstance(values, dict):
+        return {key: _unshared(value) for key, value in values.items()}
+    return [_unshared(value) for value in values] if isinstance(values, list) else values
 
 
 def _nearest_file(path: str) -> str:
@@ -272,7 +289,7 @@ def _apply_override(values: dict[str, Any], override: str, path: str) -> None:
         raise RecipeError(f"{path}: the override {override!r} must have the form key=value, as `dpo.lambda_min=0.5`.")
     try:
         value = parse_yaml(text) if text else None
-    except YAMLError as error:
+    except (YAMLError, ValueError, RecursionError) as error:
         raise RecipeError(f"{path}: the value of the override {override!r} is not valid YAML: {error}") from None
     node = values
     for part in parts[:-1]:
@@ -306,7 +323,7 @@ def _check_keys_and_types(values: dict[str, Any], path: str) -> None:
 
 def _section_mistakes(section: str, values: dict[str, Any], cls: type, path: str) -> list[str]:
     hints = typing.get_type_hints(cls)
-    fields = {f.name: (f.metadata.get("recipe_type", hints[f.name]), True) for f in dataclasses.fields(cls) if f.init}
+    fields = {f.name: (WIDER_TYPES.get(f.name, hints[f.name]), True) for f in dataclasses.fields(cls) if f.init}
     mistakes = []
     known = {}
     for key, value in values.items():
@@ -319,6 +336,7 @@ def _section_mistakes(section: str, values: dict[str, Any], cls: type, path: str
         else:
             known[key] = value
     mistakes += _type_mistakes(known, fields, f"{section}.", path)
+    values.update(known)
     if section == "data" and isinstance(values.get("mixture"), list):
         for index, source in enumerate(values["mixture"]):
             if isinstance(source, dict):
@@ -326,9 +344,7 @@ def _section_mistakes(section: str, values: dict[str, Any], cls: type, path: str
     return mistakes
 
 
-def _type_mistakes(
-    values: dict[str, Any], fields: dict[str, tuple[Any, bool]], prefix: str, path: str
-) -> list[str]:
+def _type_mistakes(values: dict[str, Any], fields: dict[str, tuple[Any, bool]], prefix: str, path: str) -> list[str]:
     mistakes = []
     for key, value in values.items():
         hint, as_list = fields[key]
@@ -342,7 +358,7 @@ def _type_mistakes(
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    config = pydantic.ConfigDict(strict=True, arbitrary_types_allowed=True)
+    config = pydantic.ConfigDict(strict=True, arbitrary_types_allowed=True, allow_inf_nan=False)
     try:
         pydantic.TypeAdapter(hint, config=None if dataclasses.is_dataclass(hint) else config).validate_python(value)
     except pydantic.ValidationError:
@@ -359,9 +375,10 @@ def _describe(hint: Any) -> str:
     if origin is Literal:
         return "one of " + ", ".join(map(str, arguments))
     if origin is list or hint is list:
-        return "a list"
+        return "a list" + (f", each item {_describe(arguments[0])}" if arguments else "")
     if origin is dict or hint is dict:
-        return "a mapping"
+        typed = arguments and arguments[1] is not Any
+        return "a mapping" + (f", each value {_describe(arguments[1])}" if typed else "")
     return words.get(hint, "text")
 
 
@@ -408,6 +425,8 @@ def _build(cls: type, values: dict[str, Any], section: str, path: str) -> Any:
 
 def _check_combinations(recipe: Recipe) -> None:
     path, mistakes = recipe.source, []
+    if not 0 <= recipe.seed < 2**32:
+        mistakes.append(f"{path}: `seed` must be at least 0 and below 2**32, got {recipe.seed}. Write for example 42.")
     for name, stage in recipe.stages.items():
         if recipe.data.streaming and stage.max_steps <= 0:
             mistakes.append(

@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 import uuid
+import warnings
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -29,6 +30,7 @@ from trl import SFTConfig, get_peft_config, get_quantization_config
 from .config import DPOShiftConfig
 from .data import DataError, Rows, SplitAudit, audit_preferences, load_preferences, use_plain_chat_template
 from .demo import save_demo_model
+from .model_card import append_recipe_section
 from .recipe import Recipe, RecipeError, changed_keys, dump_yaml, load_recipe, parse_yaml
 from .schedules import make_lambda_schedule
 from .trainer import ChosenSFTTrainer, DPOShiftTrainer, TrainingStopped
@@ -56,6 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--accept-changes", action="store_true", help="go on in a run folder that another recipe has begun"
     )
     options = parser.parse_intermixed_args(argv)
+    # TRL 1.16 reads a deprecated name of transformers 5.23 at every forward; nothing a user can do
+    warnings.filterwarnings("ignore", message="`(is_)?gradient_checkpointing", category=FutureWarning)
     try:
         recipe = load_recipe(options.recipe, options.overrides)
         if options.dry_run:
@@ -99,7 +103,11 @@ def describe(recipe: Recipe) -> None:
         _say(f"{name}: {steps if steps is not None else 'unknown number of'} optimizer steps")
         if isinstance(args, DPOShiftConfig):
             schedule = make_lambda_schedule(args)
-            _say("lambda: {:.4g} at the start, {:.4g} in the middle, {:.4g} at the end".format(*map(schedule, (0, 0.5, 1))))
+            _say(
+                "lambda: {:.4g} at the start, {:.4g} in the middle, {:.4g} at the end".format(
+                    *map(schedule, (0, 0.5, 1))
+                )
+            )
 
 
 def _optimizer_steps(args: SFTConfig | DPOShiftConfig, rows: int | None) -> int | None:
@@ -188,7 +196,8 @@ def _refusal(recipe: Recipe, accept_changes: bool) -> str | None:
         changes = changed_keys({**earlier, **ignored}, {**recipe.resolved, **ignored})
         if not changes:
             return None
-        if not accept_changes:
+        trained = [*folder.glob(f"*/{FINISHED}"), *folder.glob("*/checkpoint-*")]
+        if trained and not accept_changes:
             return (
                 f"{folder} holds a run of another recipe; they differ in {', '.join(changes)}. Choose a new "
                 "`output_dir`, or pass --accept-changes to go on here: finished stages stay as they are."
@@ -225,12 +234,12 @@ def _load_tokenizer(recipe: Recipe, base: str) -> PreTrainedTokenizerBase:
             base, revision=model.model_revision, trust_remote_code=model.trust_remote_code
         )
     except (OSError, ValueError) as error:
-        raise RunError(f"`model.model_name_or_path` {base!r} cannot be loaded: {' '.join(str(error).split())}") from None
+        raise RunError(
+            f"`model.model_name_or_path` {base!r} cannot be loaded: {' '.join(str(error).split())}"
+        ) from None
 
 
-def _load_data(
-    recipe: Recipe, tokenizer: PreTrainedTokenizerBase
-) -> tuple[Rows, Rows | None, dict[str, SplitAudit]]:
+def _load_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[Rows, Rows | None, dict[str, SplitAudit]]:
     train, evaluation = load_preferences(recipe.data, recipe.seed)
     use_plain_chat_template(train, tokenizer)
     return audit_preferences(train, evaluation, recipe.data, tokenizer, recipe.max_length)
@@ -246,18 +255,21 @@ def _run_stage(
         _say(f"{name}: {path} is incomplete, passed over")
     _say(f"{name}: " + (f"going on from {checkpoint}" if checkpoint else f"starting from {start}"))
     began = time.monotonic()
+    trainer = _make_trainer(name, recipe, start, tokenizer, train, evaluation)
     with _wandb_run(name, recipe):
-        trainer = _make_trainer(name, recipe, start, tokenizer, train, evaluation)
         state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME)) if checkpoint else None
         if checkpoint and state and 0 < state.max_steps <= state.global_step:
             # Only saving was left to do; `train` would take one step more where `max_steps` ends inside an epoch
             trainer._load_from_checkpoint(str(checkpoint))
             trainer.state = state
         else:
+            args.eval_on_start = args.eval_on_start and not checkpoint  # it stands in the log already
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         trainer.save_state()
         trainer.save_model()
         trainer.create_model_card(model_name=f"{recipe.run_name}-{name}", dataset_name=_hub_name(recipe))
+        if PartialState().is_main_process:
+            append_recipe_section(folder, dump_yaml(recipe.resolved))
     if PartialState().is_main_process:
         if is_peft_model(trainer.model):
             _finish_adapter(trainer, folder, recipe.model.merge_adapter)
@@ -332,7 +344,7 @@ def last_complete_checkpoint(folder: Path) -> tuple[Path | None, list[Path]]:
         for path in folder.glob("checkpoint-*")
         if path.is_dir() and (match := re.fullmatch(r"checkpoint-(\d+)", path.name))
     }
-    partial = []
+    partial: list[Path] = []
     for step in sorted(checkpoints, reverse=True):
         try:
             state = json.loads((checkpoints[step] / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
@@ -356,7 +368,9 @@ def _wandb_run(name: str, recipe: Recipe):
     if mode is None:
         mode = "online" if wandb.login(prompt=False) else "offline"
         if mode == "offline":
-            _say(f"{name}: no W&B login, logging offline under {recipe.output_dir / 'wandb'} (`wandb sync` uploads it)")
+            _say(
+                f"{name}: no W&B login, logging offline under {recipe.output_dir / 'wandb'} (`wandb sync` uploads it)"
+            )
     identity = recipe.output_dir / name / "wandb_id"
     if not identity.is_file():
         _write(identity, uuid.uuid4().hex[:8])

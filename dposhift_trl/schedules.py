@@ -101,7 +101,8 @@ def check_knots(knots: Any) -> list[tuple[float, float]]:
             or not all(isinstance(x, (int, float)) and not isinstance(x, bool) and math.isfinite(x) for x in knot)
         ):
             raise TypeError(
-                f"`lambda_schedule` must be made of [progress, lambda] pairs of numbers, got the knot {knot!r}. {example}"
+                "`lambda_schedule` must be made of [progress, lambda] pairs of numbers, got the knot "
+                f"{knot!r}. {example}"
             )
         progress, shift_lambda = float(knot[0]), float(knot[1])
         if not 0 <= progress <= 1:

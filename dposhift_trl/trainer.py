@@ -87,7 +87,8 @@ class DPOShiftTrainer(DPOTrainer):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         scored = _ShiftedModel(self, model, inputs)
         # DPOTrainer takes the reference from its inputs, where `scored` lays it once the policy has been scored
-        precomputed, self.precompute_ref_logps = self.precompute_ref_logps, True
+        precomputed = self.precompute_ref_logps
+        self.precompute_ref_logps = True
         try:
             result = super().compute_loss(scored, scored.inputs, return_outputs, num_items_in_batch)
         finally:
@@ -141,11 +142,12 @@ class DPOShiftTrainer(DPOTrainer):
 
 
 class _ShiftedModel:
-    """
+    r"""
     The policy as [`~trl.DPOTrainer`] calls it, which also lays the references into the inputs, shifted.
 
-    With \\( r' = \\log\\pi_l - \\lambda(\\log\\pi_l - \\log\\pi_{\\mathrm{ref},l}) \\) in place of the rejected reference,
-    TRL's own \\( \\log\\pi_l - r' \\) is \\( \\lambda\\Delta_l \\), gradient included, whatever the loss type made of it.
+    With \\( r' = \log\pi_l - \lambda(\log\pi_l - \log\pi_{\mathrm{ref},l}) \\) in place of the rejected
+    reference, TRL's own \\( \log\pi_l - r' \\) is \\( \lambda\Delta_l \\), gradient included, whatever the loss
+    type then makes of it.
     """
 
     def __init__(self, trainer: DPOShiftTrainer, model: torch.nn.Module, inputs: dict[str, Any]):
@@ -212,7 +214,7 @@ def _chosen_only(dataset):
         return type(dataset)({name: _chosen_only(rows) for name, rows in dataset.items()})
     if not isinstance(dataset, (Dataset, IterableDataset)):
         return dataset
-    first = next(iter(dataset), {})
+    first: dict[str, Any] = next(iter(dataset), {})
     if "chosen" not in first or "rejected" not in first:
         return dataset
     if "prompt" not in first:

@@ -42,7 +42,11 @@ def make_rows(count: int, seed: int = 0) -> Dataset:
     for _ in range(count):
         start = words(1, 3)
         rows.append(
-            {"prompt": words(2, 6), "chosen": f" {start} {words(1, 6)} <eos>", "rejected": f" {start} {words(1, 6)} <eos>"}
+            {
+                "prompt": words(2, 6),
+                "chosen": f" {start} {words(1, 6)} <eos>",
+                "rejected": f" {start} {words(1, 6)} <eos>",
+            }
         )
     return Dataset.from_list(rows)
 

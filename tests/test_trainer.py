@@ -10,7 +10,13 @@ from reference import shift_schedule, shifted_loss
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
-from dposhift_trl import ChosenSFTTrainer, DPOShiftConfig, DPOShiftTrainer, LambdaScheduleCallback, make_lambda_schedule
+from dposhift_trl import (
+    ChosenSFTTrainer,
+    DPOShiftConfig,
+    DPOShiftTrainer,
+    LambdaScheduleCallback,
+    make_lambda_schedule,
+)
 from dposhift_trl.trainer import TrainingStopped
 
 
@@ -253,7 +259,12 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(lora, tiny_model,
     whole = train(DPOShiftTrainer, DPOShiftConfig, tiny_model, settings, **common)
     shutil.rmtree(f"{settings['output_dir']}/checkpoint-8")
     resumed = train(
-        DPOShiftTrainer, DPOShiftConfig, tiny_model, settings, resume=f"{settings['output_dir']}/checkpoint-4", **common
+        DPOShiftTrainer,
+        DPOShiftConfig,
+        tiny_model,
+        settings,
+        resume=f"{settings['output_dir']}/checkpoint-4",
+        **common,
     )
     assert same(weights(whole), weights(resumed))
     # TRL counts tokens from the resume on
@@ -277,7 +288,9 @@ def test_lora_by_peft_config_takes_the_base_as_reference_and_trains_the_adapter_
     first = trainer.state.log_history[0]
     assert (first["rewards/chosen"], first["rewards/rejected"]) == (0.0, 0.0)
     base = AutoModelForCausalLM.from_pretrained(tiny_model).state_dict()
-    trained = {n.replace("base_model.model.", "").replace(".base_layer", ""): p for n, p in trainer.model.state_dict().items()}
+    trained = {
+        n.replace("base_model.model.", "").replace(".base_layer", ""): p for n, p in trainer.model.state_dict().items()
+    }
     assert all(torch.equal(trained[name], value) for name, value in base.items() if name in trained)
 
 
@@ -361,7 +374,13 @@ def test_the_model_card_names_the_method_the_schedule_and_the_metrics(tiny_model
     )  # fmt: skip
     trainer.create_model_card()
     card = (Path(trainer.args.output_dir) / "README.md").read_text()
-    for words in ("DPO-Shift", "| lambda schedule | linear_decrease |", "2502.07599", "`eval_rewards/margins`", "dpo-shift"):
+    for words in (
+        "DPO-Shift",
+        "| lambda schedule | linear_decrease |",
+        "2502.07599",
+        "`eval_rewards/margins`",
+        "dpo-shift",
+    ):
         assert words in card
 
 

@@ -1,0 +1,325 @@
+"""The lambda fields: what they take, what they refuse, and in which words."""
+
+import dataclasses
+import re
+
+import pytest
+from transformers import HfArgumentParser
+from trl import DPOConfig, TrlParser
+
+from dposhift_trl import DPOShiftConfig
+from dposhift_trl.config import SHIFTABLE_LOSS_TYPES
+from dposhift_trl.schedules import make_lambda_schedule
+
+
+LAMBDA_FIELDS = [
+    f.name for f in dataclasses.fields(DPOShiftConfig) if f.name not in {g.name for g in dataclasses.fields(DPOConfig)}
+]
+ABOVE_ONE = (
+    "must not exceed 1, got 1.05. Above 1 the rejected answers fall faster than in DPO and text degenerates; if you "
+    "want that, set `allow_lambda_above_one: true`."
+)
+AT_ZERO = "At 0 the rejected answer would not be seen at all; the paper's range is 0.5 to 1."
+PLAIN_DPO = "Set `lambda_schedule: fixed` and `shift_lambda: 1.0` to train with plain DPO."
+SCHEDULES = "fixed, linear_increase, linear_decrease, cosine_increase, cosine_decrease"
+
+
+@pytest.fixture
+def make(tmp_path):
+    def make(**kwargs):
+        return DPOShiftConfig(output_dir=str(tmp_path), bf16=False, use_cpu=True, report_to="none", **kwargs)
+
+    return make
+
+
+@pytest.fixture
+def flags(tmp_path):
+    return ["--output_dir", str(tmp_path), "--bf16", "false", "--use_cpu", "true", "--report_to", "none"]
+
+
+def test_the_config_adds_the_lambda_fields_and_nothing_else():
+    assert LAMBDA_FIELDS == ["lambda_schedule", "shift_lambda", "lambda_min", "lambda_max", "allow_lambda_above_one"]
+
+
+def test_the_defaults_are_the_paper_s_fixed_lambda(make):
+    config = make()
+    assert [getattr(config, name) for name in LAMBDA_FIELDS] == ["fixed", 0.95, 0.75, 1.0, False]
+    assert config.lambda_range == (0.95, 0.95)
+
+
+@pytest.mark.parametrize("name", LAMBDA_FIELDS)
+def test_the_help_of_a_field_is_its_sentence_in_the_docstring(name):
+    def plain(text):
+        return " ".join(re.sub(r"[`'\"]", "", text).split())
+
+    sentence = re.search(rf"^ {{8}}{name} \(.*\):\n((?: {{12}}.*\n)+)", DPOShiftConfig.__doc__, re.M)[1]
+    metadata = {f.name: f.metadata for f in dataclasses.fields(DPOShiftConfig)}[name]
+    assert plain(metadata["help"]) == plain(sentence)
+    assert plain(sentence).endswith(".")
+
+
+@pytest.mark.parametrize("name", ["shift_lambda", "lambda_min", "lambda_max"])
+@pytest.mark.parametrize(
+    ("value", "error", "message"),
+    [
+        pytest.param(0, ValueError, f"must be finite and greater than 0, got 0. {AT_ZERO}", id="zero"),
+        pytest.param(-0.5, ValueError, f"must be finite and greater than 0, got -0.5. {AT_ZERO}", id="negative"),
+        pytest.param(float("nan"), ValueError, f"must be finite and greater than 0, got nan. {AT_ZERO}", id="nan"),
+        pytest.param(float("inf"), ValueError, f"must be finite and greater than 0, got inf. {AT_ZERO}", id="inf"),
+        pytest.param(1.05, ValueError, ABOVE_ONE, id="above 1"),
+        pytest.param(True, TypeError, "must be a number, got True. Write for example `{}: 0.95`.", id="bool"),
+        pytest.param("0.9", TypeError, "must be a number, got '0.9'. Write for example `{}: 0.95`.", id="text"),
+        pytest.param(None, TypeError, "must be a number, got None. Write for example `{}: 0.95`.", id="null"),
+        pytest.param([0.9], TypeError, "must be a number, got [0.9]. Write for example `{}: 0.95`.", id="list"),
+    ],
+)
+def test_a_lambda_out_of_range_is_refused_with_field_value_and_remedy(make, name, value, error, message):
+    with pytest.raises(error) as raised:
+        make(**{name: value})
+    assert str(raised.value) == f"`{name}` {message.format(name)}"
+
+
+@pytest.mark.parametrize("name", ["shift_lambda", "lambda_max"])
+def test_a_lambda_above_one_passes_where_it_is_asked_for(make, name):
+    assert getattr(make(**{name: 1.05, "allow_lambda_above_one": True}), name) == 1.05
+
+
+def test_a_knot_above_one_passes_where_it_is_asked_for_and_is_refused_elsewhere(make):
+    assert make(lambda_schedule=[[0, 1.05]], allow_lambda_above_one=True).lambda_range == (1.05, 1.05)
+    with pytest.raises(ValueError, match="must not exceed 1") as raised:
+        make(lambda_schedule=[[0, 1], [1, 1.05]])
+    assert str(raised.value) == f"`lambda_schedule` {ABOVE_ONE}"
+
+
+def test_the_permission_is_no_text_that_counts_as_true(make):
+    with pytest.raises(TypeError) as raised:
+        make(shift_lambda=1.05, allow_lambda_above_one="false")
+    assert str(raised.value) == (
+        "`allow_lambda_above_one` must be true or false, got 'false'. Leave it out to keep lambda in (0, 1]."
+    )
+
+
+def test_a_whole_number_becomes_a_float(make):
+    config = make(shift_lambda=1, lambda_min=1, lambda_max=1)
+    values = [config.shift_lambda, config.lambda_min, config.lambda_max]
+    assert values == [1.0, 1.0, 1.0]
+    assert {type(value) for value in values} == {float}
+
+
+def test_a_minimum_above_the_maximum_is_refused_with_the_way_to_decrease(make):
+    with pytest.raises(ValueError, match="must not exceed") as raised:
+        make(lambda_min=1.0, lambda_max=0.75)
+    assert str(raised.value) == (
+        "`lambda_min` must not exceed `lambda_max`, got 1.0 and 0.75. To decrease lambda over training keep min <= max "
+        "and set `lambda_schedule: linear_decrease`."
+    )
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        ("fixed", "fixed"),
+        ("cosine_decrease", "cosine_decrease"),
+        ("increase_linear", "linear_increase"),
+        ("decrease_linear", "linear_decrease"),
+        ([[0, 1], [1, 0.5]], [[0.0, 1.0], [1.0, 0.5]]),
+        (((0, 1), (1, 0.5)), [[0.0, 1.0], [1.0, 0.5]]),
+        ("[[0, 1], [1, 0.5]]", [[0.0, 1.0], [1.0, 0.5]]),
+        (" [[0, 0.9]]", [[0.0, 0.9]]),
+    ],
+    ids=repr,
+)
+def test_a_schedule_is_kept_under_one_name_and_as_plain_lists(make, given, kept):
+    assert make(lambda_schedule=given).lambda_schedule == kept
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        pytest.param(
+            "linear_decrase",
+            ValueError,
+            f"`lambda_schedule` must be one of {SCHEDULES} or a list of [progress, lambda] knots, got "
+            "'linear_decrase'. Did you mean `linear_decrease`?",
+            id="misspelt",
+        ),
+        pytest.param(
+            "increase_linera",
+            ValueError,
+            f"`lambda_schedule` must be one of {SCHEDULES} or a list of [progress, lambda] knots, got "
+            "'increase_linera'. Did you mean `linear_increase`?",
+            id="misspelt alias",
+        ),
+        pytest.param(
+            "0.5",
+            ValueError,
+            f"`lambda_schedule` must be one of {SCHEDULES} or a list of [progress, lambda] knots, got '0.5'.",
+            id="near to nothing",
+        ),
+        pytest.param(
+            "[[0, 1],",
+            ValueError,
+            "`lambda_schedule` must be a name or a list of knots, got '[[0, 1],', which is not valid JSON (Expecting "
+            "value: line 1 column 9 (char 8)). Write for example '[[0, 1.0], [1, 0.75]]'.",
+            id="broken JSON",
+        ),
+        pytest.param(
+            "[[0, NaN]]",
+            TypeError,
+            "`lambda_schedule` must be made of [progress, lambda] pairs of numbers, got the knot [0, nan]. Write for "
+            "example [[0, 1.0], [0.5, 0.75]] to lower lambda over the first half and hold it after.",
+            id="nan in JSON",
+        ),
+        pytest.param(
+            0.5,
+            TypeError,
+            "`lambda_schedule` must be a name or a list of [progress, lambda] knots, got 0.5. Write for example [[0, "
+            "1.0], [0.5, 0.75]] to lower lambda over the first half and hold it after.",
+            id="number",
+        ),
+        pytest.param(
+            [[0, 1], [1, 0]],
+            ValueError,
+            f"`lambda_schedule` must be finite and greater than 0, got 0.0. {AT_ZERO}",
+            id="knot at 0",
+        ),
+    ],
+)
+def test_an_unusable_schedule_is_refused_with_value_and_remedy(make, given, error, message):
+    with pytest.raises(error) as raised:
+        make(lambda_schedule=given)
+    assert str(raised.value) == message
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"shift_lambda": 0.5}, (0.5, 0.5)),
+        ({"shift_lambda": 0.5, "lambda_schedule": "linear_increase"}, (0.75, 1.0)),
+        ({"lambda_schedule": "cosine_decrease", "lambda_min": 0.6, "lambda_max": 0.9}, (0.6, 0.9)),
+        ({"lambda_schedule": [[0, 0.9], [0.5, 0.6], [1, 1.0]]}, (0.6, 1.0)),
+    ],
+    ids=str,
+)
+def test_the_range_is_what_the_schedule_takes_over_training(make, settings, expected):
+    config = make(**settings)
+    lambda_at = make_lambda_schedule(config)
+    taken = [lambda_at(step / 100) for step in range(101)]
+    assert config.lambda_range == expected
+    assert (min(taken), max(taken)) == expected
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"shift_lambda": 1}, True),
+        ({"shift_lambda": 0.99}, False),
+        ({"lambda_schedule": "linear_increase", "lambda_min": 1.0}, True),
+        ({"lambda_schedule": "linear_increase", "shift_lambda": 1.0}, False),
+        ({"lambda_schedule": [[0, 1], [1, 1]]}, True),
+        ({"lambda_schedule": [[0, 1], [1, 0.9]]}, False),
+    ],
+    ids=str,
+)
+def test_lambda_is_always_one_only_where_it_never_leaves_one(make, settings, expected):
+    assert make(**settings).always_dpo is expected
+
+
+MEANINGLESS = {
+    "alien loss": (
+        {"loss_type": ["apo_zero"]},
+        "`loss_type` must be built on the difference of log-ratios where lambda differs from 1, got ['apo_zero']. Use "
+        "discopop, exo_pair, hinge, ipo, robust, sigmoid, sigmoid_norm, alone or mixed with `sft`.",
+    ),
+    "alien loss in a mixture": (
+        {"loss_type": ["sigmoid", "bco_pair"], "loss_weights": [1.0, 1.0]},
+        "`loss_type` must be built on the difference of log-ratios where lambda differs from 1, got ['sigmoid', "
+        "'bco_pair']. Use discopop, exo_pair, hinge, ipo, robust, sigmoid, sigmoid_norm, alone or mixed with `sft`.",
+    ),
+    "nothing to shift": (
+        {"loss_type": ["sft"]},
+        "`loss_type` must be built on the difference of log-ratios where lambda differs from 1, got ['sft']. Use "
+        "discopop, exo_pair, hinge, ipo, robust, sigmoid, sigmoid_norm, alone or mixed with `sft`.",
+    ),
+    "f-divergence": (
+        {"f_divergence_type": "js_divergence"},
+        "`f_divergence_type` must be `reverse_kl` where lambda differs from 1, got 'js_divergence': the shift is "
+        "defined on log-ratios, not on other divergences' scores.",
+    ),
+    "weighting": (
+        {"use_weighting": True},
+        "`use_weighting` must be false where lambda differs from 1, got True: WPO's weights and the shift both rescale "
+        "the pair, and their product is no published loss.",
+    ),
+}
+
+
+@pytest.mark.parametrize(("settings", "message"), MEANINGLESS.values(), ids=MEANINGLESS)
+@pytest.mark.parametrize("lambda_schedule", ["fixed", "linear_increase", [[0, 1], [1, 0.9]]], ids=str)
+def test_a_shift_without_meaning_is_refused_and_plain_dpo_is_not(make, settings, message, lambda_schedule):
+    with pytest.raises(ValueError, match="lambda differs from 1") as raised:
+        make(lambda_schedule=lambda_schedule, **settings)
+    assert str(raised.value) == f"{message} {PLAIN_DPO}"
+    assert make(shift_lambda=1.0, **settings).always_dpo
+
+
+@pytest.mark.parametrize("loss_type", sorted(SHIFTABLE_LOSS_TYPES))
+def test_a_loss_on_the_difference_takes_a_shift_alone_and_beside_sft(make, loss_type):
+    assert make(loss_type=loss_type, label_smoothing=0.1).loss_type == [loss_type]
+    mixed = make(loss_type=[loss_type, "sft"], loss_weights=[1.0, 0.1], label_smoothing=0.1)
+    assert mixed.loss_type == [loss_type, "sft"]
+
+
+def test_the_best_checkpoint_is_chosen_by_the_loss_at_lambda_one_unless_a_metric_is_named(make):
+    best = {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 5, "save_steps": 5}
+    config = make(**best)
+    assert (config.metric_for_best_model, config.greater_is_better) == ("dpo_loss", False)
+    assert make(**best, metric_for_best_model="rewards/margins").metric_for_best_model == "rewards/margins"
+    assert make().metric_for_best_model is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        pytest.param([], ("fixed", 0.95, False), id="none"),
+        pytest.param(["--shift_lambda", "0.5"], ("fixed", 0.5, False), id="number"),
+        pytest.param(["--shift-lambda", "0.5"], ("fixed", 0.5, False), id="hyphen"),
+        pytest.param(["--lambda_schedule", "decrease_linear"], ("linear_decrease", 0.95, False), id="alias"),
+        pytest.param(
+            ["--lambda_schedule", "[[0, 1], [1, 0.5]]"], ([[0.0, 1.0], [1.0, 0.5]], 0.95, False), id="knots in JSON"
+        ),
+        pytest.param(["--allow_lambda_above_one", "--shift_lambda", "1.05"], ("fixed", 1.05, True), id="permission"),
+    ],
+)
+@pytest.mark.parametrize("parser", [HfArgumentParser, TrlParser])
+def test_both_parsers_of_flags_take_the_lambda_fields(flags, parser, arguments, expected):
+    (config,) = parser(DPOShiftConfig).parse_args_into_dataclasses([*flags, *arguments])
+    assert (config.lambda_schedule, config.shift_lambda, config.allow_lambda_above_one) == expected
+
+
+def test_a_flag_that_is_no_number_is_refused_by_name(flags, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        HfArgumentParser(DPOShiftConfig).parse_args_into_dataclasses([*flags, "--shift_lambda", "much"])
+    assert "--shift_lambda/--shift-lambda: invalid float value: 'much'" in capsys.readouterr().err
+
+
+def test_the_help_of_the_flags_prints_every_lambda_field():
+    text = HfArgumentParser(DPOShiftConfig).format_help()
+    assert [name for name in LAMBDA_FIELDS if f"--{name}" not in text] == []
+
+
+def test_a_trl_yaml_file_takes_knots_and_a_flag_overrules_it(tmp_path, flags):
+    file = tmp_path / "config.yaml"
+    file.write_text("lambda_schedule: [[0, 1], [1, 0.5]]\nshift_lambda: 0.9\n")
+    parser = TrlParser(DPOShiftConfig)
+    (config,) = parser.parse_args_and_config([*flags, "--config", str(file)])
+    assert config.lambda_schedule == [[0.0, 1.0], [1.0, 0.5]]
+    (config,) = parser.parse_args_and_config([*flags, "--config", str(file), "--lambda_schedule", "fixed"])
+    assert config.lambda_range == (0.9, 0.9)
+
+
+def test_a_config_survives_being_written_out_and_read_again(make):
+    config = make(lambda_schedule="[[0, 1], [1, 0.5]]", shift_lambda=0.9)
+    values = config.to_dict()
+    again = make(**{name: values[name] for name in LAMBDA_FIELDS})
+    assert [getattr(again, name) for name in LAMBDA_FIELDS] == [getattr(config, name) for name in LAMBDA_FIELDS]

@@ -1,0 +1,104 @@
+"""Every block of the README and every recipe's own command is run or parsed."""
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_tokenizer
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from dposhift_trl import __version__
+from dposhift_trl.recipe import load_recipe
+from dposhift_trl.schedules import LAMBDA_SCHEDULES
+
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+ON_CPU = ["dpo.bf16=false"]
+
+
+def blocks(language):
+    return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+
+
+def run_commands():
+    lines = [line for block in blocks("bash") for line in block.replace("&&", "\n").splitlines()]
+    headers = [
+        line.lstrip("# ")
+        for recipe in RECIPES
+        for line in recipe.read_text(encoding="utf-8").splitlines()
+        if line.startswith("#") and "-m dposhift_trl.run" in line
+    ]
+    return [line.strip() for line in [*lines, *headers] if "-m dposhift_trl.run" in line]
+
+
+@pytest.mark.parametrize("line", run_commands())
+def test_every_run_command_names_a_recipe_that_exists_and_keys_that_are_valid(line, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    words = shlex.split(line)
+    arguments = words[words.index("dposhift_trl.run") + 1 :]
+    overrides = [word for word in arguments[1:] if not word.startswith("--")]
+    if "--config_file" in words:
+        assert (ROOT / words[words.index("--config_file") + 1]).is_file()
+    text = (ROOT / arguments[0]).read_text(encoding="utf-8")
+    on_cpu = [f"{stage}.bf16=false" for stage in ("sft", "dpo") if f"\n{stage}:" in text]
+    assert load_recipe(arguments[0], [*overrides, *on_cpu]).stages
+
+
+def test_every_recipe_ends_its_header_with_its_own_command():
+    for recipe in RECIPES:
+        header = [line for line in recipe.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
+        assert header[-1].endswith(f"-m dposhift_trl.run recipes/{recipe.name}"), recipe
+
+
+def test_the_six_lines_train(tmp_path, monkeypatch):
+    (block,) = blocks("python")
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ ' ' + m['content'] }}{% endfor %}"
+        "{% if not add_generation_prompt %} <eos>{% endif %}"
+    )
+    config = Qwen2Config(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=64, bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    model = tmp_path / "Qwen" / "Qwen2.5-0.5B-Instruct"
+    Qwen2ForCausalLM(config).save_pretrained(model)
+    tokenizer.save_pretrained(model)
+    rows = tmp_path / "trl-lib" / "ultrafeedback_binarized"
+    rows.mkdir(parents=True)
+    turns = [[{"role": "user", "content": "w1"}, {"role": "assistant", "content": word}] for word in ("w2", "w3")]
+    (rows / "train.jsonl").write_text((json.dumps({"chosen": turns[0], "rejected": turns[1]}) + "\n") * 8)
+    monkeypatch.chdir(tmp_path)
+    # The block leaves bf16 at TRL's default, which a CPU refuses without `use_cpu`
+    monkeypatch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: True)
+    names: dict = {}
+    exec(block, names)
+    assert names["trainer"].state.global_step == 3
+    assert names["trainer"].shift_lambda == 0.75
+    assert (tmp_path / "qwen-shift" / "checkpoint-3" / "trainer_state.json").is_file()
+
+
+def test_the_schedule_table_names_every_schedule():
+    table = README[README.index("| `lambda_schedule` |") :]
+    assert all(f"`{name}`" in table for name in LAMBDA_SCHEDULES)
+
+
+def test_the_changelog_speaks_of_this_version():
+    assert f"## {__version__} " in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
+def test_ci_runs_the_two_commands_as_printed():
+    assert [line for line in README.splitlines() if line.startswith("pip install ")] == [
+        "pip install -c constraints.txt . && accelerate launch -m dposhift_trl.run recipes/tiny_shift.yaml",
+        'pip install -c constraints.txt ".[test]" && pytest',
+    ]
+
+
+def test_torch_is_pinned_by_the_constraints_alone():
+    assert (ROOT / "constraints.txt").read_text() == "torch==2.13.0\n"
+    assert torch.__version__.startswith("2.")

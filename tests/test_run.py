@@ -1,0 +1,294 @@
+"""The command, as real processes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_rows
+from peft import AutoPeftModelForCausalLM
+from ruamel.yaml import YAML
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
+
+from dposhift_trl.recipe import load_recipe
+from dposhift_trl.run import last_complete_checkpoint
+
+
+ROOT = Path(__file__).parent.parent
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline"}
+STAGE = {"bf16": False, "use_cpu": True, "activation_checkpointing": False, "per_device_train_batch_size": 4}
+
+
+def command(*arguments, **kwargs):
+    return subprocess.run(
+        [sys.executable, "-m", "dposhift_trl.run", *map(str, arguments)],
+        env=ENVIRONMENT, capture_output=True, text=True, timeout=180, **kwargs,
+    )  # fmt: skip
+
+
+def succeed(*arguments, **kwargs):
+    done = command(*arguments, **kwargs)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done
+
+
+@pytest.fixture
+def recipe(tmp_path, tiny_model):
+    """A recipe of both stages on a tiny model, a few seconds long."""
+    make_rows(24).to_json(tmp_path / "rows.jsonl")
+    values = {
+        "output_dir": str(tmp_path / "run"),
+        "model": {"model_name_or_path": tiny_model},
+        "data": {"path": str(tmp_path / "rows.jsonl"), "eval_size": 5},
+        "sft": {**STAGE, "max_steps": 6, "logging_steps": 1, "save_steps": 2, "eval_steps": 2, "report_to": "none"},
+        "dpo": {
+            **STAGE, "max_steps": 6, "logging_steps": 1, "save_steps": 2, "eval_steps": 2, "report_to": "none",
+            "learning_rate": 1e-2, "lambda_schedule": "linear_decrease",
+        },
+    }  # fmt: skip
+    path = tmp_path / "recipe.yaml"
+    YAML(typ="safe").dump(values, path)
+    return path
+
+
+def history(folder):
+    return json.loads((folder / "trainer_state.json").read_text())["log_history"]
+
+
+def test_both_stages_run_and_leave_a_model_that_generates(recipe, tmp_path):
+    done = succeed(recipe, "dpo.report_to=wandb")
+    run = tmp_path / "run"
+    assert "no W&B login, logging offline" in done.stdout
+    assert "train: 19 of 19 rows kept" in done.stdout
+    for stage in ("sft", "dpo"):
+        assert (run / stage / "model.safetensors").is_file()
+        assert (run / stage / "checkpoint-6" / "trainer_state.json").is_file()
+        assert json.loads((run / stage / "finished.json").read_text())["step"] == 6
+    model, tokenizer = (cls.from_pretrained(run / "dpo") for cls in (AutoModelForCausalLM, AutoTokenizer))
+    tokens = model.generate(**tokenizer("w1 w2", return_tensors="pt"), max_new_tokens=4, do_sample=False)
+    assert tokens.shape[1] > 2
+    card = (run / "dpo" / "README.md").read_text()
+    for words in ("DPO-Shift", "linear_decrease", "rows.jsonl", "eval_rewards/margins"):
+        assert words in card
+    assert list((run / "wandb").glob("offline-run-*/*.wandb"))
+    assert YAML(typ="safe").load(run / "recipe.yaml")["dpo"]["lambda_schedule"] == "linear_decrease"
+    assert json.loads((run / "audit.json").read_text())["train"]["kept"] == 19
+
+
+def test_stage_two_starts_from_stage_one_with_a_loss_of_log_2_and_logs_every_metric(recipe, tmp_path):
+    succeed(recipe)
+    entries = history(tmp_path / "run" / "dpo")
+    start = entries[0]
+    assert start["step"] == 0
+    assert start["eval_loss"] == pytest.approx(0.693147, abs=1e-5)
+    assert start["eval_rewards/chosen"] == start["eval_rewards/rejected"] == 0.0
+    names = ["loss", "shift/lambda", "shift/margins", "shift/accuracies", "dpo_loss", "logps/chosen", "logps/rejected"]
+    names += [f"rewards/{name}" for name in ("chosen", "rejected", "margins", "accuracies")]
+    train = [entry for entry in entries if "loss" in entry]
+    evals = [entry for entry in entries if "eval_loss" in entry]
+    assert [entry["step"] for entry in train] == [1, 2, 3, 4, 5, 6]
+    assert [entry["step"] for entry in evals] == [0, 2, 4, 6]
+    assert all(name in entry for entry in train for name in names)
+    assert all(f"eval_{name}" in entry for entry in evals for name in names)
+    assert [e["eval_shift/lambda"] for e in evals] == pytest.approx([1.0, 1 - 0.25 / 3, 1 - 0.5 / 3, 0.75])
+
+
+def test_the_same_command_again_skips_what_is_finished_and_another_recipe_is_refused(recipe, tmp_path):
+    succeed(recipe)
+    before = (tmp_path / "run" / "dpo" / "model.safetensors").stat().st_mtime_ns
+    again = succeed(recipe)
+    assert "sft: finished before, skipped" in again.stdout
+    assert "dpo: finished before, skipped" in again.stdout
+    assert (tmp_path / "run" / "dpo" / "model.safetensors").stat().st_mtime_ns == before
+    other = command(recipe, "dpo.beta=0.3", "seed=1")
+    assert other.returncode == 2
+    assert "they differ in dpo.beta, seed" in other.stderr
+    assert len(other.stderr.strip().splitlines()) == 1
+    accepted = succeed(recipe, "dpo.beta=0.3", "seed=1", "--accept-changes")
+    assert "finished before" in accepted.stdout
+    assert (tmp_path / "run" / "recipe.1.yaml").is_file()
+
+
+def interrupt(recipe, stage, checkpoint, *overrides):
+    """Kill the command once a checkpoint has appeared."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "dposhift_trl.run", str(recipe), *overrides],
+        env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    folder = Path(load_recipe(str(recipe), overrides).output_dir) / stage
+    deadline = time.monotonic() + 120
+    while not (folder / checkpoint / "trainer_state.json").is_file():
+        assert process.poll() is None, "ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (folder / "finished.json").exists()
+    return folder
+
+
+LORA = ["model.use_peft=true", "model.merge_adapter=true", "model.lora_target_modules=[c_attn]"]
+
+
+@pytest.mark.parametrize("stage", ["sft", "dpo"])
+@pytest.mark.parametrize("extra", [[], LORA], ids=["full", "lora"])
+def test_a_killed_run_goes_on_and_ends_with_the_same_weights_bit_for_bit(stage, extra, recipe, tmp_path):
+    extra = [*extra, f"{stage}.max_steps=40"]
+    interrupted, whole = f"output_dir={tmp_path / 'interrupted'}", f"output_dir={tmp_path / 'whole'}"
+    interrupt(recipe, stage, "checkpoint-2", interrupted, *extra)
+    resumed = succeed(recipe, interrupted, *extra)
+    assert f"{stage}: going on from" in resumed.stdout
+    succeed(recipe, whole, *extra)
+    weights = "adapter_model.safetensors" if extra[:-1] else "model.safetensors"
+    for name in ("sft", "dpo"):
+        left, right = (load_file(tmp_path / run / name / weights) for run in ("interrupted", "whole"))
+        assert left.keys() == right.keys()
+        assert all(torch.equal(left[key], right[key]) for key in left)
+        left, right = ([e["step"] for e in history(tmp_path / run / name)] for run in ("interrupted", "whole"))
+        assert left == right
+
+
+def test_a_run_killed_between_the_last_checkpoint_and_the_end_only_saves(recipe, tmp_path):
+    """`max_steps` ends inside an epoch, where `Trainer.train` itself would take one step more."""
+    succeed(recipe)
+    folder = tmp_path / "run" / "dpo"
+    expected = load_file(folder / "model.safetensors")
+    steps = [entry["step"] for entry in history(folder)]
+    (folder / "finished.json").unlink()
+    (folder / "model.safetensors").unlink()
+    succeed(recipe)
+    found = load_file(folder / "model.safetensors")
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+    assert [entry["step"] for entry in history(folder)] in (steps, steps[:-1])
+
+
+def test_lora_loads_with_peft_and_merged(recipe, tmp_path):
+    succeed(recipe, *LORA)
+    folder = tmp_path / "run" / "dpo"
+    tokens = AutoTokenizer.from_pretrained(folder)("w1 w2 w3", return_tensors="pt")
+    adapted = AutoPeftModelForCausalLM.from_pretrained(folder)
+    merged = AutoModelForCausalLM.from_pretrained(folder / "merged")
+    through_transformers = AutoModelForCausalLM.from_pretrained(folder)
+    assert set(adapted.peft_config) == {"default"}
+    assert torch.allclose(adapted(**tokens).logits, merged(**tokens).logits, atol=1e-5)
+    assert torch.equal(adapted(**tokens).logits, through_transformers(**tokens).logits)
+    assert history(folder)[0]["eval_rewards/chosen"] == 0.0
+
+
+def test_one_stage_alone(recipe, tmp_path):
+    succeed(recipe, "dpo=null", f"output_dir={tmp_path / 'sft-only'}")
+    assert not (tmp_path / "sft-only" / "dpo").exists()
+    start = tmp_path / "sft-only" / "sft"
+    succeed(recipe, "sft=null", f"output_dir={tmp_path / 'dpo-only'}", f"model.model_name_or_path={start}")
+    assert not (tmp_path / "dpo-only" / "sft").exists()
+    succeed(
+        recipe, "sft=null", f"output_dir={tmp_path / 'lora-only'}", f"model.model_name_or_path={start}",
+        "model.use_peft=true", "model.lora_target_modules=[c_attn]",
+    )  # fmt: skip
+    assert history(tmp_path / "lora-only" / "dpo")[0]["eval_rewards/chosen"] == 0.0
+
+
+def test_a_dry_run_prints_steps_and_lambda_and_writes_nothing(recipe, tmp_path):
+    done = succeed(recipe, "--dry-run", "sft.max_steps=-1", "sft.num_train_epochs=3")
+    assert "sft: 15 optimizer steps" in done.stdout  # 19 rows, 4 a step, 3 epochs
+    assert "dpo: 6 optimizer steps" in done.stdout
+    assert "lambda: 1 at the start, 0.875 in the middle, 0.75 at the end" in done.stdout
+    assert "lambda_schedule: linear_decrease" in done.stdout
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["dpo.lerning_rate=0.5"], "unknown key `dpo.lerning_rate`. Did you mean `learning_rate`?"),
+        (["dpo.learning_rate=fast"], "`dpo.learning_rate` must be a number, got 'fast'."),
+        (["dpo.shift_lambda=1.05"], "section `dpo`: `shift_lambda` must not exceed 1, got 1.05."),
+        (["model.model_name_or_path=no/where"], "`model.model_name_or_path` 'no/where' cannot be loaded"),
+        (["data.path=nowhere.jsonl"], "`data.path` 'nowhere.jsonl', split 'train', cannot be read"),
+        (["model.use_peft=true", "model.lora_target_modules=[nope]"], "stage `sft` cannot start: Target modules"),
+    ],
+    ids=["key", "type", "range", "model", "data", "lora"],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(arguments, said, recipe):
+    done = command(recipe, *arguments)
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+    lines = [line for line in done.stderr.splitlines() if not any(x in line for x in ("it/s", "Warning", "warn("))]
+    assert len([line for line in lines if line.strip()]) == 1
+
+
+def test_a_folder_with_other_files_is_left_alone(recipe, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.txt").write_text("mine")
+    done = command(recipe)
+    assert done.returncode == 2
+    assert "holds other files (thesis.txt)" in done.stderr
+    assert sorted(entry.name for entry in (tmp_path / "run").iterdir() if entry.name != ".lock") == ["thesis.txt"]
+
+
+def test_a_half_written_checkpoint_is_passed_over(tmp_path):
+    for step, text in ((2, '{"global_step": 2}'), (10, '{"global_step": 10, "log_'), (4, '{"global_step": 4}')):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(text)
+    (tmp_path / "checkpoint-12").mkdir()
+    (tmp_path / "checkpoint-old").mkdir()
+    assert last_complete_checkpoint(tmp_path) == (
+        tmp_path / "checkpoint-4",
+        [tmp_path / "checkpoint-12", tmp_path / "checkpoint-10"],
+    )
+    assert last_complete_checkpoint(tmp_path / "checkpoint-old") == (None, [])
+
+
+@pytest.mark.parametrize("name", ["gpt2_shift", "gpt2_shift_lora"])
+def test_the_gpt2_recipes_run_unchanged_on_folders_named_as_on_the_hub(name, tmp_path):
+    """GPT-2's architecture with random weights, at a twelfth of its depth, and its way of tokenising."""
+    from dposhift_trl.demo import save_demo_model
+
+    save_demo_model(str(tmp_path / "gpt2"))
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "gpt2")
+    config = GPT2Config(n_layer=1, bos_token_id=tokenizer.eos_token_id, eos_token_id=tokenizer.eos_token_id)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
+    data = tmp_path / "trl-lib" / "ultrafeedback_binarized"
+    data.mkdir(parents=True)
+    rows = [
+        {
+            side: [{"role": "user", "content": f"Count {i}."}, {"role": "assistant", "content": f"{answer} {i}."}]
+            for side, answer in (("chosen", "It is"), ("rejected", "No,"))
+        }
+        for i in range(10)
+    ]
+    for split, part in (("train", rows[:8]), ("test", rows[8:])):
+        (data / f"{split}.jsonl").write_text("\n".join(json.dumps(row) for row in part))
+    succeed(ROOT / "recipes" / f"{name}.yaml", "sft.use_cpu=true", "dpo.use_cpu=true", cwd=tmp_path)
+    run = tmp_path / "runs" / name
+    assert (run / "dpo" / "finished.json").is_file()
+    # The plain chat template that GPT-2 lacks is saved with the model
+    saved = AutoTokenizer.from_pretrained(run / "dpo")
+    text = saved.apply_chat_template(rows[0]["chosen"], tokenize=False)
+    assert text == "User: Count 0.\nAssistant: It is 0.<|endoftext|>"
+
+
+def test_two_processes_see_the_same_lambda_and_the_same_metrics_as_one(recipe, tmp_path):
+    # SGD, since Adam turns the rounding of another order of summation into whole steps
+    common = ["sft=null", "dpo.max_steps=4", "dpo.optim=sgd"]
+    options = [*common, "dpo.per_device_train_batch_size=2"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run(
+        [*launcher, "-m", "dposhift_trl.run", str(recipe), *options],
+        env=ENVIRONMENT, capture_output=True, text=True, timeout=180,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    succeed(recipe, f"output_dir={tmp_path / 'one'}", *common)
+    two, one = history(tmp_path / "run" / "dpo"), history(tmp_path / "one" / "dpo")
+    assert [entry.get("shift/lambda") for entry in two] == [entry.get("shift/lambda") for entry in one]
+    metrics = ("rewards/margins", "rewards/accuracies", "logps/chosen", "shift/margins", "dpo_loss")
+    for left, right in zip(two, one, strict=True):
+        for name in [n for n in right if n.removeprefix("eval_") in metrics]:
+            assert left[name] == pytest.approx(right[name], rel=1e-6, abs=1e-6)
