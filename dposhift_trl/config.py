@@ -20,6 +20,9 @@ else:
 # Loss types that see the two answers only through the difference of their log-ratios
 SHIFTABLE_LOSS_TYPES = frozenset({"sigmoid", "hinge", "ipo", "robust", "exo_pair", "discopop", "sigmoid_norm"})
 
+# Endings of logged names of which a smaller value is the better model; accuracies, margins and log-probabilities grow
+LOWER_IS_BETTER = ("loss", "chosen_fell", "perplexity", "entropy", "rejected", "runtime")
+
 
 @dataclass
 class DPOShiftConfig(DPOConfig):
@@ -95,6 +98,8 @@ class DPOShiftConfig(DPOConfig):
         # Lambda moves, so the loss at lambda_t does not rank the checkpoints of a run; the loss at lambda = 1 does
         if self.load_best_model_at_end and self.metric_for_best_model is None:
             self.metric_for_best_model = "dpo_loss"
+        if self.metric_for_best_model is not None and self.greater_is_better is None:
+            self.greater_is_better = not str(self.metric_for_best_model).endswith(LOWER_IS_BETTER)
         super().__post_init__()
         if not self.always_dpo:
             self.check_shift_has_meaning()

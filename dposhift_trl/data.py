@@ -515,9 +515,9 @@ class _RowCheck:
         if is_conversational(row):
             messages = row["prompt"] + (row[answer] if answer else [])
             kwargs = {"tools": row.get("tools"), **(row.get("chat_template_kwargs") or {})}
-            if isinstance(kwargs["tools"], str):
-                kwargs["tools"] = json.loads(kwargs["tools"])
             try:
+                if isinstance(kwargs["tools"], str):
+                    kwargs["tools"] = json.loads(kwargs["tools"])
                 tokens = self.tokenizer.apply_chat_template(
                     messages, tokenize=True, return_dict=True, add_generation_prompt=answer is None, **kwargs
                 )

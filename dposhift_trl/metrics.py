@@ -23,6 +23,10 @@ class PairScores:
             Scored tokens of each completion.
         shift_lambda (`torch.Tensor`):
             Lambda in force when the pair was scored.
+        batch_loss (`torch.Tensor`):
+            Loss of the batch the pair was scored in, in nats.
+        row_index (`torch.Tensor`):
+            Index of the pair's row in its dataset.
     """
 
     chosen_logps: torch.Tensor
@@ -32,12 +36,14 @@ class PairScores:
     chosen_tokens: torch.Tensor
     rejected_tokens: torch.Tensor
     shift_lambda: torch.Tensor
+    batch_loss: torch.Tensor
+    row_index: torch.Tensor
 
     def as_matrix(self) -> torch.Tensor:
         """The fields as columns, so that one gather carries them all. Shape: `(num_pairs, num_fields)`."""
-        columns = [getattr(self, field.name) for field in fields(self)]
-        dtype = torch.promote_types(self.chosen_logps.dtype, torch.float32)
-        return torch.stack([column.detach().to(dtype) for column in columns], dim=1)
+        # float64 where the device has it, since float32 holds row indices only to 2 ** 24
+        dtype = torch.float32 if self.chosen_logps.device.type == "mps" else torch.float64
+        return torch.stack([getattr(self, field.name).detach().to(dtype) for field in fields(self)], dim=1)
 
     @classmethod
     def from_matrices(cls, matrices: list[torch.Tensor]) -> "PairScores":

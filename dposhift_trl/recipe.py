@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import difflib
 import io
+import re
 import types
 import typing
 from collections.abc import Sequence
@@ -375,11 +376,14 @@ def _describe(hint: Any) -> str:
     if origin is Literal:
         return "one of " + ", ".join(map(str, arguments))
     if origin is list or hint is list:
-        return "a list" + (f", each item {_describe(arguments[0])}" if arguments else "")
+        return f"a list of {_plural(arguments[0])}" if arguments else "a list"
     if origin is dict or hint is dict:
-        typed = arguments and arguments[1] is not Any
-        return "a mapping" + (f", each value {_describe(arguments[1])}" if typed else "")
+        return f"a mapping to {_plural(arguments[1])}" if arguments and arguments[1] is not Any else "a mapping"
     return words.get(hint, "text")
+
+
+def _plural(hint: Any) -> str:
+    return re.sub(r"^a (whole )?(\w+)", r"\1\2s", _describe(hint))
 
 
 def _suggestion(key: Any, known: list[str]) -> str:

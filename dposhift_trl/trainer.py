@@ -1,18 +1,30 @@
 """DPOShiftTrainer and ChosenSFTTrainer: the one file that touches TRL's internals."""
 
+import copy
+import dataclasses
+import json
+from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import torch
+import trl
 from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
 from trl import DPOTrainer, SFTTrainer, extract_prompt
 
+from . import __version__
 from .callbacks import LambdaScheduleCallback
+from .collator import ROW_INDEX, PairCollator, with_row_index
 from .config import DPOShiftConfig
-from .losses import sequence_logps
+from .losses import dpo_shift_loss, sequence_logps
 from .metrics import PairScores, pair_metrics
 from .model_card import append_shift_section
 from .schedules import make_lambda_schedule
+
+
+# Releases whose DPOTrainer scores both answers through one call of a fused LM head
+TRL_WINDOW = "trl>=1.15,<1.17"
 
 
 class TrainingStopped(ValueError):
@@ -59,16 +71,31 @@ class DPOShiftTrainer(DPOTrainer):
         "id": "2502.07599",
     }
 
-    def __init__(self, model, ref_model=None, args=None, *positional, **kwargs):
+    def __init__(
+        self,
+        model,
+        ref_model=None,
+        args=None,
+        data_collator=None,
+        train_dataset=None,
+        eval_dataset=None,
+        *positional,
+        **kwargs,
+    ):
         if args is None:
             name = model if isinstance(model, str) else model.config._name_or_path
             args = DPOShiftConfig(f"{name.rstrip('/').split('/')[-1]}-DPO-Shift")
         self._shifts = isinstance(args, DPOShiftConfig)
-        self._reference_is_policy = ref_model is None
-        self._pair_scores: dict[str, list[torch.Tensor]] = {"train": [], "eval": []}
-        super().__init__(model, ref_model, args, *positional, **kwargs)
+        if self._shifts:
+            train_dataset, eval_dataset = with_row_index(train_dataset), with_row_index(eval_dataset)
+        super().__init__(model, ref_model, args, data_collator, train_dataset, eval_dataset, *positional, **kwargs)
         if not self._shifts:
             return
+        self.data_collator = PairCollator(self.data_collator)
+        self._pair_scores: dict[str, list[torch.Tensor]] = {"train": [], "eval": []}
+        self._eval_prefix = "eval"
+        self._reference_is_policy = ref_model is None
+        self._seam_is_checked = False
         given = [cb for cb in self.callback_handler.callbacks if isinstance(cb, LambdaScheduleCallback)]
         if given:
             args.check_shift_has_meaning()
@@ -85,24 +112,91 @@ class DPOShiftTrainer(DPOTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if not self._shifts:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        inputs = dict(inputs)
+        row_index = inputs.pop(ROW_INDEX, None)
         scored = _ShiftedModel(self, model, inputs)
+        result = self._loss_of(scored, return_outputs)
+        if not self._seam_is_checked:
+            self._check_seam(scored)
+        loss = result[0] if return_outputs else result
+        scores = scored.scores
+        scores.batch_loss = loss.detach().expand_as(scores.chosen_logps)
+        if row_index is not None:
+            scores.row_index = row_index
+        self._record(scores)
+        return result
+
+    def _loss_of(self, scored: "_ShiftedModel", return_outputs: bool = False):
         # DPOTrainer takes the reference from its inputs, where `scored` lays it once the policy has been scored
         precomputed = self.precompute_ref_logps
         self.precompute_ref_logps = True
         try:
-            result = super().compute_loss(scored, scored.inputs, return_outputs, num_items_in_batch)
+            return super().compute_loss(scored, scored.inputs, return_outputs)
         finally:
             self.precompute_ref_logps = precomputed
-        assert scored.scores is not None
-        self._record(scored.scores)
-        return result
+
+    def _check_seam(self, scored: "_ShiftedModel") -> None:
+        """
+        Check on the first batch what this class takes for granted of [`~trl.DPOTrainer`], which no version promises.
+
+        Its loss is taken once more, of log-probabilities moved off the reference, row by row by another factor, so
+        that a mix-up of halves, references or lambda shows in loss and gradient.
+        """
+        self._seam_is_checked = True
+        metrics, tokens, self._metrics = self._metrics, self._total_train_tokens, copy.deepcopy(self._metrics)
+        try:
+            replay = _Replay(self, scored)
+            loss = self._loss_of(replay)
+            fault = replay.fault(loss)
+        finally:
+            self._metrics, self._total_train_tokens = metrics, tokens
+        if scored.calls != 1:
+            fault = f"its loss calls the model {scored.calls} times"
+        if fault is not None:
+            raise TrainingStopped(
+                f"`trl` {trl.__version__} does not fit dposhift_trl {__version__}: {fault}. Install {TRL_WINDOW}, or a "
+                "newer dposhift_trl."
+            )
 
     def _record(self, scores: PairScores) -> None:
         mode = "train" if self.model.training else "eval"
         matrix = self.accelerator.gather_for_metrics(scores.as_matrix())
+        if not torch.isfinite(matrix).all():
+            self._stop_on_non_finite(PairScores.from_matrices([matrix]), mode)
         if mode == "train" and self._reference_is_policy:
             self._check_reference_is_policy(matrix)
         self._pair_scores[mode].append(matrix)
+
+    def _stop_on_non_finite(self, scores: PairScores, mode: str) -> None:
+        finite = torch.isfinite(torch.stack([getattr(scores, field.name) for field in fields(scores)])).all(dim=0)
+        rows = scores.row_index[~finite].long().tolist()
+        folder = Path(self.args.output_dir) / f"non_finite_at_step_{self.state.global_step}"
+        if self.is_world_process_zero():
+            dataset = self.train_dataset if mode == "train" else self.eval_dataset
+            texts = {}
+            if isinstance(dataset, Dataset) and ROW_INDEX in dataset.column_names:
+                places = {row: place for place, row in enumerate(dataset[ROW_INDEX])}
+                texts = {row: dataset[places[row]] for row in rows if row in places}
+            report = {
+                "step": self.state.global_step,
+                "split": mode,
+                "lambda": self.shift_lambda,
+                "learning_rate": self._get_learning_rate() if self.lr_scheduler is not None else None,
+                "rows": [
+                    {
+                        **{field.name: getattr(scores, field.name)[place].item() for field in fields(scores)},
+                        "row": {key: texts.get(row, {}).get(key) for key in ("prompt", "chosen", "rejected")},
+                    }
+                    for place, row in zip((~finite).nonzero().flatten().tolist(), rows, strict=True)
+                ],
+            }
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "rows.json").write_text(json.dumps(report, indent=2), encoding="utf-8")
+        raise TrainingStopped(
+            f"The loss or a log-probability is not finite at step {self.state.global_step} ({mode}), rows "
+            f"{rows}. Their scores and texts are in {folder / 'rows.json'}; checkpoints are as they were. Look for empty "
+            "or very long answers there, lower the learning rate, or train in bf16 or float32 instead of fp16."
+        )
 
     def _check_reference_is_policy(self, matrix: torch.Tensor) -> None:
         """Before the first step the policy is the reference, so that every lambda gives a loss of log 2."""
@@ -126,14 +220,41 @@ class DPOShiftTrainer(DPOTrainer):
                     "model and pass its folder as `model`, or pass the reference you want as `ref_model`."
                 )
 
+    def compute_ref_log_probs(self, model, inputs):
+        return super().compute_ref_log_probs(model, {key: inputs[key] for key in inputs if key != ROW_INDEX})
+
+    def _set_signature_columns_if_needed(self):
+        super()._set_signature_columns_if_needed()
+        if self._shifts and ROW_INDEX not in self._signature_columns:
+            self._signature_columns.append(ROW_INDEX)
+
+    def evaluate(self, eval_dataset=None, *args, **kwargs):
+        if self._shifts:
+            eval_dataset = with_row_index(eval_dataset)
+        return super().evaluate(eval_dataset, *args, **kwargs)
+
+    def evaluation_loop(self, dataloader, description, *args, metric_key_prefix="eval", **kwargs):
+        if self._shifts:
+            self._pair_scores["eval"].clear()
+            self._eval_prefix = metric_key_prefix
+        return super().evaluation_loop(dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        mode = "train" if self.model.training else "eval"
+        if self._shifts:
+            self._file_pair_metrics(logs, "train" if self.model.training else "eval")
+        super().log(logs, start_time)
+
+    def _file_pair_metrics(self, logs: dict[str, float], mode: str) -> None:
+        metrics = self._metrics[mode]
         if self._pair_scores[mode]:
             scores = PairScores.from_matrices(self._pair_scores[mode])
-            for name, value in pair_metrics(scores, self.beta).items():
-                self._metrics[mode][name] = [value]
             self._pair_scores[mode].clear()
-        super().log(logs, start_time)
+            for name, value in pair_metrics(scores, self.beta).items():
+                metrics[name] = [value]
+        if mode == "eval" and self._eval_prefix != "eval":
+            # DPOTrainer names the metrics of every evaluation set alike, so that the last set's would hide the others'
+            logs.update({f"{self._eval_prefix}_{name}": sum(values) / len(values) for name, values in metrics.items()})
+            metrics.clear()
 
     def create_model_card(self, model_name=None, dataset_name=None, tags=None):
         super().create_model_card(model_name, dataset_name, tags)
@@ -153,32 +274,39 @@ class _ShiftedModel:
     def __init__(self, trainer: DPOShiftTrainer, model: torch.nn.Module, inputs: dict[str, Any]):
         self.trainer = trainer
         self.model = model
-        self.inputs = dict(inputs)
-        self.scores: PairScores | None = None
+        self.inputs = inputs
+        self.calls = 0
 
     def __call__(self, **kwargs):
         outputs = self.model(**kwargs)
         if kwargs.get("fused_lm_head"):
-            self._score(outputs.log_probs)
+            self.calls += 1
+            self.outputs = outputs
+            self.scores = self._score(outputs.log_probs)
         return outputs
 
-    def _score(self, log_probs: torch.Tensor) -> None:
-        trainer, inputs = self.trainer, self.inputs
+    def _references(self) -> tuple[torch.Tensor, torch.Tensor]:
+        if "ref_chosen_logps" in self.inputs:
+            return self.inputs["ref_chosen_logps"], self.inputs["ref_rejected_logps"]
+        reference = self.trainer.model if self.trainer.ref_model is None else self.trainer.ref_model
+        return self.trainer.compute_ref_log_probs(reference, self.inputs)
+
+    def _lambda(self) -> float:
+        return self.trainer.shift_lambda
+
+    def _score(self, log_probs: torch.Tensor) -> PairScores:
+        inputs, shift_lambda = self.inputs, self._lambda()
         mask = inputs["completion_mask"][:, 1:]
         # Prompt-learning PEFT prepends virtual tokens to the outputs
-        logps = sequence_logps(log_probs[:, -mask.size(1) :], mask, trainer.ld_alpha)
+        logps = sequence_logps(log_probs[:, -mask.size(1) :], mask, self.trainer.ld_alpha)
         chosen_logps, rejected_logps = logps.chunk(2)
-        if "ref_chosen_logps" in inputs:
-            ref_chosen_logps, ref_rejected_logps = inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]
-        else:
-            reference = trainer.model if trainer.ref_model is None else trainer.ref_model
-            ref_chosen_logps, ref_rejected_logps = trainer.compute_ref_log_probs(reference, inputs)
+        ref_chosen_logps, ref_rejected_logps = self._references()
         inputs["ref_chosen_logps"], inputs["ref_rejected_logps"] = ref_chosen_logps, ref_rejected_logps
-        shift_lambda = trainer.shift_lambda
         if shift_lambda != 1.0:
             inputs["ref_rejected_logps"] = rejected_logps - shift_lambda * (rejected_logps - ref_rejected_logps)
         chosen_tokens, rejected_tokens = mask.sum(dim=1).chunk(2)
-        self.scores = PairScores(
+        unknown = torch.full_like(chosen_tokens, -1)
+        return PairScores(
             chosen_logps=chosen_logps,
             rejected_logps=rejected_logps,
             ref_chosen_logps=ref_chosen_logps,
@@ -186,7 +314,62 @@ class _ShiftedModel:
             chosen_tokens=chosen_tokens,
             rejected_tokens=rejected_tokens,
             shift_lambda=torch.full_like(chosen_logps, shift_lambda),
+            batch_loss=unknown,
+            row_index=unknown,
         )
+
+
+class _Replay(_ShiftedModel):
+    """The outputs of a batch once more, off the reference, for [`DPOShiftTrainer._check_seam`]."""
+
+    def __init__(self, trainer: DPOShiftTrainer, scored: _ShiftedModel):
+        super().__init__(trainer, scored.model, dict(scored.inputs))
+        scores, log_probs = scored.scores, scored.outputs.log_probs.detach()
+        self.inputs["ref_chosen_logps"] = scores.ref_chosen_logps.detach()
+        self.inputs["ref_rejected_logps"] = scores.ref_rejected_logps.detach()
+        factors = torch.linspace(1.05, 0.95, len(log_probs), device=log_probs.device, dtype=log_probs.dtype)
+        self.log_probs = (log_probs * factors[:, None]).requires_grad_()
+        self.real = scored.outputs
+
+    def __call__(self, **kwargs):
+        if not kwargs.get("fused_lm_head"):
+            return self.model(**kwargs)
+        self.calls += 1
+        with torch.enable_grad():
+            self.scores = self._score(self.log_probs)
+        return dataclasses.replace(self.real, log_probs=self.log_probs)
+
+    def _lambda(self) -> float:
+        # Off 1 where that has a meaning, so that its place shows
+        return 1.0 if self.trainer.args.always_dpo else 0.5
+
+    def fault(self, loss: torch.Tensor) -> str | None:
+        """What does not hold, in a few words, or None."""
+        args, scores, mask = self.trainer.args, self.scores, self.inputs["completion_mask"][:, 1:]
+        if self.calls != 1:
+            return f"its loss calls the model {self.calls} times"
+        if self.log_probs.shape[0] != mask.shape[0] or self.log_probs.shape[1] < mask.shape[1]:
+            return f"log-probabilities have the shape {tuple(self.log_probs.shape)}"
+        if (self.log_probs[:, -mask.shape[1] :] * (mask == 0)).any():
+            return "log-probabilities are not zero outside the answers"
+        if args.loss_type != ["sigmoid"] or args.use_weighting or args.f_divergence_type != "reverse_kl":
+            return None
+        if self.trainer.aux_loss_enabled:
+            return None
+        with torch.enable_grad():
+            expected = dpo_shift_loss(
+                scores.chosen_logps - scores.ref_chosen_logps,
+                scores.rejected_logps - scores.ref_rejected_logps,
+                beta=args.beta,
+                shift_lambda=self._lambda(),
+            ).mean()
+        if not torch.allclose(loss, expected, rtol=1e-3, atol=1e-5):
+            return f"the loss of a batch is {loss.item():.6f} where the closed form gives {expected.item():.6f}"
+        if loss.requires_grad:
+            found, wanted = (torch.autograd.grad(x, self.log_probs, retain_graph=True)[0] for x in (loss, expected))
+            if not torch.allclose(found, wanted, rtol=1e-2, atol=1e-3 * wanted.abs().max().item()):
+                return "the gradient of a batch's loss is not that of the closed form"
+        return None
 
 
 class ChosenSFTTrainer(SFTTrainer):

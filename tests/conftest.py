@@ -72,7 +72,7 @@ def settings(tmp_path: Path) -> dict:
         "output_dir": str(tmp_path / "out"),
         "bf16": False,
         "use_cpu": True,
-        "activation_checkpointing": False,
+        "gradient_checkpointing": False,
         "report_to": "none",
         "disable_tqdm": True,
         "logging_steps": 1,

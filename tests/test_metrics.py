@@ -8,8 +8,9 @@ from dposhift_trl.metrics import PairScores, pair_metrics
 
 def scores(chosen, rejected, shift_lambda):
     """Scores whose references are all -50."""
-    columns = [chosen, rejected, [-50.0] * len(chosen), [-50.0] * len(chosen), [5] * len(chosen), [7] * len(chosen)]
-    return PairScores(*(torch.tensor(column, dtype=torch.float64) for column in [*columns, shift_lambda]))
+    count = len(chosen)
+    columns = [chosen, rejected, [-50] * count, [-50] * count, [5] * count, [7] * count, shift_lambda, [0] * count]
+    return PairScores(*(torch.tensor(column, dtype=torch.float64) for column in [*columns, range(count)]))
 
 
 def test_every_metric_is_the_mean_over_pairs_worked_out_by_hand():
@@ -35,7 +36,7 @@ def test_every_metric_is_the_mean_over_pairs_worked_out_by_hand():
 
 def test_metrics_do_not_depend_on_how_pairs_were_batched():
     generator = torch.Generator().manual_seed(0)
-    whole = PairScores(*(-50 * torch.rand(9, generator=generator) for _ in range(7)))
+    whole = PairScores(*(-50 * torch.rand(9, generator=generator) for _ in range(9)))
     matrix = whole.as_matrix()
     means = [pair_metrics(PairScores.from_matrices(list(matrix.split(size))), 0.1) for size in (9, 4, 8, 1)]
     assert means[0] == means[1] == means[2] == means[3]

@@ -1,0 +1,46 @@
+"""Batches of pairs that know which rows they are made of."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from datasets import Dataset, IterableDataset
+
+
+ROW_INDEX = "row_index"
+
+
+class PairCollator:
+    """
+    Wraps a collator of preference rows and adds their `row_index`, so that a score can name its row.
+
+    Args:
+        collator (`Callable`):
+            [`~trl.trainer.dpo_trainer.DataCollatorForPreference`] or one with the same output.
+    """
+
+    def __init__(self, collator: Callable[[list[dict[str, Any]]], dict[str, Any]]):
+        self.collator = collator
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        rows = [example.get(ROW_INDEX, -1) for example in examples]
+        batch = self.collator(examples)
+        batch[ROW_INDEX] = torch.tensor(rows)
+        return batch
+
+
+def with_row_index(dataset):
+    """
+    Number the rows of a dataset, or of each in a dictionary, from 0; rows that are numbered keep their numbers.
+
+    Args:
+        dataset (`Dataset`, `IterableDataset`, a dictionary of them, or anything else, which passes unchanged):
+            Preference rows.
+    """
+    if isinstance(dataset, dict):
+        return type(dataset)({name: with_row_index(rows) for name, rows in dataset.items()})
+    if isinstance(dataset, Dataset) and ROW_INDEX not in dataset.column_names:
+        return dataset.add_column(ROW_INDEX, range(len(dataset)))
+    if isinstance(dataset, IterableDataset) and ROW_INDEX not in (dataset.column_names or next(iter(dataset), {})):
+        return dataset.map(lambda row, index: {ROW_INDEX: index}, with_indices=True)
+    return dataset
