@@ -154,8 +154,8 @@ class DPOShiftTrainer(DPOTrainer):
             fault = f"its loss calls the model {scored.calls} times"
         if fault is not None:
             raise TrainingStopped(
-                f"`trl` {trl.__version__} does not fit dposhift_trl {__version__}: {fault}. Install {TRL_WINDOW}, or a "
-                "newer dposhift_trl."
+                f"`trl` {trl.__version__} does not fit dposhift_trl {__version__}: {fault}. Install {TRL_WINDOW}, or "
+                "a newer dposhift_trl."
             )
 
     def _record(self, scores: PairScores) -> None:
@@ -194,8 +194,8 @@ class DPOShiftTrainer(DPOTrainer):
             (folder / "rows.json").write_text(json.dumps(report, indent=2), encoding="utf-8")
         raise TrainingStopped(
             f"The loss or a log-probability is not finite at step {self.state.global_step} ({mode}), rows "
-            f"{rows}. Their scores and texts are in {folder / 'rows.json'}; checkpoints are as they were. Look for empty "
-            "or very long answers there, lower the learning rate, or train in bf16 or float32 instead of fp16."
+            f"{rows}. Their scores and texts are in {folder / 'rows.json'}; checkpoints are as they were. Look for "
+            "empty or very long answers there, lower the learning rate, or train in bf16 or float32 instead of fp16."
         )
 
     def _check_reference_is_policy(self, matrix: torch.Tensor) -> None:

@@ -110,8 +110,8 @@ def test_a_minimum_above_the_maximum_is_refused_with_the_way_to_decrease(make):
     with pytest.raises(ValueError, match="must not exceed") as raised:
         make(lambda_min=1.0, lambda_max=0.75)
     assert str(raised.value) == (
-        "`lambda_min` must not exceed `lambda_max`, got 1.0 and 0.75. To decrease lambda over training keep min <= max "
-        "and set `lambda_schedule: linear_decrease`."
+        "`lambda_min` must not exceed `lambda_max`, got 1.0 and 0.75. To decrease lambda over training keep min <= "
+        "max and set `lambda_schedule: linear_decrease`."
     )
 
 
@@ -248,8 +248,8 @@ MEANINGLESS = {
     ),
     "weighting": (
         {"use_weighting": True},
-        "`use_weighting` must be false where lambda differs from 1, got True: WPO's weights and the shift both rescale "
-        "the pair, and their product is no published loss.",
+        "`use_weighting` must be false where lambda differs from 1, got True: WPO's weights and the shift both "
+        "rescale the pair, and their product is no published loss.",
     ),
 }
 

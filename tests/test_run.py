@@ -22,7 +22,7 @@ from dposhift_trl.run import last_complete_checkpoint
 
 ROOT = Path(__file__).parent.parent
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline"}
-STAGE = {"bf16": False, "use_cpu": True, "activation_checkpointing": False, "per_device_train_batch_size": 4}
+STAGE = {"bf16": False, "use_cpu": True, "gradient_checkpointing": False, "per_device_train_batch_size": 4}
 
 
 def command(*arguments, **kwargs):
