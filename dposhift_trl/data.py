@@ -23,6 +23,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 from trl import is_conversational, maybe_extract_prompt
 
+from .collator import ROW_INDEX, with_row_index
 from .demo import demo_dataset
 
 
@@ -412,6 +413,7 @@ def audit_preferences(
     for split, rows in (("eval", evaluation), ("train", train)):
         if rows is None:
             continue
+        rows = with_row_index(rows)
         check = _RowCheck(tokenizer, max_length, eval_keys if split == "train" else set())
         if isinstance(rows, IterableDataset):
             checked[split] = _audit_stream(rows, split, config, check)
@@ -436,7 +438,9 @@ def _audit_split(rows: Dataset, split: str, config: DataConfig, check: "_RowChec
             finding = findings[kind]
             finding.count += 1
             if len(finding.examples) < 3:
-                finding.examples.append({"row": index, **{name: _shown(row.get(name)) for name in PREFERENCE_COLUMNS}})
+                finding.examples.append(
+                    {"row": row[ROW_INDEX], **{name: _shown(row.get(name)) for name in PREFERENCE_COLUMNS}}
+                )
         if kind is None or findings[kind].policy == "keep":
             keep.append(index)
     for kind, finding in findings.items():

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset, DatasetDict
-from transformers import GPT2Config, GPT2LMHeadModel, GPT2TokenizerFast
+from transformers import GPT2Config, GPT2LMHeadModel, GPT2Tokenizer
 
 
 SEED = 20250210
@@ -202,7 +202,9 @@ def save_demo_model(folder: str | PathLike[str]) -> None:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
         initializer_range=0.05,  # at this width GPT-2's 0.02 learns several times slower
-        **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0),
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
     )
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(SEED)  # not `torch.manual_seed`, which seeds the accelerators too
@@ -242,7 +244,7 @@ def _pair(rng: Random) -> dict[str, str]:
     return {"prompt": prompt.format(**vars(scene)), "chosen": f" {right}", "rejected": f" {rejected}"}
 
 
-def _tokenizer() -> GPT2TokenizerFast:
+def _tokenizer() -> GPT2Tokenizer:
     texts = [text for row in demo_dataset()["train"] for text in row.values()]
-    untrained = GPT2TokenizerFast(pad_token="<|endoftext|>", model_max_length=NUM_POSITIONS)
+    untrained = GPT2Tokenizer(pad_token="<|endoftext|>", model_max_length=NUM_POSITIONS)
     return untrained.train_new_from_iterator(texts, VOCAB_SIZE, show_progress=False)

@@ -3,10 +3,12 @@
 import argparse
 import contextlib
 import dataclasses
+import errno
 import json
 import math
 import re
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -23,7 +25,8 @@ from accelerate import PartialState
 from accelerate.utils import is_peft_model
 from filelock import FileLock, Timeout
 from peft import AutoPeftModelForCausalLM
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, TrainerState, set_seed
+from safetensors import SafetensorError
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, TrainerCallback, TrainerState, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 from trl import SFTConfig, get_peft_config, get_quantization_config
 
@@ -36,6 +39,16 @@ from .schedules import make_lambda_schedule
 from .trainer import ChosenSFTTrainer, DPOShiftTrainer, TrainingStopped
 
 
+DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
+# safetensors and torch.save give no errno
+DISK_WORDS = (
+    "I/O error",
+    "No space left",
+    "File too large",
+    "PytorchStreamWriter failed",
+    "iostream error",
+    "unexpected pos",
+)
 FINISHED = "finished.json"
 RECIPE = "recipe.yaml"
 AUDIT = "audit.json"
@@ -46,8 +59,50 @@ class RunError(RuntimeError):
     """A run that cannot start or go on; the message is for the user."""
 
 
+class WriteError(RuntimeError):
+    """The disk took no more; the message is for the user."""
+
+
+class Terminated(Exception):
+    """SIGTERM came, and what there was to save is saved."""
+
+
+class SaveOnSigterm(TrainerCallback):
+    """At SIGTERM, finish the optimizer step, save a checkpoint and stop; every process, if it came to one."""
+
+    def __init__(self):
+        self.received = False
+        self.in_training = False
+        self.stopped_at = None
+        signal.signal(signal.SIGTERM, self._receive)
+
+    def _receive(self, signum, frame):
+        if not self.in_training:
+            raise Terminated("ended by SIGTERM before training; nothing was left half done")
+        self.received = True
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.in_training = True
+
+    def on_step_end(self, args, state, control, **kwargs):
+        received = torch.tensor(int(self.received), device=args.device)
+        if args.world_size > 1:
+            torch.distributed.all_reduce(received, op=torch.distributed.ReduceOp.MAX)
+        if received.item() and state.global_step < state.max_steps:
+            self.stopped_at = state.global_step
+            control.should_save = control.should_training_stop = True
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.in_training = False
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a recipe. Returns the exit code: 0 done, 1 stopped during training, 2 a mistake in what was asked for."""
+    """
+    Run a recipe.
+
+    Returns:
+        `int`: Exit code: 0 done, 1 stopped during training, 2 a mistake in what was asked for, 143 ended by SIGTERM.
+    """
     parser = argparse.ArgumentParser(
         prog="python -m dposhift_trl.run", description="Fine-tune on the chosen answers, then train by DPO-Shift."
     )
@@ -69,9 +124,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (RecipeError, DataError, RunError) as error:
         _complain(error)
         return 2
-    except TrainingStopped as error:
+    except (TrainingStopped, WriteError) as error:
         _complain(error)
         return 1
+    except Terminated as error:
+        _complain(error)
+        return 128 + signal.SIGTERM
     return 0
 
 
@@ -144,13 +202,14 @@ def run(recipe: Recipe, accept_changes: bool = False) -> None:
             _write(recipe.output_dir / AUDIT, json.dumps(findings, indent=2, ensure_ascii=False))
         for split, audit in audits.items():
             _say(f"{split}: {audit}")
-        start = base
+        start, sigterm = base, SaveOnSigterm()
         for name in recipe.stages:
             folder = recipe.output_dir / name
             if (folder / FINISHED).is_file():
                 _say(f"{name}: finished before, skipped ({folder})")
             else:
-                _run_stage(name, recipe, start, tokenizer, train, evaluation)
+                with _explained(name, folder):
+                    _run_stage(name, recipe, start, tokenizer, train, evaluation, sigterm)
             start = str(folder)
         _say(f"The model is in {start}")
 
@@ -245,8 +304,32 @@ def _load_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[Rows
     return audit_preferences(train, evaluation, recipe.data, tokenizer, recipe.max_length)
 
 
+@contextlib.contextmanager
+def _explained(name: str, folder: Path):
+    """A disk that takes no more, in one line; each library has its own way of saying so."""
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        full = isinstance(error, OSError) and error.errno in DISK_ERRORS
+        full |= not isinstance(error, OSError) and any(words in str(error) for words in DISK_WORDS)
+        if not full:
+            raise
+        kept = last_complete_checkpoint(folder)[0]
+        raise WriteError(
+            f"{name}: cannot write under {folder}: {' '.join(str(error).split())}. "
+            + (f"Checkpoint {kept} is whole" if kept else "Nothing was saved yet")
+            + "; make room and run the same command again."
+        ) from error
+
+
 def _run_stage(
-    name: str, recipe: Recipe, start: str, tokenizer: PreTrainedTokenizerBase, train: Rows, evaluation: Rows | None
+    name: str,
+    recipe: Recipe,
+    start: str,
+    tokenizer: PreTrainedTokenizerBase,
+    train: Rows,
+    evaluation: Rows | None,
+    sigterm: SaveOnSigterm,
 ) -> None:
     args, folder = recipe.stages[name], recipe.output_dir / name
     folder.mkdir(parents=True, exist_ok=True)
@@ -256,6 +339,7 @@ def _run_stage(
     _say(f"{name}: " + (f"going on from {checkpoint}" if checkpoint else f"starting from {start}"))
     began = time.monotonic()
     trainer = _make_trainer(name, recipe, start, tokenizer, train, evaluation)
+    trainer.add_callback(sigterm)
     with _wandb_run(name, recipe):
         state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME)) if checkpoint else None
         if checkpoint and state and 0 < state.max_steps <= state.global_step:
@@ -265,6 +349,10 @@ def _run_stage(
         else:
             args.eval_on_start = args.eval_on_start and not checkpoint  # it stands in the log already
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        if sigterm.stopped_at is not None:
+            raise Terminated(
+                f"{name}: SIGTERM, saved at step {sigterm.stopped_at}; the same command goes on from there"
+            )
         trainer.save_state()
         trainer.save_model()
         trainer.create_model_card(model_name=f"{recipe.run_name}-{name}", dataset_name=_hub_name(recipe))

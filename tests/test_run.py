@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -152,6 +153,52 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_weights_bit_for_bit(stage, 
         assert all(torch.equal(left[key], right[key]) for key in left)
         left, right = ([e["step"] for e in history(tmp_path / run / name)] for run in ("interrupted", "whole"))
         assert left == right
+
+
+def test_sigterm_saves_and_the_same_command_goes_on(recipe, tmp_path):
+    options = ["dpo.max_steps=60", "dpo.save_steps=50", "dpo.eval_strategy=no", "dpo.logging_steps=1"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "dposhift_trl.run", str(recipe), "sft=null", *options],
+        env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    for line in process.stdout:
+        if "'loss'" in line:
+            break
+    process.send_signal(signal.SIGTERM)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert "SIGTERM, saved at step" in stderr
+    assert "Traceback" not in stderr
+    resumed = succeed(recipe, "sft=null", *options)
+    assert "going on from" in resumed.stdout
+    assert [e["step"] for e in history(tmp_path / "run" / "dpo") if "loss" in e] == list(range(1, 61))
+    succeed(recipe, f"output_dir={tmp_path / 'whole'}", "sft=null", *options)
+    left, right = (load_file(tmp_path / run / "dpo" / "model.safetensors") for run in ("run", "whole"))
+    assert all(torch.equal(left[key], right[key]) for key in left)
+
+
+def test_a_full_disk_is_one_line_and_loses_no_checkpoint(recipe, tmp_path):
+    """A limit on the size of any file stands for the disk: the model still fits, the optimizer's state does not."""
+    succeed(recipe, "dpo=null")
+    weights = (tmp_path / "run" / "sft" / "model.safetensors").stat().st_size
+    options = ["--accept-changes", "sft=null", f"model.model_name_or_path={tmp_path / 'run' / 'sft'}"]
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (int(weights * 1.5), int(weights * 1.5)))
+
+    done = command(recipe, *options, f"output_dir={tmp_path / 'full'}", preexec_fn=limit)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert "dpo: cannot write under" in done.stderr
+    assert "Nothing was saved yet; make room and run the same command again." in done.stderr
+    succeed(recipe, *options, f"output_dir={tmp_path / 'full'}")
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(recipe, tmp_path):
+    (tmp_path / "file").write_text("")
+    done = command(recipe, f"output_dir={tmp_path / 'file' / 'run'}")
+    assert (done.returncode, "Traceback" in done.stderr) == (2, False)
+    assert "cannot be written" in done.stderr
 
 
 def test_a_run_killed_between_the_last_checkpoint_and_the_end_only_saves(recipe, tmp_path):
