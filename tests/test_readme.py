@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_tokenizer
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 from dposhift_trl import __version__
+from dposhift_trl.data import PLAIN_CHAT_TEMPLATE
+from dposhift_trl.demo import save_demo_model
 from dposhift_trl.recipe import load_recipe
 from dposhift_trl.schedules import LAMBDA_SCHEDULES
 
@@ -57,27 +58,26 @@ def test_every_recipe_ends_its_header_with_its_own_command():
 
 def test_the_six_lines_train(tmp_path, monkeypatch):
     (block,) = blocks("python")
-    tokenizer = make_tokenizer()
-    tokenizer.chat_template = (
-        "{% for m in messages %}{{ ' ' + m['content'] }}{% endfor %}"
-        "{% if not add_generation_prompt %} <eos>{% endif %}"
-    )
+    model = tmp_path / "Qwen" / "Qwen2.5-0.5B-Instruct"
+    save_demo_model(str(model))
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.chat_template = PLAIN_CHAT_TEMPLATE
     config = Qwen2Config(
         vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
         num_key_value_heads=1, max_position_embeddings=64, bos_token_id=0, eos_token_id=0,
     )  # fmt: skip
-    model = tmp_path / "Qwen" / "Qwen2.5-0.5B-Instruct"
     Qwen2ForCausalLM(config).save_pretrained(model)
     tokenizer.save_pretrained(model)
     rows = tmp_path / "trl-lib" / "ultrafeedback_binarized"
     rows.mkdir(parents=True)
-    turns = [[{"role": "user", "content": "w1"}, {"role": "assistant", "content": word}] for word in ("w2", "w3")]
+    turns = [[{"role": "user", "content": "Count."}, {"role": "assistant", "content": word}] for word in ("One.", "Two.")]
     (rows / "train.jsonl").write_text((json.dumps({"chosen": turns[0], "rejected": turns[1]}) + "\n") * 8)
     monkeypatch.chdir(tmp_path)
     # The block leaves bf16 at TRL's default, which a CPU refuses without `use_cpu`
     monkeypatch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: True)
     names: dict = {}
     exec(block, names)
+    assert names["trainer"].train_dataset[0]["chosen_ids"] != names["trainer"].train_dataset[0]["rejected_ids"]
     assert names["trainer"].state.global_step == 3
     assert names["trainer"].shift_lambda == 0.75
     assert (tmp_path / "qwen-shift" / "checkpoint-3" / "trainer_state.json").is_file()
