@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -322,13 +323,42 @@ def test_the_gpt2_recipes_run_unchanged_on_folders_named_as_on_the_hub(name, tmp
     assert text == "User: Count 0.\nAssistant: It is 0.<|endoftext|>"
 
 
+TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+ONE = [sys.executable]
+
+
+@pytest.mark.parametrize(("first", "second"), [(TWO, ONE), (ONE, TWO)], ids=["two-then-one", "one-then-two"])
+def test_a_run_goes_on_with_another_number_of_processes(first, second, recipe, tmp_path):
+    # The batch of a step stays 4 pairs; SGD, since Adam turns rounding into whole steps
+    common = ["sft=null", "dpo.max_steps=4", "dpo.optim=sgd", "dpo.report_to=none", "--accept-changes"]
+    size = {len(TWO): "dpo.per_device_train_batch_size=2", len(ONE): "dpo.per_device_train_batch_size=4"}
+
+    def run(launcher, *overrides):
+        done = subprocess.run(
+            [*launcher, "-m", "dposhift_trl.run", str(recipe), *common, size[len(launcher)], *overrides],
+            env=ENVIRONMENT, capture_output=True, text=True, timeout=180,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-4000:]
+        return done.stdout
+
+    run(first)
+    folder = tmp_path / "run" / "dpo"
+    whole, steps = load_file(folder / "model.safetensors"), history(folder)
+    (folder / "finished.json").unlink()
+    shutil.rmtree(folder / "checkpoint-4")
+    assert "going on from" in run(second)
+    resumed = load_file(folder / "model.safetensors")
+    assert all(torch.allclose(whole[key], resumed[key], rtol=1e-5, atol=1e-6) for key in whole)
+    assert [e["step"] for e in history(folder)] == [e["step"] for e in steps]
+    assert [e.get("shift/lambda") for e in history(folder)] == [e.get("shift/lambda") for e in steps]
+
+
 def test_two_processes_see_the_same_lambda_and_the_same_metrics_as_one(recipe, tmp_path):
     # SGD, since Adam turns the rounding of another order of summation into whole steps
     common = ["sft=null", "dpo.max_steps=4", "dpo.optim=sgd"]
     options = [*common, "dpo.per_device_train_batch_size=2"]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = subprocess.run(
-        [*launcher, "-m", "dposhift_trl.run", str(recipe), *options],
+        [*TWO, "-m", "dposhift_trl.run", str(recipe), *options],
         env=ENVIRONMENT, capture_output=True, text=True, timeout=180,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
