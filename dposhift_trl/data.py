@@ -1,6 +1,7 @@
 """Preference rows: loading, column checks and the row audit. Tokenising is TRL's."""
 
 import dataclasses
+import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator
@@ -407,7 +408,7 @@ def audit_preferences(
         DataError: If a kind with the policy `error` occurs, or too few rows are left.
     """
     audits: dict[str, SplitAudit] = {}
-    eval_keys: set[str] = set()
+    eval_keys: set[bytes] = set()
     checked: dict[str, Rows | None] = {"eval": None}
     # Evaluation first: a row in both splits is taken out of training
     for split, rows in (("eval", evaluation), ("train", train)):
@@ -476,19 +477,22 @@ class _RowCheck:
 
     STREAMED = ("missing", "empty", "identical", "lost", "cut")
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int | None, forbidden: set[str]):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int | None, forbidden: set[bytes]):
         self.tokenizer = tokenizer
         self.max_length = max_length
         self.forbidden = forbidden
-        self.seen: set[str] = set()
+        self.seen: set[bytes] = set()
         self.explicit = True
+        self.form: type | None = None  # text or conversations, which TRL decides by the first row
 
     def __call__(self, row: dict[str, Any]) -> list[str]:
         kinds = list(self.streamed(row))
         if "missing" in kinds:
             return kinds
         explicit = _with_prompt(row)
-        key = json.dumps([explicit[name] for name in PREFERENCE_COLUMNS])
+        # A digest, since the texts of a whole split are too much to hold
+        text = json.dumps([explicit[name] for name in PREFERENCE_COLUMNS]).encode()
+        key = hashlib.blake2b(text, digest_size=16).digest()
         if key in self.forbidden:
             kinds.append("leaked")
         if key in self.seen:
@@ -500,6 +504,10 @@ class _RowCheck:
         """The checks that need no memory of other rows."""
         explicit = _with_prompt(row) if _is_preference(row) else None
         if explicit is None or explicit["prompt"] == []:
+            yield "missing"
+            return
+        self.form = self.form or type(row["chosen"])
+        if not isinstance(row["chosen"], self.form):
             yield "missing"
             return
         self.explicit = self.explicit and explicit is row

@@ -228,7 +228,7 @@ def _claimed(recipe: Recipe, accept_changes: bool):
             problem = _refusal(recipe, accept_changes)
         except Timeout:
             problem = f"{folder}: another command is running in this folder."
-        except OSError as error:
+        except (OSError, ValueError) as error:
             problem = f"`output_dir` {folder} cannot be written: {error}"
     else:
         problem, lock = None, None

@@ -1,0 +1,897 @@
+"""Preference rows: where they come from, what becomes of them, and which of them go."""
+
+import json
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+
+import datasets
+import pytest
+from datasets import Dataset, DatasetDict
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+from trl import DPOConfig, DPOTrainer
+
+from dposhift_trl.collator import ROW_INDEX
+from dposhift_trl.data import (
+    AUDIT_KINDS,
+    PLAIN_CHAT_TEMPLATE,
+    DataConfig,
+    DataError,
+    DataSource,
+    _RowCheck,
+    audit_preferences,
+    load_preferences,
+    use_plain_chat_template,
+)
+from dposhift_trl.demo import demo_dataset
+
+
+TEMPLATE = (
+    "{% for tool in tools or [] %}w30 {% endfor %}"
+    "{% for message in messages %}{{ message['role'] + ' ' + message['content'] + ' ' }}{% endfor %}"
+    "{% if add_generation_prompt %}assistant {% endif %}"
+)
+WORDS = ["<eos>", "<pad>", "user", "assistant", *(f"w{index}" for index in range(40))]
+
+
+def user(content):
+    return {"role": "user", "content": content}
+
+
+def assistant(content):
+    return {"role": "assistant", "content": content}
+
+
+def row(prompt="w1", chosen=" w2", rejected=" w3"):
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+
+
+def chat(prompt="w1", chosen="w2", rejected="w3"):
+    return {"prompt": [user(prompt)], "chosen": [assistant(chosen)], "rejected": [assistant(rejected)]}
+
+
+def implicit_chat(prompt="w1", chosen="w2", rejected="w3"):
+    return {"chosen": [user(prompt), assistant(chosen)], "rejected": [user(prompt), assistant(rejected)]}
+
+
+ROWS = [row(f"w{index}") for index in range(10)]
+
+
+@pytest.fixture
+def tokenizer():
+    words = Tokenizer(models.WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="<pad>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>", pad_token="<pad>")
+
+
+@pytest.fixture
+def chat_tokenizer(tokenizer):
+    tokenizer.chat_template = TEMPLATE
+    return tokenizer
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    """An empty working directory, and a cache of its own."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+
+
+@pytest.fixture(params=[False, True], ids=["map-style", "streaming"])
+def streaming(request):
+    return request.param
+
+
+def write(name, rows):
+    Path(name).parent.mkdir(parents=True, exist_ok=True)
+    Path(name).write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
+    return name
+
+
+def load(seed=0, **settings):
+    train, evaluation = load_preferences(DataConfig(**settings), seed)
+    return list(train), None if evaluation is None else list(evaluation)
+
+
+def refusal(**settings):
+    with pytest.raises(DataError) as raised:
+        load(**settings)
+    return str(raised.value)
+
+
+# Settings
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({}, "one of `path` and `mixture` must be set, got neither. Write `path: demo` for the built-in data."),
+        (
+            {"path": ""},
+            "one of `path` and `mixture` must be set, got neither. Write `path: demo` for the built-in data.",
+        ),
+        (
+            {"path": "demo", "mixture": [{"path": "demo"}]},
+            "one of `path` and `mixture` must be set, got both. Write `path: demo` for the built-in data.",
+        ),
+        ({"mixture": []}, "`mixture` must hold at least one source, got []. Write for example `- path: demo`."),
+        (
+            {"mixture": [{"path": "demo"}, {"weight": 2.0}]},
+            "`path` must be set in every source of a `mixture`, but source 1 has none.",
+        ),
+        *(
+            (
+                {"mixture": [{"path": "demo"}], name: value},
+                f"`{name}` must stand in the sources of a `mixture`, not beside it, got {value!r}. Write it into each "
+                "source it applies to.",
+            )
+            for name, value in {"eval_split": "test", "columns": {"chosen": "good"}, "weight": 2.0}.items()
+        ),
+        *(
+            (
+                {"path": "demo", "weight": weight},
+                f"`weight` must be finite and greater than 0, got {weight}. Leave the source out instead.",
+            )
+            for weight in (0, -1.0, float("nan"), float("inf"))
+        ),
+        (
+            {"mixture": [{"path": "demo", "weight": 0}]},
+            "`weight` must be finite and greater than 0, got 0. Leave the source out instead.",
+        ),
+        (
+            {"path": "demo", "columns": {"good": "chosen"}},
+            "`columns` must map prompt, chosen, rejected to the names in the data, got the key 'good'. Write "
+            "`columns: {chosen: chosen}`, ours first.",
+        ),
+        (
+            {"path": "demo", "columns": {"chosen": "a", "rejected": "a"}},
+            "`columns` must name a column of the data once, got {'chosen': 'a', 'rejected': 'a'}.",
+        ),
+        *(
+            (
+                {"path": "demo", "eval_size": size},
+                f"`eval_size` must be a number of rows above 0 or a share between 0 and 1, got {size}. Write for "
+                "example `eval_size: 0.05`.",
+            )
+            for size in (0, -1, 0.0, 1.0, 1.5, float("nan"))
+        ),
+        (
+            {"path": "demo", "eval_size": 5, "eval_split": "test"},
+            "`eval_size` must be left out where there is an `eval_split`, got 5. Remove one.",
+        ),
+        (
+            {"mixture": [{"path": "demo", "eval_split": "test"}, {"path": "demo"}], "eval_size": 5},
+            "`eval_size` must be left out where there is an `eval_split`, got 5. Remove one.",
+        ),
+        (
+            {"path": "demo", "eval_size": 0.1, "streaming": True},
+            "`eval_size` must be a number of rows with `streaming`, got 0.1. Write for example `eval_size: 500`.",
+        ),
+        *(
+            ({"path": "demo", name: 0}, f"`{name}` must be at least 1, got 0. Leave it out to take all rows.")
+            for name in ("max_train_rows", "max_eval_rows")
+        ),
+        *(
+            (
+                {"path": "demo", "min_rows_kept": share},
+                f"`min_rows_kept` must be a share above 0 and at most 1, got {share}. Write for example 0.5 to stop "
+                "where more than half of a split would be dropped.",
+            )
+            for share in (0, -0.1, 1.1, float("nan"))
+        ),
+        ({"path": "demo", "audit": "skip"}, "`audit` must be one of drop, keep, error, got 'skip' for missing."),
+        ({"path": "demo", "audit": {"cut": "skip"}}, "`audit` must be one of drop, keep, error, got 'skip' for cut."),
+        (
+            {"path": "demo", "audit": {"short": "keep"}},
+            "`audit` must name its kinds among missing, empty, identical, duplicate, leaked, lost, cut, got 'short'.",
+        ),
+        (
+            {"path": "demo", "audit": {"missing": "keep"}},
+            "`audit` must be drop or error for missing, got 'keep': a null cannot be trained on.",
+        ),
+    ],
+    ids=lambda value: str(value) if isinstance(value, dict) else "",
+)
+def test_settings_that_cannot_be_meant_are_refused_with_value_and_remedy(settings, message):
+    with pytest.raises(ValueError, match="`") as raised:
+        DataConfig(**settings)
+    assert str(raised.value) == message
+
+
+@pytest.mark.parametrize(
+    ("audit", "expected"),
+    [
+        ("drop", dict.fromkeys(AUDIT_KINDS, "drop")),
+        ("error", dict.fromkeys(AUDIT_KINDS, "error")),
+        ("keep", {**dict.fromkeys(AUDIT_KINDS, "keep"), "missing": "drop"}),
+        (
+            {"cut": "keep", "missing": "error"},
+            {**dict.fromkeys(AUDIT_KINDS, "drop"), "cut": "keep", "missing": "error"},
+        ),
+        ({}, dict.fromkeys(AUDIT_KINDS, "drop")),
+    ],
+    ids=str,
+)
+def test_each_kind_has_its_policy_and_a_null_is_never_kept(audit, expected):
+    config = DataConfig(path="demo", audit=audit)
+    assert {kind: config.policy(kind) for kind in AUDIT_KINDS} == expected
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"path": "demo"}, False),
+        ({"path": "demo", "eval_split": "test"}, True),
+        ({"path": "demo", "eval_size": 1}, True),
+        ({"mixture": [{"path": "demo"}]}, False),
+        ({"mixture": [{"path": "demo"}, {"path": "demo", "eval_split": "test"}]}, True),
+    ],
+    ids=str,
+)
+def test_a_config_knows_whether_there_are_rows_to_evaluate_on(settings, expected):
+    assert DataConfig(**settings).has_eval is expected
+
+
+# Where rows come from
+
+
+@pytest.mark.parametrize(
+    ("name", "save"),
+    [
+        ("rows.jsonl", Dataset.to_json),
+        ("rows.json", lambda rows, name: rows.to_json(name, lines=False)),
+        ("rows.csv", Dataset.to_csv),
+        ("rows.parquet", Dataset.to_parquet),
+        ("v1.2/my.rows.jsonl", Dataset.to_json),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_file_is_read_by_its_ending(name, save, streaming):
+    Path(name).parent.mkdir(exist_ok=True)
+    save(Dataset.from_list(ROWS), name)
+    assert load(path=name, streaming=streaming) == (ROWS, None)
+
+
+def test_a_saved_dataset_is_read_whole_or_by_split(streaming):
+    Dataset.from_list(ROWS).save_to_disk("rows")
+    DatasetDict(train=Dataset.from_list(ROWS), held=Dataset.from_list(ROWS[:3])).save_to_disk("splits")
+    assert load(path="rows", streaming=streaming) == (ROWS, None)
+    assert load(path="splits", eval_split="held", streaming=streaming) == (ROWS, ROWS[:3])
+
+
+def test_a_folder_of_split_files_is_read_even_under_a_name_like_the_hub_s(streaming):
+    write("trl-lib/pairs/train.jsonl", ROWS)
+    write("trl-lib/pairs/test.jsonl", ROWS[:4])
+    for path in ("trl-lib/pairs", "trl-lib/pairs/", str(Path("trl-lib/pairs").resolve())):
+        assert load(path=path, eval_split="test", streaming=streaming) == (ROWS, ROWS[:4])
+    swapped = {"train": "test.jsonl", "rest": "train.jsonl"}
+    assert load(path="trl-lib/pairs", data_files=swapped, eval_split="rest", streaming=streaming) == (ROWS[:4], ROWS)
+
+
+def test_a_builder_of_datasets_reads_the_files_it_is_given(streaming):
+    write("rows.txt", ROWS)
+    assert load(path="json", data_files="rows.txt", streaming=streaming) == (ROWS, None)
+
+
+def test_the_demo_is_built_in(streaming):
+    train, evaluation = load(path="demo", eval_split="test", max_train_rows=7, max_eval_rows=2, streaming=streaming)
+    assert (len(train), len(evaluation)) == (7, 2)
+    assert [sorted(row) for row in (train[0], evaluation[0])] == [["chosen", "prompt", "rejected"]] * 2
+
+
+def test_a_folder_named_demo_does_not_hide_the_built_in_data():
+    write("demo/train.jsonl", ROWS)
+    assert load(path="demo") == (list(demo_dataset()["train"]), None)
+    assert load(path="./demo") == (ROWS, None)
+
+
+UNREADABLE = {
+    "no file": ("rows.jsonl", None, "cannot be read: there is no such file"),
+    "empty file": ("rows.jsonl", b"", "cannot be read: the file is empty"),
+    "broken JSON": ("rows.jsonl", b'{"chosen": "a"\n{{{', "JSON parse error: Missing a comma or '}' after an object"),
+    "broken last line": ("rows.jsonl", b'{"chosen": "a"}\n{{{', "JSON parse error: Missing a name for object member"),
+    "JSON of no rows": ("rows.json", b"3", "JSON parse error: "),
+    "no parquet": ("rows.parquet", b"xx", "cannot be read: Parquet file size is 2 bytes"),
+    "no text": ("rows.csv", b"\xff\xfe\x00,\n", "'utf-8' codec can't decode byte 0xff"),
+    "no such Hub name": ("some/dataset", None, "cannot be read: Couldn't reach 'some/dataset' on the Hub"),
+}
+
+
+@pytest.mark.parametrize(("name", "content", "reason"), UNREADABLE.values(), ids=UNREADABLE)
+def test_what_cannot_be_read_is_refused_with_path_split_and_reason(name, content, reason, streaming):
+    if content is not None:
+        Path(name).write_bytes(content)
+    message = refusal(path=name, streaming=streaming)
+    assert message.startswith(f"`data.path` '{name}', split 'train', cannot be read: ")
+    assert reason in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("name", "content"), [("a.csv", "prompt,chosen,rejected\n"), ("b.jsonl", "\n\n"), ("c.json", "[]")]
+)
+def test_a_file_without_rows_is_refused(name, content, streaming):
+    Path(name).write_text(content)
+    message = refusal(path=name, streaming=streaming)
+    assert message.startswith(f"`data.path` '{name}', split 'train', ")
+    assert message.endswith("has no rows." if streaming else 'Instruction "train" corresponds to no data!')
+
+
+@pytest.mark.parametrize(
+    ("path", "reason"),
+    [
+        ("rows.jsonl", "a file has the one split 'train'; hold rows out with `data.eval_size`"),
+        ("rows", "it holds no splits, only rows; hold some out with `data.eval_size`"),
+        ("splits", "it has the splits train, test"),
+        ("demo", "the demo has the splits train, test"),
+    ],
+)
+def test_a_split_that_is_not_there_is_refused_with_those_that_are(path, reason, streaming):
+    write("rows.jsonl", ROWS)
+    Dataset.from_list(ROWS).save_to_disk("rows")
+    DatasetDict(train=Dataset.from_list(ROWS), test=Dataset.from_list(ROWS)).save_to_disk("splits")
+    assert refusal(path=path, eval_split="held", streaming=streaming) == (
+        f"`data.path` '{path}', split 'held', cannot be read: {reason}"
+    )
+
+
+def test_a_folder_names_its_splits_or_its_lack_of_files(streaming):
+    write("pairs/train.jsonl", ROWS)
+    Path("empty").mkdir()
+    message = refusal(path="pairs", eval_split="held", streaming=streaming)
+    assert message.startswith("`data.path` 'pairs', split 'held', cannot be read: ")
+    assert message.removesuffix(".").endswith("['train']")
+    message = refusal(path="empty", streaming=streaming)
+    assert message.startswith("`data.path` 'empty', split 'train', cannot be read: The directory at ")
+
+
+# Columns
+
+
+@pytest.mark.parametrize(
+    ("given", "columns", "expected"),
+    [
+        pytest.param({"chosen": "a", "rejected": "b"}, None, {"chosen": "a", "rejected": "b"}, id="implicit prompt"),
+        pytest.param({**ROWS[0], "score": 3}, None, ROWS[0], id="others are left out"),
+        pytest.param({**ROWS[0], "tools": "[]"}, None, {**ROWS[0], "tools": "[]"}, id="tools are kept"),
+        pytest.param(
+            {"question": "q", "good": "a", "bad": "b"},
+            {"prompt": "question", "chosen": "good", "rejected": "bad"},
+            {"prompt": "q", "chosen": "a", "rejected": "b"},
+            id="all renamed",
+        ),
+        pytest.param(
+            {"prompt": "q", "chosen": "a", "rejected": "b", "worse": "c"},
+            {"rejected": "worse"},
+            {"prompt": "q", "chosen": "a", "rejected": "c"},
+            id="over another",
+        ),
+        pytest.param(
+            {"prompt": "q", "chosen": "a", "rejected": "b"},
+            {"chosen": "rejected", "rejected": "chosen"},
+            {"prompt": "q", "chosen": "b", "rejected": "a"},
+            id="swapped",
+        ),
+        pytest.param(
+            {"prompt": "q", "chosen": "a", "rejected": "b"},
+            {"prompt": "rejected", "rejected": "chosen", "chosen": "prompt"},
+            {"prompt": "b", "chosen": "q", "rejected": "a"},
+            id="in a ring",
+        ),
+        pytest.param(
+            {"prompt": "q", "answer": "a", "rejected": "b"},
+            {"prompt": "prompt", "chosen": "answer"},
+            {"prompt": "q", "chosen": "a", "rejected": "b"},
+            id="one onto itself",
+        ),
+        pytest.param(
+            {"prompt": "a", "rejected": "b"}, {"chosen": "prompt"}, {"chosen": "a", "rejected": "b"}, id="moved away"
+        ),
+    ],
+)
+def test_columns_are_renamed_and_the_rest_left_out(given, columns, expected, streaming):
+    write("rows.jsonl", [given])
+    assert load(path="rows.jsonl", columns=columns, streaming=streaming) == ([expected], None)
+
+
+def test_columns_that_are_not_there_are_refused_with_those_that_are(streaming):
+    write("rows.jsonl", [{"question": "q", "chosen": "a", "bad": "b"}])
+    assert refusal(path="rows.jsonl", streaming=streaming) == (
+        "'rows.jsonl' has no column 'rejected', only question, chosen, bad. Name yours, for example "
+        "`data.columns: {rejected: question}`."
+    )
+    assert refusal(path="rows.jsonl", columns={"rejected": "worse"}, streaming=streaming) == (
+        "`data.columns` maps rejected to 'worse', but 'rows.jsonl' has the columns question, chosen, bad."
+    )
+
+
+# Mixtures
+
+
+def named(name, count):
+    return write(f"{name}.jsonl", [row(f"{name}{index}") for index in range(count)])
+
+
+def test_a_mixture_draws_by_weight_until_a_source_is_exhausted(streaming):
+    mixture = [{"path": named("a", 300), "weight": 3}, {"path": named("b", 300), "weight": 1}]
+    rows, _ = load(mixture=mixture, streaming=streaming)
+    counts = Counter(row["prompt"][0] for row in rows)
+    assert counts["a"] == 300
+    assert 70 <= counts["b"] <= 130
+    for name in "ab":  # each source in its own order
+        assert [row["prompt"] for row in rows if row["prompt"][0] == name] == [
+            f"{name}{i}" for i in range(counts[name])
+        ]
+
+
+def test_the_seed_alone_determines_the_order_of_a_mixture():
+    settings = {"mixture": [{"path": named("a", 50)}, {"path": named("b", 50)}]}
+    assert load(seed=1, **settings) == load(seed=1, **settings)
+    assert load(seed=1, **settings) != load(seed=2, **settings)
+
+
+def test_a_mixture_of_one_source_is_that_source(streaming):
+    assert load(mixture=[{"path": named("a", 5), "weight": 0.2}], streaming=streaming) == load(path="a.jsonl")
+
+
+def test_sources_of_a_mixture_have_splits_and_columns_of_their_own(streaming):
+    write("a/train.jsonl", [{"prompt": "a", "good": "w1", "rejected": "w2"}] * 5)
+    write("a/test.jsonl", [{"prompt": "held", "good": "w1", "rejected": "w2"}] * 2)
+    write("b.jsonl", [row("b")] * 5)
+    mixture = [{"path": "a", "eval_split": "test", "columns": {"chosen": "good"}}, {"path": "b.jsonl"}]
+    train, evaluation = load(mixture=mixture, streaming=streaming)
+    assert {row["prompt"] for row in train} == {"a", "b"}
+    assert evaluation == [row("held", "w1", "w2")] * 2
+
+
+def test_evaluation_rows_of_all_sources_are_joined(streaming):
+    for name in "ab":
+        write(f"{name}/train.jsonl", [row(name)] * 3)
+        write(f"{name}/test.jsonl", [row(f"held {name}")] * 2)
+    _, evaluation = load(mixture=[{"path": name, "eval_split": "test"} for name in "ab"], streaming=streaming)
+    assert [row["prompt"] for row in evaluation] == ["held a", "held a", "held b", "held b"]
+
+
+def test_sources_of_different_forms_are_refused(streaming):
+    write("text.jsonl", ROWS)
+    write("implicit.jsonl", [{"chosen": "w1 w2", "rejected": "w1 w3"}])
+    write("chat.jsonl", [chat()])
+    assert refusal(mixture=[{"path": "implicit.jsonl"}, {"path": "text.jsonl"}], streaming=streaming) == (
+        "the sources of `data.mixture` must all have a column 'prompt' or none, got it in text.jsonl alone. Add it to "
+        "the others."
+    )
+    message = refusal(mixture=[{"path": "text.jsonl"}, {"path": "chat.jsonl"}], streaming=streaming)
+    assert message.startswith("the sources of `data.mixture` cannot be mixed: The features can't be aligned")
+
+
+# Holding out
+
+
+def test_a_number_of_rows_is_held_out(streaming):
+    train, evaluation = load(path=write("rows.jsonl", ROWS), eval_size=3, streaming=streaming)
+    assert (len(train), len(evaluation)) == (7, 3)
+    assert sorted(row["prompt"] for row in train + evaluation) == sorted(row["prompt"] for row in ROWS)
+
+
+@pytest.mark.parametrize(("share", "count"), [(0.3, 3), (0.25, 3), (0.001, 1)])
+def test_a_share_of_the_rows_is_held_out_rounded_up(share, count):
+    train, evaluation = load(path=write("rows.jsonl", ROWS), eval_size=share)
+    assert (len(train), len(evaluation)) == (10 - count, count)
+    assert sorted(row["prompt"] for row in train + evaluation) == sorted(row["prompt"] for row in ROWS)
+
+
+def test_the_seed_alone_determines_the_rows_held_out():
+    settings = {"path": write("rows.jsonl", ROWS), "eval_size": 3}
+    assert load(seed=1, **settings) == load(seed=1, **settings)
+    assert load(seed=1, **settings) != load(seed=2, **settings)
+
+
+@pytest.mark.parametrize("size", [10, 11, 0.95, 0.999])
+def test_holding_out_every_row_is_refused(size):
+    assert refusal(path=write("rows.jsonl", ROWS), eval_size=size) == (
+        f"`data.eval_size` must be less than the 10 training rows, got {size}."
+    )
+
+
+def test_only_the_first_rows_are_taken_where_a_number_is_set(streaming):
+    settings = {"path": write("rows.jsonl", ROWS), "streaming": streaming}
+    assert load(max_train_rows=4, **settings) == (ROWS[:4], None)
+    assert load(max_train_rows=99, **settings) == (ROWS, None)
+    train, evaluation = load(max_train_rows=4, max_eval_rows=2, eval_size=3, **settings)
+    assert (len(train), len(evaluation)) == (4, 2)
+
+
+# Chat templates
+
+
+def test_the_plain_template_is_given_only_where_it_is_needed(tokenizer):
+    assert not use_plain_chat_template(Dataset.from_list(ROWS), tokenizer)
+    assert tokenizer.chat_template is None
+    rows = Dataset.from_list([{**chat(), "chosen": None}, chat()])
+    assert use_plain_chat_template(rows, tokenizer)
+    assert tokenizer.chat_template == PLAIN_CHAT_TEMPLATE
+    assert not use_plain_chat_template(rows, tokenizer)
+
+
+def test_a_tokenizer_s_own_template_stays(chat_tokenizer):
+    assert not use_plain_chat_template(Dataset.from_list([chat()]), chat_tokenizer)
+    assert chat_tokenizer.chat_template == TEMPLATE
+
+
+def test_the_plain_template_tells_roles_apart_and_its_prompt_is_a_prefix(tokenizer):
+    tokenizer.chat_template = PLAIN_CHAT_TEMPLATE
+    messages = [{"role": "system", "content": "Be brief."}, user("Hello"), assistant("Hi")]
+    whole = tokenizer.apply_chat_template(messages, tokenize=False)
+    prompt = tokenizer.apply_chat_template(messages[:2], tokenize=False, add_generation_prompt=True)
+    assert whole == "System: Be brief.\nUser: Hello\nAssistant: Hi<eos>"
+    assert prompt == "System: Be brief.\nUser: Hello\nAssistant:"
+
+
+# The audit
+
+
+def audit(train, evaluation=None, *, tokenizer, max_length=None, streaming=False, **settings):
+    def rows(values):
+        rows = None if values is None else Dataset.from_list(values)
+        return rows.to_iterable_dataset() if rows is not None and streaming else rows
+
+    settings = {"min_rows_kept": 0.01, **settings}
+    config = DataConfig(path="demo", streaming=streaming, **settings)
+    kept, held, audits = audit_preferences(rows(train), rows(evaluation), config, tokenizer, max_length)
+    return unnumbered(kept), None if held is None else unnumbered(held), audits
+
+
+def unnumbered(rows):
+    return [{name: value for name, value in row.items() if name != ROW_INDEX} for row in rows]
+
+
+def counts(split):
+    return {kind: finding.count for kind, finding in split.findings.items() if finding.count}
+
+
+SOUND, SOUND_CHAT = row(), chat()
+KEPT_CHAT = [user("w1")], [assistant("w2")], [assistant("w3")]
+FAULTS = {
+    # kind, a faulty row; each beside a sound one, with a `max_length` of 9
+    "null chosen": ("missing", {**SOUND, "chosen": None}),
+    "null rejected": ("missing", {**SOUND, "rejected": None}),
+    "null prompt": ("missing", {**SOUND, "prompt": None}),
+    "empty chosen": ("empty", {**SOUND, "chosen": ""}),
+    "blank rejected": ("empty", {**SOUND, "rejected": " \n\t"}),
+    "both blank": ("empty", {**SOUND, "chosen": " ", "rejected": ""}),
+    "identical": ("identical", {**SOUND, "rejected": " w2"}),
+    "long prompt": ("lost", row("w1 " * 9)),
+    "long chosen": ("cut", row(chosen=" w2" * 8)),
+    "long rejected": ("cut", row(rejected=" w2" * 8)),
+}
+CHAT_FAULTS = {
+    "null chosen": ("missing", {**SOUND_CHAT, "chosen": None}),
+    "null prompt": ("missing", {**SOUND_CHAT, "prompt": None}),
+    "null content": ("missing", {**SOUND_CHAT, "chosen": [assistant(None)]}),
+    "null role": ("missing", {**SOUND_CHAT, "rejected": [{"role": None, "content": "w3"}]}),
+    "no messages in chosen": ("missing", {**SOUND_CHAT, "chosen": []}),
+    "no messages in prompt": ("missing", {**SOUND_CHAT, "prompt": []}),
+    "blank chosen": ("empty", chat(chosen=" ")),
+    "identical": ("identical", chat(rejected="w2")),
+    "long prompt": ("lost", chat("w1 " * 9)),
+    "long chosen": ("cut", chat(chosen="w2 " * 9)),
+}
+
+
+def fault(faults, sound):
+    return pytest.mark.parametrize(
+        ("kind", "sound", "faulty"),
+        [pytest.param(kind, sound, faulty, id=name) for name, (kind, faulty) in faults.items()],
+    )
+
+
+def check_policies(kind, sound, faulty, tokenizer, streaming, kept_row=None):
+    settings = {"tokenizer": tokenizer, "max_length": 9, "streaming": streaming}
+    clean = audit([sound], **settings)[0]
+    kept, _, audits = audit([sound, faulty], **settings)
+    assert kept == clean
+    if not streaming:
+        assert counts(audits["train"]) == {kind: 1}
+        assert (audits["train"].rows, audits["train"].kept) == (2, 1)
+    if kind != "missing":
+        kept, _, audits = audit([sound, faulty], audit={kind: "keep"}, **settings)
+        assert kept == [*clean, kept_row or faulty]
+        if not streaming:
+            assert counts(audits["train"]) == {kind: 1}
+    with pytest.raises(DataError) as raised:
+        audit([sound, faulty], audit={kind: "error"}, **settings)
+    start = f"a train row is `{kind}`: " if streaming else f"1 of 2 train rows are `{kind}`: "
+    end = "" if streaming else f" (first at row 1). Mend the data, or set `data.audit.{kind}: drop`."
+    assert str(raised.value).startswith(start + AUDIT_KINDS[kind])
+    assert str(raised.value).endswith(end)
+
+
+@fault(FAULTS, SOUND)
+def test_each_policy_holds_for_each_fault_of_a_text_row(kind, sound, faulty, tokenizer, streaming):
+    check_policies(kind, sound, faulty, tokenizer, streaming)
+
+
+@fault(CHAT_FAULTS, SOUND_CHAT)
+def test_each_policy_holds_for_each_fault_of_a_conversation(kind, sound, faulty, chat_tokenizer, streaming):
+    check_policies(kind, sound, faulty, chat_tokenizer, streaming)
+
+
+IMPLICIT_FAULTS = {
+    "nothing chosen": ("empty", {"chosen": "", "rejected": "w1"}, row("", "", "w1")),
+    # Where the answers differ at once, TRL's extraction looks at the last character of the chosen one
+    "nothing but space once the prompt is out": (
+        "empty",
+        {"chosen": "w1 w2 ", "rejected": "x3"},
+        row("w1 w2", " ", "3"),
+    ),
+    "identical": ("identical", {"chosen": "w1 w2", "rejected": "w1 w2"}, row("w1 w", "2", "2")),
+}
+
+
+@pytest.mark.parametrize("name", IMPLICIT_FAULTS)
+def test_each_policy_holds_for_each_fault_of_an_implicit_prompt(name, tokenizer, streaming):
+    kind, faulty, kept_row = IMPLICIT_FAULTS[name]
+    check_policies(kind, {"chosen": "w1 w2 w3", "rejected": "w1 w2 w4"}, faulty, tokenizer, streaming, kept_row)
+
+
+def test_a_clean_dataset_is_returned_as_it_is(tokenizer):
+    rows = Dataset.from_list(ROWS)
+    kept, held, audits = audit_preferences(rows, None, DataConfig(path="demo"), tokenizer, 99)
+    assert unnumbered(kept) == ROWS
+    assert held is None
+    assert str(audits["train"]) == "10 of 10 rows kept"
+    assert list(audits["train"].findings) == list(AUDIT_KINDS)
+
+
+def test_a_row_keeps_the_number_it_had_before_the_audit(tokenizer, streaming):
+    train = Dataset.from_list([row("w1"), row(chosen=""), row("w2"), row(chosen=None), row("w3")])
+    held = Dataset.from_list([row(rejected=" w2"), row("w4")])
+    if streaming:
+        train, held = train.to_iterable_dataset(), held.to_iterable_dataset()
+    config = DataConfig(path="demo", streaming=streaming)
+    kept, kept_held, _ = audit_preferences(train, held, config, tokenizer, None)
+    assert [(row["prompt"], row[ROW_INDEX]) for row in kept] == [("w1", 0), ("w2", 2), ("w3", 4)]
+    assert [(row["prompt"], row[ROW_INDEX]) for row in kept_held] == [("w4", 1)]
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        pytest.param({"chosen": "w1 w2 ", "rejected": "w1 w3"}, row("w1 w", "2 ", "3"), id="text"),
+        pytest.param({"chosen": "Q: A", "rejected": "Q: B"}, row("Q:", " A", " B"), id="space goes to the answers"),
+        pytest.param(implicit_chat(), chat(), id="conversation"),
+        pytest.param({**implicit_chat(), "prompt": "w1"}, chat(), id="a text prompt that the answers repeat"),
+        pytest.param({**chat(), "prompt": "w1"}, chat(), id="a text prompt that the answers lack"),
+        pytest.param(
+            {
+                "chosen": [user("w1"), assistant("w2"), user("w3"), assistant("w4")],
+                "rejected": [user("w1"), assistant("w2"), user("w3"), assistant("w5")],
+            },
+            {
+                "prompt": [user("w1"), assistant("w2"), user("w3")],
+                "chosen": [assistant("w4")],
+                "rejected": [assistant("w5")],
+            },
+            id="several turns",
+        ),
+        pytest.param({**implicit_chat(), "tools": "[]"}, {**chat(), "tools": "[]"}, id="tools stay"),
+    ],
+)
+def test_an_implicit_prompt_is_made_explicit(given, expected, chat_tokenizer, streaming):
+    kept, _, _ = audit([given], tokenizer=chat_tokenizer, max_length=30, streaming=streaming)
+    assert kept == [expected]
+
+
+def test_answers_that_share_no_message_have_no_prompt(chat_tokenizer, streaming):
+    lonely = {"chosen": [assistant("w2")], "rejected": [assistant("w3")]}
+    kept, _, _ = audit([implicit_chat(), lonely], tokenizer=chat_tokenizer, streaming=streaming, audit="keep")
+    assert kept == [chat()]
+
+
+def test_an_answer_that_has_nothing_of_its_own_keeps_its_last_message(chat_tokenizer, streaming):
+    longer = {**implicit_chat(), "chosen": [user("w1"), assistant("w3"), user("w4"), assistant("w2")]}
+    kept, _, _ = audit([longer], tokenizer=chat_tokenizer, streaming=streaming)
+    assert kept == [
+        {
+            "prompt": [user("w1")],
+            "chosen": [assistant("w3"), user("w4"), assistant("w2")],
+            "rejected": [assistant("w3")],
+        }
+    ]
+
+
+def test_a_conversation_as_prompt_of_text_answers_is_of_the_wrong_type(chat_tokenizer):
+    with pytest.raises(DataError, match="1 of 1 train rows are `missing`"):
+        audit([{**SOUND, "prompt": [user("w1")]}], tokenizer=chat_tokenizer, audit="error")
+
+
+def test_numbers_as_answers_are_of_the_wrong_type(tokenizer):
+    with pytest.raises(DataError, match="1 of 1 train rows are `missing`"):
+        audit([{"prompt": "w1", "chosen": 1, "rejected": 2}], tokenizer=tokenizer, audit="error")
+
+
+def test_repeated_rows_are_found_within_a_split_and_across_both(tokenizer):
+    train = [row("w1"), row("w2"), row("w1"), row("w3"), row("w1", " w3", " w2")]
+    kept, held, audits = audit(train, [row("w3"), row("w4"), row("w4")], tokenizer=tokenizer)
+    assert kept == [row("w1"), row("w2"), row("w1", " w3", " w2")]
+    assert held == [row("w3"), row("w4")]
+    assert {split: counts(found) for split, found in audits.items()} == {
+        "train": {"duplicate": 1, "leaked": 1},
+        "eval": {"duplicate": 1},
+    }
+    assert list(audits) == ["train", "eval"]
+
+
+def test_the_same_row_with_an_implicit_and_an_explicit_prompt_is_leaked(chat_tokenizer):
+    rows = [implicit_chat("w1"), implicit_chat("w5")]
+    kept, _, audits = audit(rows, [chat("w1")], tokenizer=chat_tokenizer)
+    assert kept == [chat("w5")]
+    assert counts(audits["train"]) == {"leaked": 1}
+
+
+@pytest.mark.parametrize(
+    ("policies", "error"),
+    [
+        ({"duplicate": "error"}, "`duplicate`: the same row stands earlier in the split (first at row 1)."),
+        ({"leaked": "error"}, "`leaked`: the same row stands in the evaluation split (first at row 2)."),
+    ],
+)
+def test_repeated_rows_are_kept_or_refused_where_the_policy_says_so(policies, error, tokenizer):
+    train, evaluation = [row("w1"), row("w1"), row("w2")], [row("w2")]
+    assert audit(train, evaluation, tokenizer=tokenizer, audit="keep")[0] == train
+    with pytest.raises(DataError) as raised:
+        audit(train, evaluation, tokenizer=tokenizer, audit=policies)
+    assert str(raised.value).startswith(f"1 of 3 train rows are {error}")
+
+
+@pytest.mark.parametrize(("kept_kind", "other"), [("cut", "duplicate"), ("duplicate", "cut")])
+def test_a_row_of_two_kinds_goes_unless_both_are_kept(kept_kind, other, tokenizer):
+    long = row(chosen=" w2" * 9)
+    settings = {"tokenizer": tokenizer, "max_length": 9}
+    kept, _, audits = audit([row(), long, row("w4"), long], audit={kept_kind: "keep"}, **settings)
+    assert kept == [row(), *([long] if kept_kind == "cut" else []), row("w4")]
+    assert counts(audits["train"])[other] >= 1
+    assert audit([row(), long, long], audit="keep", **settings)[0] == [row(), long, long]
+
+
+@pytest.mark.parametrize(
+    ("max_length", "expected"),
+    [(1, "lost"), (2, "lost"), (3, "cut"), (4, "cut"), (5, None), (None, None)],
+)
+def test_lost_and_cut_are_told_apart_by_the_token(max_length, expected, tokenizer, streaming):
+    # Two tokens of prompt, and three of the longer answer with the EOS that TRL appends
+    rows = [row("w1 w2", " w3", " w4 w5")]
+    policies = {kind: "keep" for kind in ("lost", "cut") if kind != expected}
+    settings = {"tokenizer": tokenizer, "max_length": max_length, "streaming": streaming}
+    assert audit(rows, audit="keep", **settings)[0] == rows
+    if expected is None:
+        assert audit(rows, audit="error", **settings)[0] == rows
+    else:
+        with pytest.raises(DataError, match=f"`{expected}`"):
+            audit(rows, audit={**policies, expected: "error"}, **settings)
+
+
+def test_an_answer_that_ends_with_eos_is_given_no_second_one(tokenizer):
+    rows = [row("w1 w2", " w3 <eos>", " w4 w5 <eos>")]
+    assert audit(rows, tokenizer=tokenizer, max_length=5, audit="error")[0] == rows
+
+
+LENGTHS = [(prompt, chosen, rejected) for prompt in (1, 4) for chosen in (1, 3) for rejected in (1, 5)]
+
+
+def trl_lengths(rows, tokenizer):
+    args = DPOConfig(output_dir="out", bf16=False, use_cpu=True, report_to="none", max_length=None)
+    prepared = DPOTrainer._prepare_dataset(
+        SimpleNamespace(_tokenizer=tokenizer), Dataset.from_list(rows), tokenizer, args, "train"
+    )
+    return [
+        (len(row["prompt_ids"]), len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"])))
+        for row in prepared
+    ]
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        pytest.param([row("w1 " * p, " w2" * c, " w3" * r) for p, c, r in LENGTHS], id="text"),
+        pytest.param([chat("w1 " * p, "w2 " * c, "w3 " * r) for p, c, r in LENGTHS], id="conversation"),
+        pytest.param([{**chat("w1 " * p), "tools": json.dumps([{"name": "f"}] * p)} for p in (1, 2, 5)], id="tools"),
+    ],
+)
+def test_the_audit_counts_tokens_as_trl_does(rows, chat_tokenizer):
+    lengths = trl_lengths(rows, chat_tokenizer)
+    for max_length in range(1, max(whole for _, whole in lengths) + 1):
+        findings = Counter(
+            "lost" if prompt >= max_length else "cut" for prompt, whole in lengths if whole > max_length
+        )
+        _, _, audits = audit(rows, tokenizer=chat_tokenizer, max_length=max_length, audit="keep")
+        assert counts(audits["train"]) == findings
+
+
+def test_tools_count_where_the_prompt_is_implicit_too(chat_tokenizer):
+    tools = json.dumps([{"name": "f"}] * 3)
+    rows = [{**implicit_chat(chosen="w2 w2"), "tools": tools}]
+    # One token for each tool, two for the user, and three for the longer answer
+    kept, _, _ = audit(rows, tokenizer=chat_tokenizer, max_length=8, audit="error")
+    assert kept == [{**chat(chosen="w2 w2"), "tools": tools}]
+    with pytest.raises(DataError, match="`cut`"):
+        audit(rows, tokenizer=chat_tokenizer, max_length=7, audit="error")
+
+
+@pytest.mark.parametrize(
+    ("template", "extra", "reason"),
+    [
+        pytest.param(None, {}, "Cannot use chat template functions", id="no template"),
+        pytest.param("{{ raise_exception('No system role.') }}", {}, "No system role.", id="template that refuses"),
+        pytest.param(TEMPLATE, {"tools": "{{{"}, "Expecting property name", id="tools that are no JSON"),
+    ],
+)
+def test_a_conversation_that_cannot_be_rendered_is_refused(template, extra, reason, tokenizer, streaming):
+    tokenizer.chat_template = template
+    with pytest.raises(DataError, match=r"^the chat template cannot render a row: ") as raised:
+        audit([{**chat(), **extra}], tokenizer=tokenizer, max_length=9, streaming=streaming)
+    assert str(raised.value).startswith(f"the chat template cannot render a row: {reason}")
+    assert str(raised.value).endswith('[{"role": "user", "content": "w1"}]')
+
+
+def test_an_audit_that_leaves_too_little_is_refused_with_what_it_found(tokenizer):
+    rows = [row(f"w{index}") for index in range(4)] + [row(rejected=" w2", prompt=f"w{index}") for index in range(6)]
+    with pytest.raises(DataError) as raised:
+        audit(rows, tokenizer=tokenizer, min_rows_kept=0.5)
+    assert str(raised.value) == (
+        "the row audit leaves 4 of 10 train rows, less than `data.min_rows_kept` (0.5): 4 of 10 rows kept: 6 "
+        "identical (drop). Mend the data, raise `max_length`, or lower `data.min_rows_kept`."
+    )
+    assert len(audit(rows, tokenizer=tokenizer, min_rows_kept=0.4)[0]) == 4
+    with pytest.raises(DataError, match="leaves 0 of 6 train rows"):
+        audit(rows[4:], tokenizer=tokenizer, min_rows_kept=0.01)
+
+
+def test_the_audit_shows_three_rows_of_a_kind_shortened(tokenizer):
+    faulty = [row(f"w{index}", " x" * 150, " x" * 150) for index in range(5)]
+    _, _, audits = audit([row(), *faulty], tokenizer=tokenizer)
+    finding = audits["train"].findings["identical"]
+    shown = (" x" * 100) + "..."
+    assert (finding.policy, finding.count) == ("drop", 5)
+    assert finding.examples == [
+        {"row": index + 1, "prompt": f"w{index}", "chosen": shown, "rejected": shown} for index in range(3)
+    ]
+    assert str(audits["train"]) == "1 of 6 rows kept: 5 identical (drop)"
+
+
+def test_a_stream_reports_no_counts_and_looks_for_what_needs_no_memory(tokenizer):
+    _, _, audits = audit([row()], [row()], tokenizer=tokenizer, streaming=True, audit={"cut": "keep"})
+    assert {split: str(found) for split, found in audits.items()} == {
+        "train": "rows are checked as they are read",
+        "eval": "rows are checked as they are read",
+    }
+    assert {kind: finding.policy for kind, finding in audits["train"].findings.items()} == {
+        **dict.fromkeys(("missing", "empty", "identical", "lost"), "drop"),
+        "cut": "keep",
+    }
+
+
+def test_a_stream_keeps_what_a_map_style_dataset_keeps(chat_tokenizer):
+    for rows in (
+        [SOUND, *(faulty for _, faulty in FAULTS.values())],
+        [SOUND_CHAT, *(f for _, f in CHAT_FAULTS.values())],
+    ):
+        results = [audit(rows, tokenizer=chat_tokenizer, max_length=9, streaming=s)[0] for s in (False, True)]
+        assert results[0] == results[1] == rows[:1]
+
+
+def test_the_sources_are_those_of_the_mixture_or_the_config_itself():
+    assert DataConfig(mixture=[{"path": "a", "weight": 2.0}]).sources == [DataSource("a", weight=2.0)]
+    config = DataConfig(path="a")
+    assert config.sources == [config]
+
+
+def test_rows_of_another_form_than_the_first_are_missing():
+    conversation = [{"role": "assistant", "content": "a"}]
+    rows = [{"prompt": "x", "chosen": "a", "rejected": "b"}] * 2
+    check = _RowCheck(None, None, set())
+    assert check(rows[0]) == []
+    assert check({"prompt": "x", "chosen": conversation, "rejected": conversation}) == ["missing"]
