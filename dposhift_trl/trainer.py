@@ -23,8 +23,8 @@ from .model_card import append_shift_section
 from .schedules import make_lambda_schedule
 
 
-# Releases whose DPOTrainer scores both answers through one call of a fused LM head
-TRL_WINDOW = "trl>=1.15,<1.17"
+# Releases whose DPOTrainer scores both answers through one call of a fused LM head that runs on a CPU too
+TRL_WINDOW = "trl>=1.16,<1.17"
 
 
 class TrainingStopped(ValueError):
