@@ -21,6 +21,7 @@ from datasets import (
     load_from_disk,
 )
 from datasets.exceptions import DatasetsError
+from datasets.table import CastError
 from pandas.errors import ParserError
 from pyarrow import ArrowException
 from transformers import PreTrainedTokenizerBase
@@ -53,6 +54,8 @@ PLAIN_CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '\nAssistant:' }}{% endif %}"
 )
 
+MAX_LINE = 4_000  # of a message; the longest of use lists transformers' optimizers
+
 Rows: TypeAlias = Dataset | IterableDataset
 
 
@@ -60,7 +63,13 @@ class DataError(ValueError):
     """Preference data that cannot be trained on; the message is one line, for the user."""
 
     def __init__(self, message: str):
-        super().__init__(" ".join(message.split()))
+        super().__init__(one_line(message))
+
+
+def one_line(message: str) -> str:
+    """A message as a terminal can show it: in one line that ends, what has no glyph escaped."""
+    line = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in " ".join(message.split()))
+    return line if len(line) <= MAX_LINE else f"{line[: MAX_LINE // 2]} [...] {line[-MAX_LINE // 2 :]}"
 
 
 @contextlib.contextmanager
@@ -68,12 +77,18 @@ def reading_rows():
     """Make a `DataError` of what readers raise in the midst of a file, wherever rows are read."""
     try:
         yield
-    except (ArrowException, DatasetsError, ParserError, UnicodeDecodeError) as error:
-        raise DataError(f"the rows of `data` cannot be read: {error}. Mend the file.") from error
-    except OSError as error:
-        if error.errno is not None:  # only Arrow's, of broken Parquet, has none
+    except Exception as error:
+        if not _is_of_a_reader(error):
             raise
         raise DataError(f"the rows of `data` cannot be read: {error}. Mend the file.") from error
+
+
+def _is_of_a_reader(error: Exception) -> bool:
+    if isinstance(error, OSError):
+        return error.errno is None  # Arrow's, of broken Parquet
+    if isinstance(error, TypeError):
+        return str(error).startswith("Couldn't cast")
+    return isinstance(error, (ArrowException, CastError, DatasetsError, ParserError, UnicodeDecodeError))
 
 
 @dataclass

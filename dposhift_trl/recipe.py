@@ -21,12 +21,11 @@ from ruamel.yaml.representer import SafeRepresenter
 from trl import ModelConfig, SFTConfig
 
 from .config import DPOShiftConfig
-from .data import DataConfig, DataSource
+from .data import DataConfig, DataSource, one_line
 
 
 MAX_NODES = 20_000  # far above any recipe, far below what nested YAML aliases can expand to
 MAX_DEPTH = 50  # so that no walk through a recipe reaches Python's limit
-MAX_LINE = 4_000  # of a mistake; the longest of our own lists TRL's optimizers
 UNWRITABLE = re.compile("[\0\ud800-\udfff]")  # no file, no file name and no log takes them
 
 # What our command adds where the recipe is silent: checkpoints, a limit to them, and W&B
@@ -61,12 +60,7 @@ class RecipeError(ValueError):
     """One or more mistakes in a recipe; each line is for the user."""
 
     def __init__(self, *mistakes: str):
-        super().__init__("\n".join(map(_one_line, mistakes)))
-
-
-def _one_line(mistake: str) -> str:
-    line = " ".join(mistake.split())
-    return line if len(line) <= MAX_LINE else f"{line[: MAX_LINE // 2]} [...] {line[-MAX_LINE // 2 :]}"
+        super().__init__("\n".join(map(one_line, mistakes)))
 
 
 @dataclass

@@ -214,7 +214,7 @@ def run(recipe: Recipe, accept_changes: bool = False) -> None:
         start, sigterm = base, SaveOnSigterm()
         for name in recipe.stages:
             folder = recipe.output_dir / name
-            if (folder / FINISHED).is_file():
+            if _from_main((folder / FINISHED).is_file()):
                 _say(f"{name}: finished before, skipped ({folder})")
             else:
                 with _explained(name, folder), reading_rows():
@@ -245,6 +245,7 @@ def _claimed(recipe: Recipe, accept_changes: bool):
     if problem is not None:
         raise RunError(problem)
     try:
+        _check_shared(folder)
         yield
     finally:
         if lock is not None:
@@ -274,6 +275,25 @@ def _refusal(recipe: Recipe, accept_changes: bool) -> str | None:
         shutil.copy(saved, folder / f"recipe.{number}.yaml")
     _write(saved, dump_yaml(recipe.resolved))
     return None
+
+
+def _check_shared(folder: Path) -> None:
+    """Every machine must see the same run folder: what the main process saves there, each process loads."""
+    if PartialState().num_processes == 1:
+        return
+    token, note = _from_main(uuid.uuid4().hex), folder / ".lock"
+    if PartialState().is_main_process:
+        note.write_text(token)
+    PartialState().wait_for_everyone()
+    deadline = time.monotonic() + 10  # a network's disk may show a new file late
+    while not (seen := note.is_file() and note.read_text() == token) and time.monotonic() < deadline:
+        time.sleep(0.5)
+    everyone = [None] * PartialState().num_processes
+    torch.distributed.all_gather_object(everyone, seen)
+    if not all(everyone):
+        raise RunError(
+            f"`output_dir` {folder} is not the same folder on every machine. Choose one on a disk that they share."
+        )
 
 
 def _from_main(value: Any) -> Any:
@@ -342,7 +362,7 @@ def _run_stage(
 ) -> None:
     args, folder = recipe.stages[name], recipe.output_dir / name
     folder.mkdir(parents=True, exist_ok=True)
-    checkpoint, partial = last_complete_checkpoint(folder)
+    checkpoint, partial = _from_main(last_complete_checkpoint(folder))
     for path in partial:
         _say(f"{name}: {path} is incomplete, passed over")
     _say(f"{name}: " + (f"going on from {checkpoint}" if checkpoint else f"starting from {start}"))
