@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import trl
+from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
 from trl import DPOTrainer, SFTTrainer, extract_prompt
@@ -21,6 +22,16 @@ from .losses import dpo_shift_loss, sequence_logps
 from .metrics import PairScores, pair_metrics
 from .model_card import append_shift_section
 from .schedules import make_lambda_schedule
+from .shared_prompt import (
+    PairLayout,
+    SharedPromptCollator,
+    enable_shared_prompt,
+    shared_prompt_obstacle,
+    shared_prompt_scores,
+)
+
+
+logger = get_logger(__name__)
 
 
 # Releases whose DPOTrainer scores both answers through one call of a fused LM head
@@ -91,6 +102,9 @@ class DPOShiftTrainer(DPOTrainer):
         super().__init__(model, ref_model, args, data_collator, train_dataset, eval_dataset, *positional, **kwargs)
         if not self._shifts:
             return
+        self.shares_prompts = self._prepare_shared_prompt()
+        if self.shares_prompts:
+            self.data_collator = SharedPromptCollator(self.data_collator)
         self.data_collator = PairCollator(self.data_collator)
         self._pair_scores: dict[str, list[torch.Tensor]] = {"train": [], "eval": []}
         self._eval_prefix = "eval"
@@ -104,6 +118,31 @@ class DPOShiftTrainer(DPOTrainer):
             self.add_callback(given[0])
         self.lambda_callback = given[0]
 
+    def _prepare_shared_prompt(self) -> bool:
+        """Whether pairs are scored by the shared prompt; prepares policy and reference for it."""
+        models = [self.accelerator.unwrap_model(model) for model in (self.model, self.ref_model) if model is not None]
+        obstacle = next(filter(None, map(shared_prompt_obstacle, models)), None)
+        if self.aux_loss_enabled:
+            obstacle = "its load-balancing loss counts every token of every row"
+        if self._is_vision_dataset:
+            obstacle = "the data set holds images"
+        dropout = (m for model in models for m in model.modules() if isinstance(m, torch.nn.Dropout) and m.p > 0)
+        if not self.args.disable_dropout and next(dropout, None) is not None:
+            obstacle = "with dropout, each row draws its own mask"
+        wanted = self.args.shared_prompt
+        if obstacle is not None and wanted is True:
+            raise ValueError(
+                f"`shared_prompt` must be auto or false for this model, got True: {obstacle}. Leave it out to read "
+                "both rows of a pair."
+            )
+        shares = wanted is not False and obstacle is None
+        if shares:
+            for model in models:
+                enable_shared_prompt(model)
+        if wanted == "auto" and obstacle is not None:
+            logger.warning(f"shared_prompt is off: {obstacle}")
+        return shares
+
     @property
     def shift_lambda(self) -> float:
         """Lambda in force; its one writer is the [`LambdaScheduleCallback`]."""
@@ -113,8 +152,8 @@ class DPOShiftTrainer(DPOTrainer):
         if not self._shifts:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         inputs = dict(inputs)
-        row_index = inputs.pop(ROW_INDEX, None)
-        scored = _ShiftedModel(self, model, inputs)
+        row_index, layout = inputs.pop(ROW_INDEX, None), inputs.pop("shared_prompt", None)
+        scored = _ShiftedModel(self, model, inputs, layout)
         result = self._loss_of(scored, return_outputs)
         if not self._seam_is_checked:
             self._check_seam(scored)
@@ -221,7 +260,10 @@ class DPOShiftTrainer(DPOTrainer):
                 )
 
     def compute_ref_log_probs(self, model, inputs):
-        return super().compute_ref_log_probs(model, {key: inputs[key] for key in inputs if key != ROW_INDEX})
+        inputs = {key: value for key, value in inputs.items() if key != ROW_INDEX}
+        layout = inputs.pop("shared_prompt", None)
+        scored = model if layout is None else (lambda **kwargs: shared_prompt_scores(model, layout))
+        return super().compute_ref_log_probs(scored, inputs)
 
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
@@ -271,25 +313,33 @@ class _ShiftedModel:
     type then makes of it.
     """
 
-    def __init__(self, trainer: DPOShiftTrainer, model: torch.nn.Module, inputs: dict[str, Any]):
+    def __init__(
+        self,
+        trainer: DPOShiftTrainer,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        layout: PairLayout | None = None,
+    ):
         self.trainer = trainer
         self.model = model
         self.inputs = inputs
+        self.layout = layout
         self.calls = 0
 
     def __call__(self, **kwargs):
-        outputs = self.model(**kwargs)
-        if kwargs.get("fused_lm_head"):
-            self.calls += 1
-            self.outputs = outputs
-            self.scores = self._score(outputs.log_probs)
-        return outputs
+        if not kwargs.get("fused_lm_head"):
+            return self.model(**kwargs)
+        self.calls += 1
+        shared = self.layout is not None
+        self.outputs = shared_prompt_scores(self.model, self.layout) if shared else self.model(**kwargs)
+        self.scores = self._score(self.outputs.log_probs)
+        return self.outputs
 
     def _references(self) -> tuple[torch.Tensor, torch.Tensor]:
         if "ref_chosen_logps" in self.inputs:
             return self.inputs["ref_chosen_logps"], self.inputs["ref_rejected_logps"]
         reference = self.trainer.model if self.trainer.ref_model is None else self.trainer.ref_model
-        return self.trainer.compute_ref_log_probs(reference, self.inputs)
+        return self.trainer.compute_ref_log_probs(reference, {**self.inputs, "shared_prompt": self.layout})
 
     def _lambda(self) -> float:
         return self.trainer.shift_lambda
