@@ -2,7 +2,7 @@
 
 import difflib
 import json
-import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -140,7 +140,7 @@ class DPOShiftConfig(DPOConfig):
     def _checked_lambda(self, name: str, value: Any) -> float:
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise TypeError(f"`{name}` must be a number, got {value!r}. Write for example `{name}: 0.95`.")
-        if not 0 < value < math.inf:
+        if not 0 < value <= sys.float_info.max:
             raise ValueError(
                 f"`{name}` must be finite and greater than 0, got {value!r}. At 0 the rejected answer would not be "
                 "seen at all; the paper's range is 0.5 to 1."
@@ -156,7 +156,7 @@ class DPOShiftConfig(DPOConfig):
         if isinstance(schedule, str) and schedule.lstrip().startswith("["):
             try:
                 schedule = json.loads(schedule)  # as a command line passes it
-            except json.JSONDecodeError as error:
+            except (ValueError, RecursionError) as error:
                 raise ValueError(
                     f"`lambda_schedule` must be a name or a list of knots, got {schedule!r}, which is not valid JSON "
                     f"({error}). Write for example '[[0, 1.0], [1, 0.75]]'."

@@ -1,5 +1,6 @@
 """Preference rows: loading, column checks and the row audit. Tokenising is TRL's."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -20,7 +21,8 @@ from datasets import (
     load_from_disk,
 )
 from datasets.exceptions import DatasetsError
-from jinja2 import TemplateError
+from pandas.errors import ParserError
+from pyarrow import ArrowException
 from transformers import PreTrainedTokenizerBase
 from trl import is_conversational, maybe_extract_prompt
 
@@ -40,7 +42,8 @@ AUDIT_KINDS = {
 AUDIT_POLICIES = ("drop", "keep", "error")
 
 PREFERENCE_COLUMNS = ("prompt", "chosen", "rejected")
-KEPT_COLUMNS = (*PREFERENCE_COLUMNS, "tools", "chat_template_kwargs")
+TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")
+KEPT_COLUMNS = (*PREFERENCE_COLUMNS, *TEMPLATE_COLUMNS)
 
 # One message after another, told apart by role alone; an answer ends with EOS so that a model learns to stop
 PLAIN_CHAT_TEMPLATE = (
@@ -54,7 +57,23 @@ Rows: TypeAlias = Dataset | IterableDataset
 
 
 class DataError(ValueError):
-    """Preference data that cannot be trained on; the message is for the user."""
+    """Preference data that cannot be trained on; the message is one line, for the user."""
+
+    def __init__(self, message: str):
+        super().__init__(" ".join(message.split()))
+
+
+@contextlib.contextmanager
+def reading_rows():
+    """Make a `DataError` of what readers raise in the midst of a file, wherever rows are read."""
+    try:
+        yield
+    except (ArrowException, DatasetsError, ParserError, UnicodeDecodeError) as error:
+        raise DataError(f"the rows of `data` cannot be read: {error}. Mend the file.") from error
+    except OSError as error:
+        if error.errno is not None:  # only Arrow's, of broken Parquet, has none
+            raise
+        raise DataError(f"the rows of `data` cannot be read: {error}. Mend the file.") from error
 
 
 @dataclass
@@ -214,6 +233,7 @@ class DataConfig(DataSource):
         return "drop" if (kind, self.audit) == ("missing", "keep") else self.audit
 
 
+@reading_rows()
 def load_preferences(config: DataConfig, seed: int) -> tuple[Rows, Rows | None]:
     """
     Load training and evaluation rows with the columns `prompt` (unless implicit), `chosen` and `rejected`.
@@ -265,8 +285,8 @@ def _load_split(source: DataSource, split: str, streaming: bool) -> Rows:
     try:
         rows = _read(source, split, streaming)
         names = _column_names(rows)
-    except (OSError, ValueError, ImportError, RuntimeError, DatasetsError) as error:
-        reason = " ".join(f"{error}{': ' if error.__cause__ else ''}{error.__cause__ or ''}".split())
+    except Exception as error:  # each reader has errors of its own
+        reason = f"{error}{': ' if error.__cause__ else ''}{error.__cause__ or ''}"
         raise DataError(f"`data.path` {source.path!r}, split {split!r}, cannot be read: {reason}") from error
     if not names:
         raise DataError(f"`data.path` {source.path!r}, split {split!r}, has no rows.")
@@ -284,12 +304,13 @@ def _load_split(source: DataSource, split: str, streaming: bool) -> Rows:
             f"`data.columns: {{{missing[0]}: {names[0]}}}`."
         )
     rows = rows.select_columns(list(ours_first.values()))
-    renamed = {ours: theirs for ours, theirs in ours_first.items() if ours != theirs}
-    if renamed:
-        # In two steps, since a stream cannot swap two columns in one
-        rows = rows.rename_columns({theirs: f"our {ours}" for ours, theirs in renamed.items()})
-        rows = rows.rename_columns({f"our {ours}": ours for ours in renamed})
-    return rows
+    renamed = {theirs: ours for ours, theirs in ours_first.items() if ours != theirs}
+    if renamed and isinstance(rows, IterableDataset):
+        # `rename_columns` cannot swap two columns of a stream
+        return rows.map(
+            lambda row: {ours: row[theirs] for ours, theirs in ours_first.items()}, remove_columns=list(renamed)
+        )
+    return rows.rename_columns(renamed) if renamed else rows
 
 
 def _column_names(rows: Rows) -> list[str]:
@@ -306,7 +327,7 @@ def _mixed(sources: list[DataSource], rows: list[Rows], mix: Callable[[list[Rows
     try:
         return mix(rows)
     except (ValueError, TypeError) as error:
-        raise DataError(f"the sources of `data.mixture` cannot be mixed: {' '.join(str(error).split())}") from error
+        raise DataError(f"the sources of `data.mixture` cannot be mixed: {error}") from error
 
 
 def _read(source: DataSource, split: str, streaming: bool) -> Rows:
@@ -345,6 +366,7 @@ def _read(source: DataSource, split: str, streaming: bool) -> Rows:
     )
 
 
+@reading_rows()
 def use_plain_chat_template(rows: Rows, tokenizer: PreTrainedTokenizerBase) -> bool:
     """Give a tokenizer without a chat template the plain one if the rows are conversational; say whether it did."""
     conversational = any(_is_conversation(row.get("chosen")) for row in islice(rows, 100))
@@ -378,6 +400,7 @@ class SplitAudit:
         return f"{self.kept} of {self.rows} rows kept" + (f": {', '.join(found)}" if found else "")
 
 
+@reading_rows()
 def audit_preferences(
     train: Rows,
     evaluation: Rows | None,
@@ -415,6 +438,8 @@ def audit_preferences(
         if rows is None:
             continue
         rows = with_row_index(rows)
+        if "chat_template_kwargs" in _column_names(rows):
+            rows = rows.map(_with_template_kwargs)
         check = _RowCheck(tokenizer, max_length, eval_keys if split == "train" else set())
         if isinstance(rows, IterableDataset):
             checked[split] = _audit_stream(rows, split, config, check)
@@ -469,7 +494,13 @@ def _audit_stream(rows: IterableDataset, split: str, config: DataConfig, check: 
                 return False
         return True
 
-    return rows.filter(usable).map(_with_prompt)
+    kept = rows.filter(usable).map(_with_prompt)
+    if next(iter(kept), None) is None:
+        raise DataError(
+            f"the row audit leaves none of the streamed {split} rows. Mend the data, raise `max_length`, or hold out "
+            "fewer rows."
+        )
+    return kept
 
 
 class _RowCheck:
@@ -491,7 +522,7 @@ class _RowCheck:
             return kinds
         explicit = _with_prompt(row)
         # A digest, since the texts of a whole split are too much to hold
-        text = json.dumps([explicit[name] for name in PREFERENCE_COLUMNS]).encode()
+        text = json.dumps([explicit[name] for name in PREFERENCE_COLUMNS], default=str).encode()
         key = hashlib.blake2b(text, digest_size=16).digest()
         if key in self.forbidden:
             kinds.append("leaked")
@@ -515,28 +546,34 @@ class _RowCheck:
             yield "empty"
         if row["chosen"] == row["rejected"]:
             yield "identical"
-        if self.max_length is None:
-            return
-        if self._tokens(explicit, None) >= self.max_length:
+        if self.max_length is None and self.form is str and not row.keys() & set(TEMPLATE_COLUMNS):
+            return  # text alone has no length to keep, and no template to fail
+        limit = math.inf if self.max_length is None else self.max_length
+        if self._tokens(explicit, None) >= limit:
             yield "lost"
-        elif max(self._tokens(explicit, "chosen"), self._tokens(explicit, "rejected")) > self.max_length:
+        elif max(self._tokens(explicit, "chosen"), self._tokens(explicit, "rejected")) > limit:
             yield "cut"
 
     def _tokens(self, row: dict[str, Any], answer: str | None) -> int:
         """Length in tokens of the prompt, with one answer or alone, as TRL will tokenise it."""
-        if is_conversational(row):
-            messages = row["prompt"] + (row[answer] if answer else [])
-            kwargs = {"tools": row.get("tools"), **(row.get("chat_template_kwargs") or {})}
-            try:
-                if isinstance(kwargs["tools"], str):
-                    kwargs["tools"] = json.loads(kwargs["tools"])
+        tools = row.get("tools")
+        try:
+            # TRL reads both for text too
+            kwargs = {
+                "tools": json.loads(tools) if isinstance(tools, str) else tools,
+                **(row.get("chat_template_kwargs") or {}),
+            }
+            if is_conversational(row):
                 tokens = self.tokenizer.apply_chat_template(
-                    messages, tokenize=True, return_dict=True, add_generation_prompt=answer is None, **kwargs
+                    row["prompt"] + (row[answer] if answer else []),
+                    tokenize=True,
+                    return_dict=True,
+                    add_generation_prompt=answer is None,
+                    **kwargs,
                 )
-            except (TemplateError, ValueError) as error:
-                reason = " ".join(str(error).split())
-                raise DataError(f"the chat template cannot render a row: {reason}: {_shown(messages)}") from error
-            return len(tokens["input_ids"])
+                return len(tokens["input_ids"])
+        except Exception as error:  # a template is a program, run on whatever the row holds
+            raise DataError(f"the chat template cannot render a row: {error}: {_shown(row['prompt'])}") from error
         text = row["prompt"]
         if answer:
             eos = self.tokenizer.eos_token or ""
@@ -554,6 +591,11 @@ def _with_prompt(row: dict[str, Any]) -> dict[str, Any]:
     if explicit["prompt"] == [] and isinstance(row.get("prompt"), str):
         explicit["prompt"] = [{"role": "user", "content": row["prompt"]}]
     return {**row, **explicit}
+
+
+def _with_template_kwargs(row: dict[str, Any]) -> dict[str, Any]:
+    """An empty mapping for a null, which TRL would unpack."""
+    return {"chat_template_kwargs": row["chat_template_kwargs"] or {}}
 
 
 def _is_preference(row: dict[str, Any]) -> bool:
@@ -583,5 +625,6 @@ def _has_empty_answer(row: dict[str, Any]) -> bool:
 def _shown(value: Any) -> str | None:
     if value is None:
         return None
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    text = text.encode("utf-8", "backslashreplace").decode()
     return text if len(text) <= 200 else text[:200] + "..."

@@ -4,10 +4,11 @@ import contextlib
 import dataclasses
 import difflib
 import io
+import os
 import re
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +23,9 @@ from .data import DataConfig, DataSource
 
 
 MAX_NODES = 20_000  # far above any recipe, far below what nested YAML aliases can expand to
+MAX_DEPTH = 50  # so that no walk through a recipe reaches Python's limit
+MAX_LINE = 4_000  # of a mistake; the longest of our own lists TRL's optimizers
+UNWRITABLE = re.compile("[\0\ud800-\udfff]")  # no file, no file name and no log takes them
 
 # What our command adds where the recipe is silent: checkpoints, a limit to them, and W&B
 STAGE_DEFAULTS: dict[str, Any] = {"save_steps": 0.1, "save_total_limit": 2, "report_to": "wandb"}
@@ -55,7 +59,12 @@ class RecipeError(ValueError):
     """One or more mistakes in a recipe; each line is for the user."""
 
     def __init__(self, *mistakes: str):
-        super().__init__("\n".join(" ".join(mistake.split()) for mistake in mistakes))
+        super().__init__("\n".join(map(_one_line, mistakes)))
+
+
+def _one_line(mistake: str) -> str:
+    line = " ".join(mistake.split())
+    return line if len(line) <= MAX_LINE else f"{line[: MAX_LINE // 2]} [...] {line[-MAX_LINE // 2 :]}"
 
 
 @dataclass
@@ -110,6 +119,16 @@ class WandbConfig:
     entity: str | None = None
     mode: Literal["online", "offline", "disabled"] | None = None
     tags: list[str] = field(default_factory=list)
+
+    def __post_init__(self):
+        if len(self.project) > 128 or set(self.project) & set("/\\#?%:"):
+            raise ValueError(
+                f"`project` must be at most 128 characters long and hold none of / \\ # ? % :, got {self.project!r}. "
+                "Write for example `dposhift_trl`."
+            )
+        for tag in self.tags:
+            if not 1 <= len(tag) <= 64:
+                raise ValueError(f"`tags` must be 1 to 64 characters long each, got {tag!r}. Shorten it.")
 
 
 @dataclass
@@ -171,8 +190,10 @@ def load_recipe(path: str, overrides: Sequence[str] = ()) -> Recipe:
     values = _read_yaml(path)
     for override in overrides:
         _apply_override(values, override, path)
-    if not _smaller_than(values, MAX_NODES):
-        raise RecipeError(f"{path}: holds more than {MAX_NODES} values once its aliases are expanded.")
+    _check_size(values, path)
+    unwritable = [f"{path}: {mistake}" for mistake in _unwritable(values)]
+    if unwritable:
+        raise RecipeError(*unwritable)
     _check_keys_and_types(values, path)
     resolved = _with_defaults(values, path)
     data: DataConfig = _build(DataConfig, resolved["data"], "data", path)
@@ -243,16 +264,15 @@ def _read_yaml(path: str) -> dict[str, Any]:
         values = parse_yaml(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise RecipeError(f"{path}: there is no such file.{_nearest_file(path)}") from None
-    except (OSError, UnicodeDecodeError, ValueError) as error:
-        raise RecipeError(f"{path}: cannot be read: {error}") from None
     except YAMLError as error:
         raise RecipeError(f"{path}: is not valid YAML: {error}") from None
     except RecursionError:
         raise RecipeError(f"{path}: is nested too deeply.") from None
+    except Exception as error:  # the YAML library converts some values unchecked
+        raise RecipeError(f"{path}: cannot be read: {error}") from None
     if not isinstance(values, dict):
         raise RecipeError(f"{path}: must be a mapping of sections, got {type(values).__name__}.")
-    if not _smaller_than(values, MAX_NODES):
-        raise RecipeError(f"{path}: holds more than {MAX_NODES} values once its aliases are expanded.")
+    _check_size(values, path)
     return _unshared(values)
 
 
@@ -269,18 +289,35 @@ def _nearest_file(path: str) -> str:
     return f" Did you mean `{Path(path).parent / nearest[0]}`?" if nearest else ""
 
 
-def _smaller_than(values: Any, limit: int) -> bool:
-    stack, count = [values], 0
+def _check_size(values: Any, path: str) -> None:
+    """Refuse what is too much, or too deep, to go through."""
+    stack, count, deepest = [(values, 0)], 0, 0
     while stack:
-        value = stack.pop()
-        count += 1
-        if count > limit:
-            return False
-        if isinstance(value, dict):
-            stack.extend(value.values())
-        elif isinstance(value, list):
-            stack.extend(value)
-    return True
+        value, depth = stack.pop()
+        count, deepest = count + 1, max(deepest, depth)
+        if count > MAX_NODES:
+            raise RecipeError(f"{path}: holds more than {MAX_NODES} values once its aliases are expanded.")
+        inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+        stack.extend((item, depth + 1) for item in inner)
+    if deepest > MAX_DEPTH:
+        raise RecipeError(f"{path}: is nested too deeply.")
+
+
+def _unwritable(value: Any, key: str = "") -> Iterator[str]:
+    """Mistakes of values that could not be written beside the run and read again."""
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            yield from _unwritable(name, key) if isinstance(name, str) else ()
+            yield from _unwritable(inner, f"{key}.{name}".lstrip("."))
+    elif isinstance(value, list):
+        for index, inner in enumerate(value):
+            yield from _unwritable(inner, f"{key}[{index}]")
+    elif isinstance(value, str) and UNWRITABLE.search(value):
+        yield f"`{key}` must be text without NULs and lone surrogates, got {value!r}. Take them out."
+    elif isinstance(value, (bytes, set, tuple)):
+        yield f"`{key}` must be made of mappings, lists, texts and numbers, got {value!r}."
+    elif isinstance(value, int) and abs(value) >= 2**63:
+        yield f"`{key}` must be a number of at most 63 bits, got one of {value.bit_length()}."
 
 
 def _apply_override(values: dict[str, Any], override: str, path: str) -> None:
@@ -290,7 +327,7 @@ def _apply_override(values: dict[str, Any], override: str, path: str) -> None:
         raise RecipeError(f"{path}: the override {override!r} must have the form key=value, as `dpo.lambda_min=0.5`.")
     try:
         value = parse_yaml(text) if text else None
-    except (YAMLError, ValueError, RecursionError) as error:
+    except Exception as error:  # the YAML library converts some values unchecked
         raise RecipeError(f"{path}: the value of the override {override!r} is not valid YAML: {error}") from None
     node = values
     for part in parts[:-1]:
@@ -393,7 +430,7 @@ def _suggestion(key: Any, known: list[str]) -> str:
 
 def _with_defaults(values: dict[str, Any], path: str) -> dict[str, Any]:
     resolved: dict[str, Any] = {
-        "output_dir": values["output_dir"],
+        "output_dir": os.path.expanduser(values["output_dir"]),  # as TRL does
         "seed": values.get("seed", 42),
         "run_name": values.get("run_name") or Path(values["output_dir"]).name or Path(path).stem,
         "model": dict(values["model"]),
@@ -423,8 +460,8 @@ def _build(cls: type, values: dict[str, Any], section: str, path: str) -> Any:
         # TrainingArguments prints advice of its own on the way
         with contextlib.redirect_stdout(io.StringIO()):
             return cls(**values)
-    except (ValueError, TypeError, ImportError, KeyError, AttributeError, RuntimeError) as error:
-        raise RecipeError(f"{path}: section `{section}`: {error}") from None
+    except Exception as error:  # transformers' own checks read files, divide and look things up
+        raise RecipeError(f"{path}: section `{section}`: {str(error) or type(error).__name__}") from None
 
 
 def _check_combinations(recipe: Recipe) -> None:

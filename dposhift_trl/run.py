@@ -30,8 +30,17 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from trl import SFTConfig, get_peft_config, get_quantization_config
 
+from . import __version__
 from .config import DPOShiftConfig
-from .data import DataError, Rows, SplitAudit, audit_preferences, load_preferences, use_plain_chat_template
+from .data import (
+    DataError,
+    Rows,
+    SplitAudit,
+    audit_preferences,
+    load_preferences,
+    reading_rows,
+    use_plain_chat_template,
+)
 from .demo import save_demo_model
 from .model_card import append_recipe_section
 from .recipe import Recipe, RecipeError, changed_keys, dump_yaml, load_recipe, parse_yaml
@@ -52,7 +61,7 @@ DISK_WORDS = (
 FINISHED = "finished.json"
 RECIPE = "recipe.yaml"
 AUDIT = "audit.json"
-PACKAGES = ("dposhift_trl", "trl", "transformers", "torch", "peft", "accelerate", "datasets")
+PACKAGES = ("trl", "transformers", "torch", "peft", "accelerate", "datasets")
 
 
 class RunError(RuntimeError):
@@ -208,7 +217,7 @@ def run(recipe: Recipe, accept_changes: bool = False) -> None:
             if (folder / FINISHED).is_file():
                 _say(f"{name}: finished before, skipped ({folder})")
             else:
-                with _explained(name, folder):
+                with _explained(name, folder), reading_rows():
                     _run_stage(name, recipe, start, tokenizer, train, evaluation, sigterm)
             start = str(folder)
         _say(f"The model is in {start}")
@@ -373,7 +382,8 @@ def _run_stage(
             "seconds": round(time.monotonic() - began, 1),
             "processes": args.world_size,
             "device": str(args.device),
-            "versions": {package: version(package) for package in PACKAGES},
+            # Our own without metadata, which a clone that is not installed lacks
+            "versions": {"dposhift_trl": __version__, **{package: version(package) for package in PACKAGES}},
         }
         _write(folder / FINISHED, json.dumps(finished, indent=2))
     PartialState().wait_for_everyone()

@@ -1,6 +1,7 @@
 """Lambda as a pure function of training progress."""
 
 import math
+import sys
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -98,7 +99,8 @@ def check_knots(knots: Any) -> list[tuple[float, float]]:
         if (
             not isinstance(knot, (list, tuple))
             or len(knot) != 2
-            or not all(isinstance(x, (int, float)) and not isinstance(x, bool) and math.isfinite(x) for x in knot)
+            or not all(isinstance(x, (int, float)) and not isinstance(x, bool) for x in knot)
+            or not all(abs(x) <= sys.float_info.max for x in knot)  # a whole number can be larger than any float
         ):
             raise TypeError(
                 "`lambda_schedule` must be made of [progress, lambda] pairs of numbers, got the knot "

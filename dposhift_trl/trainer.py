@@ -153,6 +153,10 @@ class DPOShiftTrainer(DPOTrainer):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         inputs = dict(inputs)
         row_index, layout = inputs.pop(ROW_INDEX, None), inputs.pop("shared_prompt", None)
+        if self.model.training and self.state.global_step > 0 and self._total_train_tokens == 0:
+            # After a resume, where DPOTrainer would count from zero
+            logged = [entry["num_tokens"] for entry in self.state.log_history if "num_tokens" in entry]
+            self._total_train_tokens = int(logged[-1]) if logged else 0
         scored = _ShiftedModel(self, model, inputs, layout)
         result = self._loss_of(scored, return_outputs)
         if not self._seam_is_checked:
@@ -199,7 +203,10 @@ class DPOShiftTrainer(DPOTrainer):
 
     def _record(self, scores: PairScores) -> None:
         mode = "train" if self.model.training else "eval"
-        matrix = self.accelerator.gather_for_metrics(scores.as_matrix())
+        # In evaluation, without the rows that fill up the last batch. In training those are learnt from, and since an
+        # accumulation window is fetched ahead, accelerate cannot tell which of its batches is the last
+        gather = self.accelerator.gather if mode == "train" else self.accelerator.gather_for_metrics
+        matrix = gather(scores.as_matrix())
         if not torch.isfinite(matrix).all():
             self._stop_on_non_finite(PairScores.from_matrices([matrix]), mode)
         if mode == "train" and self._reference_is_policy:
@@ -207,7 +214,10 @@ class DPOShiftTrainer(DPOTrainer):
         self._pair_scores[mode].append(matrix)
 
     def _stop_on_non_finite(self, scores: PairScores, mode: str) -> None:
-        finite = torch.isfinite(torch.stack([getattr(scores, field.name) for field in fields(scores)])).all(dim=0)
+        columns = {field.name: torch.isfinite(getattr(scores, field.name)) for field in fields(scores)}
+        of_batch = columns.pop("batch_loss")
+        finite = torch.stack(list(columns.values())).all(dim=0)
+        finite = of_batch if finite.all() else finite  # the loss of a batch is bad where one of its pairs is
         rows = scores.row_index[~finite].long().tolist()
         folder = Path(self.args.output_dir) / f"non_finite_at_step_{self.state.global_step}"
         if self.is_world_process_zero():

@@ -51,10 +51,8 @@ def make_rows(count: int, seed: int = 0) -> Dataset:
     return Dataset.from_list(rows)
 
 
-@pytest.fixture(scope="session")
-def tiny_model(tmp_path_factory) -> str:
-    """Folder of a two-layer GPT-2 with random weights, dropout on as GPT-2's, and its tokenizer."""
-    folder = tmp_path_factory.mktemp("tiny") / "gpt2"
+def save_tiny_model(folder: Path) -> str:
+    """A two-layer GPT-2 with random weights, dropout on as GPT-2's, and its tokenizer."""
     torch.manual_seed(0)
     tokenizer = make_tokenizer()
     config = GPT2Config(
@@ -63,6 +61,11 @@ def tiny_model(tmp_path_factory) -> str:
     GPT2LMHeadModel(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory) -> str:
+    return save_tiny_model(tmp_path_factory.mktemp("tiny") / "gpt2")
 
 
 @pytest.fixture

@@ -70,7 +70,8 @@ def test_the_six_lines_train(tmp_path, monkeypatch):
     tokenizer.save_pretrained(model)
     rows = tmp_path / "trl-lib" / "ultrafeedback_binarized"
     rows.mkdir(parents=True)
-    turns = [[{"role": "user", "content": "Count."}, {"role": "assistant", "content": word}] for word in ("One.", "Two.")]
+    ask = {"role": "user", "content": "Count."}
+    turns = [[ask, {"role": "assistant", "content": word}] for word in ("One.", "Two.")]
     (rows / "train.jsonl").write_text((json.dumps({"chosen": turns[0], "rejected": turns[1]}) + "\n") * 8)
     monkeypatch.chdir(tmp_path)
     # The block leaves bf16 at TRL's default, which a CPU refuses without `use_cpu`
