@@ -109,7 +109,7 @@ class DPOShiftConfig(DPOConfig):
                 "lambda over training keep min <= max and set `lambda_schedule: linear_decrease`."
             )
         self.lambda_schedule = self._checked_schedule(self.lambda_schedule)
-        choices = {"auto": "auto", "true": True, "false": False}
+        choices: dict[str, str | bool] = {"auto": "auto", "true": True, "false": False}
         if str(self.shared_prompt).lower() not in choices:
             raise ValueError(f"`shared_prompt` must be auto, true or false, got {self.shared_prompt!r}.")
         self.shared_prompt = choices[str(self.shared_prompt).lower()]

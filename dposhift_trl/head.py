@@ -94,13 +94,13 @@ class _TokenScores(torch.autograd.Function):
         ctx.save_for_backward(hidden, weight, bias, targets, target, log_total, mean_weight)
         ctx.transform = scale, softcap
         ctx.set_materialize_grads(False)
-        extras = {
+        statistics = {
             "entropy": log_total - total_logits / total,
             "log_sum_sq_probs": total_squares.log() - 2 * total.log(),
             "mean_logits": logits_sum / len(weight),
             "is_top1": top == targets,
         }
-        extras = [extras[name] for name in outputs]
+        extras = [statistics[name] for name in outputs]
         ctx.mark_non_differentiable(*extras)
         return target - log_total, *extras
 
@@ -121,10 +121,10 @@ class _TokenScores(torch.autograd.Function):
             for start, tile, logits in _tiles(hidden, weight, bias, grad.dtype, *ctx.transform):
                 probs = _through((logits - log_total[:, None]).exp_(), logits, *ctx.transform).t()
                 torch.mm(probs, rows * -grad[:, None], out=grad_weight[start : start + len(tile)])
-                if needs_bias:
+                if grad_bias is not None:
                     torch.mm(probs, -grad[:, None], out=grad_bias[start : start + len(tile)])
             grad_weight = grad_weight.index_add_(0, targets, at_target * rows).to(weight.dtype)
-            if needs_bias:
+            if grad_bias is not None:
                 grad_bias = grad_bias.index_add_(0, targets, at_target)[:, 0].to(bias.dtype)
         return grad_hidden, grad_weight, grad_bias, None, None, None, None
 

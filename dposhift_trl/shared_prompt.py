@@ -17,7 +17,7 @@ import torch
 from peft import PeftModel
 from torch import nn
 from torch.nn.attention.flex_attention import create_block_mask
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from trl.trainer.utils import FusedCausalLMOutput
@@ -140,15 +140,15 @@ class PairLayout:
             cells=predicts.flatten().nonzero()[:, 0],
             sources=sources,
             lengths=tuple(map(tuple, lengths.tolist())),
-            shape=tuple(predicts.shape),
+            shape=(predicts.shape[0], predicts.shape[1]),
         )
 
     def __len__(self) -> int:
         return self.input_ids.shape[1]
 
     def _apply(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "PairLayout":
-        tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.init}
-        return replace(self, **{k: function(v) for k, v in tensors.items() if isinstance(v, torch.Tensor)})
+        values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self) if f.init}
+        return replace(self, **{k: function(v) for k, v in values.items() if isinstance(v, torch.Tensor)})
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "PairLayout":
         """The same layout on `device`."""
@@ -307,7 +307,7 @@ def _attend_by_branch(attend, query, key, value, layout: PairLayout, window: int
         mask = None if plain else layout.branch_mask(queries, keys, window, like=query)
         return attend(query, key, value, attention_mask=mask)[0]
 
-    outputs = []
+    outputs: list[torch.Tensor] = []
     sizes = [sum(pair) for pair in layout.lengths]
     pairs = zip(layout.lengths, *(states.split(sizes, 2) for states in (query, key, value)), strict=True)
     for (prefix, first, second), queries, keys, values in pairs:
@@ -368,7 +368,7 @@ def _logit_transform(config) -> tuple[float, float | None]:
     return scale, getattr(config, "final_logit_softcapping", None)
 
 
-def _causal_lm(model: nn.Module) -> PreTrainedModel:
+def _causal_lm(model: nn.Module) -> Any:
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 

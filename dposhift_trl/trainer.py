@@ -28,6 +28,7 @@ from .shared_prompt import (
     enable_shared_prompt,
     shared_prompt_obstacle,
     shared_prompt_scores,
+    verify_shared_prompt,
 )
 
 
@@ -103,9 +104,8 @@ class DPOShiftTrainer(DPOTrainer):
         if not self._shifts:
             return
         self.shares_prompts = self._prepare_shared_prompt()
-        if self.shares_prompts:
-            self.data_collator = SharedPromptCollator(self.data_collator)
-        self.data_collator = PairCollator(self.data_collator)
+        collator = PairCollator(self.data_collator)
+        self.data_collator = SharedPromptCollator(collator) if self.shares_prompts else collator
         self._pair_scores: dict[str, list[torch.Tensor]] = {"train": [], "eval": []}
         self._eval_prefix = "eval"
         self._reference_is_policy = ref_model is None
@@ -120,28 +120,42 @@ class DPOShiftTrainer(DPOTrainer):
 
     def _prepare_shared_prompt(self) -> bool:
         """Whether pairs are scored by the shared prompt; prepares policy and reference for it."""
-        models = [self.accelerator.unwrap_model(model) for model in (self.model, self.ref_model) if model is not None]
-        obstacle = next(filter(None, map(shared_prompt_obstacle, models)), None)
-        if self.aux_loss_enabled:
-            obstacle = "its load-balancing loss counts every token of every row"
-        if self._is_vision_dataset:
-            obstacle = "the data set holds images"
-        dropout = (m for model in models for m in model.modules() if isinstance(m, torch.nn.Dropout) and m.p > 0)
-        if not self.args.disable_dropout and next(dropout, None) is not None:
-            obstacle = "with dropout, each row draws its own mask"
         wanted = self.args.shared_prompt
-        if obstacle is not None and wanted is True:
+        if wanted is False:
+            return False
+        models = [self.accelerator.unwrap_model(model) for model in (self.model, self.ref_model) if model is not None]
+        obstacle = self._shared_prompt_obstacle(models)
+        if obstacle is None:
+            try:
+                for model in models:
+                    enable_shared_prompt(model)
+                difference = max(map(verify_shared_prompt, models))
+                half = any(model.dtype in (torch.float16, torch.bfloat16) for model in models)
+                if difference > (1.0 if half else 1e-2):
+                    obstacle = f"its scores differ by {difference:.2g} nats"
+            except ValueError as error:
+                obstacle = str(error)
+        if obstacle is None:
+            return True
+        if wanted is True:
             raise ValueError(
                 f"`shared_prompt` must be auto or false for this model, got True: {obstacle}. Leave it out to read "
                 "both rows of a pair."
             )
-        shares = wanted is not False and obstacle is None
-        if shares:
-            for model in models:
-                enable_shared_prompt(model)
-        if wanted == "auto" and obstacle is not None:
-            logger.warning(f"shared_prompt is off: {obstacle}")
-        return shares
+        logger.warning(f"shared_prompt is off: {obstacle}")
+        return False
+
+    def _shared_prompt_obstacle(self, models: list[torch.nn.Module]) -> str | None:
+        dropout = any(isinstance(m, torch.nn.Dropout) and m.p > 0 for model in models for m in model.modules())
+        if dropout and not self.args.disable_dropout:
+            return "with dropout, each row draws its own mask"
+        if self._is_vision_dataset:
+            return "the data set holds images"
+        if self.aux_loss_enabled:
+            return "its load-balancing loss counts every token of every row"
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return "sharded models have not been verified"
+        return next(filter(None, map(shared_prompt_obstacle, models)), None)
 
     @property
     def shift_lambda(self) -> float:
@@ -340,8 +354,10 @@ class _ShiftedModel:
         if not kwargs.get("fused_lm_head"):
             return self.model(**kwargs)
         self.calls += 1
-        shared = self.layout is not None
-        self.outputs = shared_prompt_scores(self.model, self.layout) if shared else self.model(**kwargs)
+        if self.layout is None:
+            self.outputs = self.model(**kwargs)
+        else:
+            self.outputs = shared_prompt_scores(self.model, self.layout)
         self.scores = self._score(self.outputs.log_probs)
         return self.outputs
 

@@ -77,7 +77,9 @@ def test_at_lambda_one_losses_and_weights_equal_dpo_trainers_bit_for_bit(change,
             assert {k: mine[k] for k in theirs} == pytest.approx(theirs, rel=1e-5, abs=1e-6)
 
 
-@pytest.mark.parametrize("change", [{}, {"gradient_accumulation_steps": 2}, {"precompute_ref_log_probs": True}], ids=str)
+@pytest.mark.parametrize(
+    "change", [{}, {"gradient_accumulation_steps": 2}, {"precompute_ref_log_probs": True}], ids=str
+)
 def test_with_the_shared_prompt_the_same_run_agrees_to_rounding(change, tiny_model, settings):
     common = {"shift_lambda": 0.7, "optim": "sgd", **change}
     rows = train(DPOShiftTrainer, DPOShiftConfig, tiny_model, settings, shared_prompt=False, **common)
