@@ -147,8 +147,9 @@ class PairLayout:
         return self.input_ids.shape[1]
 
     def _apply(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "PairLayout":
-        values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self) if f.init}
-        return replace(self, **{k: function(v) for k, v in values.items() if isinstance(v, torch.Tensor)})
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.init}
+        moved: dict[str, Any] = {k: function(v) for k, v in values.items() if isinstance(v, torch.Tensor)}
+        return replace(self, **moved)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "PairLayout":
         """The same layout on `device`."""
@@ -388,8 +389,8 @@ def shared_prompt_obstacle(model: nn.Module) -> str | None:
     """
     if isinstance(model, PeftModel) and any(peft.is_prompt_learning for peft in model.peft_config.values()):
         return "its adapter learns a prompt"
-    model = _causal_lm(model)
-    config, backbone = model.config, model.base_model
+    causal_lm = _causal_lm(model)
+    config, backbone = causal_lm.config, causal_lm.base_model
     if config.is_encoder_decoder or getattr(config, "add_cross_attention", False):
         return "it has cross-attention"
     if getattr(config, "alibi", False) or any("alibi" in name for name in dir(backbone)):
@@ -416,7 +417,7 @@ def shared_prompt_obstacle(model: nn.Module) -> str | None:
             return f"its `{type(layer).__name__}` has no attention that transformers dispatches"
         if not all(m.is_causal for m in attentions):
             return "its attention is not causal"
-    if not model._supports_attention_backend:
+    if not causal_lm._supports_attention_backend:
         return "its attention does not take part in transformers' `AttentionInterface`"
     parameters = inspect.signature(backbone.forward).parameters
     if "position_ids" not in parameters or all(p.kind is not p.VAR_KEYWORD for p in parameters.values()):
