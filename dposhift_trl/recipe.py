@@ -6,6 +6,7 @@ import difflib
 import io
 import os
 import re
+import sys
 import types
 import typing
 from collections.abc import Iterator, Sequence
@@ -16,6 +17,7 @@ from typing import Any, Literal
 import pydantic
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
+from ruamel.yaml.representer import SafeRepresenter
 from trl import ModelConfig, SFTConfig
 
 from .config import DPOShiftConfig
@@ -231,9 +233,21 @@ def load_recipe(path: str, overrides: Sequence[str] = ()) -> Recipe:
     return recipe
 
 
+class _Representer(SafeRepresenter):
+    """Writes every text so that it is read as it was: breaks and marks of no width only survive in double quotes."""
+
+    def represent_str(self, data: str) -> Any:
+        return self.represent_scalar("tag:yaml.org,2002:str", data, style=None if data.isprintable() else '"')
+
+
+_Representer.add_representer(str, _Representer.represent_str)
+
+
 def dump_yaml(values: dict[str, Any]) -> str:
     """Plain values as YAML text."""
     yaml = YAML(typ="safe", pure=True)
+    yaml.Representer = _Representer
+    yaml.width = sys.maxsize  # a folded line is not always read as it was
     yaml.default_flow_style = False
     yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
     stream = io.StringIO()

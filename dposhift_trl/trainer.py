@@ -35,8 +35,8 @@ from .shared_prompt import (
 logger = get_logger(__name__)
 
 
-# Releases whose DPOTrainer scores both answers through one call of a fused LM head
-TRL_WINDOW = "trl>=1.15,<1.17"
+# Releases whose DPOTrainer scores both answers through one call of a fused LM head that runs on a CPU too
+TRL_WINDOW = "trl>=1.16,<1.17"
 
 
 class TrainingStopped(ValueError):
