@@ -19,7 +19,7 @@ from .callbacks import LambdaScheduleCallback
 from .collator import ROW_INDEX, PairCollator, with_row_index
 from .config import DPOShiftConfig
 from .losses import dpo_shift_loss, sequence_logps
-from .metrics import PairScores, pair_metrics
+from .metrics import PairScores, pair_metrics, widest_float
 from .model_card import append_shift_section
 from .schedules import make_lambda_schedule
 from .shared_prompt import (
@@ -108,6 +108,7 @@ class DPOShiftTrainer(DPOTrainer):
         self.data_collator = SharedPromptCollator(collator) if self.shares_prompts else collator
         self._pair_scores: dict[str, list[torch.Tensor]] = {"train": [], "eval": []}
         self._eval_prefix = "eval"
+        self._evaluated = self.eval_dataset
         self._reference_is_policy = ref_model is None
         self._seam_is_checked = False
         given = [cb for cb in self.callback_handler.callbacks if isinstance(cb, LambdaScheduleCallback)]
@@ -172,15 +173,21 @@ class DPOShiftTrainer(DPOTrainer):
             logged = [entry["num_tokens"] for entry in self.state.log_history if "num_tokens" in entry]
             self._total_train_tokens = int(logged[-1]) if logged else 0
         scored = _ShiftedModel(self, model, inputs, layout)
-        result = self._loss_of(scored, return_outputs)
-        if not self._seam_is_checked:
-            self._check_seam(scored)
+        try:
+            result = self._loss_of(scored, return_outputs)
+        except (KeyError, AttributeError) as error:
+            if scored.calls == 0:
+                raise self._misfit("its loss does not score the answers by a fused head") from error
+            raise
         loss = result[0] if return_outputs else result
         scores = scored.scores
         scores.batch_loss = loss.detach().expand_as(scores.chosen_logps)
         if row_index is not None:
             scores.row_index = row_index
-        self._record(scores)
+        matrix = self._gather_finite(scores)
+        if not self._seam_is_checked:
+            self._check_seam(scored)
+        self._record(matrix)
         return result
 
     def _loss_of(self, scored: "_ShiftedModel", return_outputs: bool = False):
@@ -196,36 +203,56 @@ class DPOShiftTrainer(DPOTrainer):
         """
         Check on the first batch what this class takes for granted of [`~trl.DPOTrainer`], which no version promises.
 
-        Its loss is taken once more, of log-probabilities moved off the reference, row by row by another factor, so
-        that a mix-up of halves, references or lambda shows in loss and gradient.
+        Its loss is taken once more, as the sigmoid loss at lambda = 0.5, of log-probabilities moved off the reference,
+        row by row by another factor, so that a mix-up of halves, references or lambda shows in loss and gradient.
         """
         self._seam_is_checked = True
-        metrics, tokens, self._metrics = self._metrics, self._total_train_tokens, copy.deepcopy(self._metrics)
+        plain = {
+            "loss_types": ["sigmoid"],
+            "loss_weights": [1.0],
+            "f_divergence_type": "reverse_kl",
+            "use_weighting": False,
+            "aux_loss_enabled": False,
+            "_metrics": copy.deepcopy(self._metrics),
+            "_total_train_tokens": self._total_train_tokens,
+        }
+        own = {name: getattr(self, name) for name in plain}
+        vars(self).update(plain)
         try:
             replay = _Replay(self, scored)
-            loss = self._loss_of(replay)
-            fault = replay.fault(loss)
+            with torch.enable_grad():
+                fault = replay.fault(self._loss_of(replay))
         finally:
-            self._metrics, self._total_train_tokens = metrics, tokens
+            vars(self).update(own)
         if scored.calls != 1:
             fault = f"its loss calls the model {scored.calls} times"
         if fault is not None:
-            raise TrainingStopped(
-                f"`trl` {trl.__version__} does not fit dposhift_trl {__version__}: {fault}. Install {TRL_WINDOW}, or "
-                "a newer dposhift_trl."
-            )
+            raise self._misfit(fault)
 
-    def _record(self, scores: PairScores) -> None:
-        mode = "train" if self.model.training else "eval"
+    def _misfit(self, fault: str) -> TrainingStopped:
+        return TrainingStopped(
+            f"`trl` {trl.__version__} does not fit dposhift_trl {__version__}: {fault}. Install {TRL_WINDOW}, or a "
+            "newer dposhift_trl."
+        )
+
+    @property
+    def _mode(self) -> str:
+        return "train" if self.model.training else "eval"
+
+    def _gather_finite(self, scores: PairScores) -> torch.Tensor:
+        """The scores of all processes as one matrix, checked to be finite."""
         # In evaluation, without the rows that fill up the last batch. In training those are learnt from, and since an
         # accumulation window is fetched ahead, accelerate cannot tell which of its batches is the last
-        gather = self.accelerator.gather if mode == "train" else self.accelerator.gather_for_metrics
+        gather = self.accelerator.gather if self._mode == "train" else self.accelerator.gather_for_metrics
         matrix = gather(scores.as_matrix())
         if not torch.isfinite(matrix).all():
-            self._stop_on_non_finite(PairScores.from_matrices([matrix]), mode)
-        if mode == "train" and self._reference_is_policy:
+            self._stop_on_non_finite(PairScores.from_matrices([matrix]), self._mode)
+        return matrix
+
+    def _record(self, matrix: torch.Tensor) -> None:
+        if self._mode == "train" and self._reference_is_policy:
             self._check_reference_is_policy(matrix)
-        self._pair_scores[mode].append(matrix)
+        self._pair_scores[self._mode].append(matrix)
 
     def _stop_on_non_finite(self, scores: PairScores, mode: str) -> None:
         columns = {field.name: torch.isfinite(getattr(scores, field.name)) for field in fields(scores)}
@@ -235,7 +262,9 @@ class DPOShiftTrainer(DPOTrainer):
         rows = scores.row_index[~finite].long().tolist()
         folder = Path(self.args.output_dir) / f"non_finite_at_step_{self.state.global_step}"
         if self.is_world_process_zero():
-            dataset = self.train_dataset if mode == "train" else self.eval_dataset
+            dataset = self.train_dataset if mode == "train" else self._evaluated
+            if isinstance(dataset, dict):
+                dataset = dataset.get(self._eval_prefix.removeprefix("eval_"))
             texts = {}
             if isinstance(dataset, Dataset) and ROW_INDEX in dataset.column_names:
                 places = {row: place for place, row in enumerate(dataset[ROW_INDEX])}
@@ -297,6 +326,9 @@ class DPOShiftTrainer(DPOTrainer):
     def evaluate(self, eval_dataset=None, *args, **kwargs):
         if self._shifts:
             eval_dataset = with_row_index(eval_dataset)
+            self._evaluated = self.eval_dataset if eval_dataset is None else eval_dataset
+            if isinstance(eval_dataset, str):
+                self._evaluated = self.eval_dataset[eval_dataset]
         return super().evaluate(eval_dataset, *args, **kwargs)
 
     def evaluation_loop(self, dataloader, description, *args, metric_key_prefix="eval", **kwargs):
@@ -307,7 +339,7 @@ class DPOShiftTrainer(DPOTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self._shifts:
-            self._file_pair_metrics(logs, "train" if self.model.training else "eval")
+            self._file_pair_metrics(logs, self._mode)
         super().log(logs, start_time)
 
     def _file_pair_metrics(self, logs: dict[str, float], mode: str) -> None:
@@ -348,6 +380,7 @@ class _ShiftedModel:
         self.model = model
         self.inputs = inputs
         self.layout = layout
+        self.precomputed = trainer.precompute_ref_logps
         self.calls = 0
 
     def __call__(self, **kwargs):
@@ -362,7 +395,7 @@ class _ShiftedModel:
         return self.outputs
 
     def _references(self) -> tuple[torch.Tensor, torch.Tensor]:
-        if "ref_chosen_logps" in self.inputs:
+        if self.precomputed:
             return self.inputs["ref_chosen_logps"], self.inputs["ref_rejected_logps"]
         reference = self.trainer.model if self.trainer.ref_model is None else self.trainer.ref_model
         return self.trainer.compute_ref_log_probs(reference, {**self.inputs, "shared_prompt": self.layout})
@@ -389,7 +422,7 @@ class _ShiftedModel:
             ref_rejected_logps=ref_rejected_logps,
             chosen_tokens=chosen_tokens,
             rejected_tokens=rejected_tokens,
-            shift_lambda=torch.full_like(chosen_logps, shift_lambda),
+            shift_lambda=torch.full_like(chosen_logps, shift_lambda, dtype=widest_float(chosen_logps.device)),
             batch_loss=unknown,
             row_index=unknown,
         )
@@ -400,6 +433,7 @@ class _Replay(_ShiftedModel):
 
     def __init__(self, trainer: DPOShiftTrainer, scored: _ShiftedModel):
         super().__init__(trainer, scored.model, dict(scored.inputs))
+        self.precomputed = True
         scores, log_probs = scored.scores, scored.outputs.log_probs.detach()
         self.inputs["ref_chosen_logps"] = scores.ref_chosen_logps.detach()
         self.inputs["ref_rejected_logps"] = scores.ref_rejected_logps.detach()
@@ -411,13 +445,11 @@ class _Replay(_ShiftedModel):
         if not kwargs.get("fused_lm_head"):
             return self.model(**kwargs)
         self.calls += 1
-        with torch.enable_grad():
-            self.scores = self._score(self.log_probs)
+        self.scores = self._score(self.log_probs)
         return dataclasses.replace(self.real, log_probs=self.log_probs)
 
     def _lambda(self) -> float:
-        # Off 1 where that has a meaning, so that its place shows
-        return 1.0 if self.trainer.args.always_dpo else 0.5
+        return 0.5
 
     def fault(self, loss: torch.Tensor) -> str | None:
         """What does not hold, in a few words, or None."""
@@ -428,23 +460,17 @@ class _Replay(_ShiftedModel):
             return f"log-probabilities have the shape {tuple(self.log_probs.shape)}"
         if (self.log_probs[:, -mask.shape[1] :] * (mask == 0)).any():
             return "log-probabilities are not zero outside the answers"
-        if args.loss_type != ["sigmoid"] or args.use_weighting or args.f_divergence_type != "reverse_kl":
-            return None
-        if self.trainer.aux_loss_enabled:
-            return None
-        with torch.enable_grad():
-            expected = dpo_shift_loss(
-                scores.chosen_logps - scores.ref_chosen_logps,
-                scores.rejected_logps - scores.ref_rejected_logps,
-                beta=args.beta,
-                shift_lambda=self._lambda(),
-            ).mean()
+        expected = dpo_shift_loss(
+            scores.chosen_logps - scores.ref_chosen_logps,
+            scores.rejected_logps - scores.ref_rejected_logps,
+            beta=args.beta,
+            shift_lambda=self._lambda(),
+        ).mean()
         if not torch.allclose(loss, expected, rtol=1e-3, atol=1e-5):
             return f"the loss of a batch is {loss.item():.6f} where the closed form gives {expected.item():.6f}"
-        if loss.requires_grad:
-            found, wanted = (torch.autograd.grad(x, self.log_probs, retain_graph=True)[0] for x in (loss, expected))
-            if not torch.allclose(found, wanted, rtol=1e-2, atol=1e-3 * wanted.norm().item()):
-                return "the gradient of a batch's loss is not that of the closed form"
+        found, wanted = (torch.autograd.grad(x, self.log_probs, retain_graph=True)[0] for x in (loss, expected))
+        if not torch.allclose(found, wanted, rtol=1e-2, atol=1e-3 * wanted.norm().item()):
+            return "the gradient of a batch's loss is not that of the closed form"
         return None
 
 

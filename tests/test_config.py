@@ -39,7 +39,7 @@ def flags(tmp_path):
 
 def test_the_config_adds_the_lambda_fields_and_nothing_else():
     lambda_fields = ["lambda_schedule", "shift_lambda", "lambda_min", "lambda_max", "allow_lambda_above_one"]
-    assert LAMBDA_FIELDS == [*lambda_fields, "shared_prompt"]
+    assert [*lambda_fields, "shared_prompt"] == LAMBDA_FIELDS
 
 
 def test_the_defaults_are_the_paper_s_fixed_lambda(make):

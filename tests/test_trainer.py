@@ -388,10 +388,10 @@ def test_train_metrics_weigh_each_pair_once_over_an_uneven_accumulation_window(t
     seen = []
 
     class Spy(DPOShiftTrainer):
-        def _record(self, scores):
-            super()._record(scores)
+        def _record(self, matrix):
+            super()._record(matrix)
             if self.model.training:
-                seen.extend(scores.chosen_logps.tolist())
+                seen.extend(matrix[:, 0].tolist())
 
     trainer = train(
         Spy, DPOShiftConfig, tiny_model, settings, rows=rows, logging_steps=2, gradient_accumulation_steps=2,
