@@ -7,12 +7,12 @@ import torch
 from datasets import Dataset, IterableDataset
 
 
-ROW_INDEX = "row_index"
+ROW_INDEX = "dposhift_row_index"  # a name that no data set uses for a column of its own
 
 
 class PairCollator:
     """
-    Wraps a collator of preference rows and adds their `row_index`, so that a score can name its row.
+    Wraps a collator of preference rows and adds the indices of their rows, so that a score can name its row.
 
     Args:
         collator (`Callable`):

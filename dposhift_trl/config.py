@@ -14,7 +14,9 @@ from .schedules import LAMBDA_SCHEDULE_ALIASES, LAMBDA_SCHEDULES, check_knots
 
 if TYPE_CHECKING:
     LambdaScheduleSpec = str | Sequence[Sequence[float]]
+    SharedPromptSpec = str | bool
 else:
+    SharedPromptSpec = str
     LambdaScheduleSpec = str  # HfArgumentParser knows no union with a list; a list in JSON parses below
 
 # Loss types that see the two answers only through the difference of their log-ratios
@@ -46,6 +48,10 @@ class DPOShiftConfig(DPOConfig):
         allow_lambda_above_one (`bool`, *optional*, defaults to `False`):
             Whether lambda may exceed 1. Above 1 the rejected answers are pushed down harder than in DPO; the paper
             reports unreadable text at 1.05.
+        shared_prompt (`str` or `bool`, *optional*, defaults to `"auto"`):
+            Whether tokens that both answers of a pair share are read once and no padding is read: `"auto"` where
+            that is exact, with the reason logged where it is not; `True` to have an error there; `False` to read
+            both rows padded, as stock DPO does, to which it is then equal bit for bit at lambda = 1.
 
     Raises:
         ValueError: If a value is out of its range, or lambda can differ from 1 where a shift has no meaning: a loss
@@ -80,6 +86,14 @@ class DPOShiftConfig(DPOConfig):
             "the paper reports unreadable text at 1.05."
         },
     )
+    shared_prompt: SharedPromptSpec = field(
+        default="auto",
+        metadata={
+            "help": "Whether tokens that both answers of a pair share are read once and no padding is read: `'auto'` "
+            "where that is exact, with the reason logged where it is not; `True` to have an error there; `False` to "
+            "read both rows padded, as stock DPO does, to which it is then equal bit for bit at lambda = 1."
+        },
+    )
 
     def __post_init__(self):
         if not isinstance(self.allow_lambda_above_one, bool):
@@ -95,6 +109,10 @@ class DPOShiftConfig(DPOConfig):
                 "lambda over training keep min <= max and set `lambda_schedule: linear_decrease`."
             )
         self.lambda_schedule = self._checked_schedule(self.lambda_schedule)
+        choices: dict[str, str | bool] = {"auto": "auto", "true": True, "false": False}
+        if str(self.shared_prompt).lower() not in choices:
+            raise ValueError(f"`shared_prompt` must be auto, true or false, got {self.shared_prompt!r}.")
+        self.shared_prompt = choices[str(self.shared_prompt).lower()]
         # Lambda moves, so the loss at lambda_t does not rank the checkpoints of a run; the loss at lambda = 1 does
         if self.load_best_model_at_end and self.metric_for_best_model is None:
             self.metric_for_best_model = "dpo_loss"

@@ -7,6 +7,11 @@ import torch
 from .losses import dpo_shift_loss
 
 
+def widest_float(device: torch.device) -> torch.dtype:
+    """float64 where the device has it: float32 holds neither every lambda nor row indices beyond 2 ** 24."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 @dataclass
 class PairScores:
     """
@@ -41,8 +46,7 @@ class PairScores:
 
     def as_matrix(self) -> torch.Tensor:
         """The fields as columns, so that one gather carries them all. Shape: `(num_pairs, num_fields)`."""
-        # float64 where the device has it, since float32 holds row indices only to 2 ** 24
-        dtype = torch.float32 if self.chosen_logps.device.type == "mps" else torch.float64
+        dtype = widest_float(self.chosen_logps.device)
         return torch.stack([getattr(self, field.name).detach().to(dtype) for field in fields(self)], dim=1)
 
     @classmethod

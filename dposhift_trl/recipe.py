@@ -33,7 +33,7 @@ STAGE_DEFAULTS: dict[str, Any] = {"save_steps": 0.1, "save_total_limit": 2, "rep
 EVAL_DEFAULTS: dict[str, Any] = {"eval_strategy": "steps", "eval_steps": 0.1, "eval_on_start": True}
 
 # Fields that take more than their annotation says, which the flag parser must understand
-WIDER_TYPES: dict[str, Any] = {"lambda_schedule": str | list[list[float]]}
+WIDER_TYPES: dict[str, Any] = {"lambda_schedule": str | list[list[float]], "shared_prompt": str | bool}
 
 # Stage fields that another part of the recipe decides
 DECIDED_ELSEWHERE = {

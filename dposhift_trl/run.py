@@ -369,6 +369,11 @@ def _run_stage(
     began = time.monotonic()
     trainer = _make_trainer(name, recipe, start, tokenizer, train, evaluation)
     trainer.add_callback(sigterm)
+    if isinstance(trainer, DPOShiftTrainer):
+        _say(
+            f"{name}: "
+            + ("reading shared tokens once" if trainer.shares_prompts else "reading both rows of each pair")
+        )
     with _wandb_run(name, recipe):
         state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME)) if checkpoint else None
         if checkpoint and state and 0 < state.max_steps <= state.global_step:

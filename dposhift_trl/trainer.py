@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import trl
+from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
 from trl import DPOTrainer, SFTTrainer, extract_prompt
@@ -18,9 +19,20 @@ from .callbacks import LambdaScheduleCallback
 from .collator import ROW_INDEX, PairCollator, with_row_index
 from .config import DPOShiftConfig
 from .losses import dpo_shift_loss, sequence_logps
-from .metrics import PairScores, pair_metrics
+from .metrics import PairScores, pair_metrics, widest_float
 from .model_card import append_shift_section
 from .schedules import make_lambda_schedule
+from .shared_prompt import (
+    PairLayout,
+    SharedPromptCollator,
+    enable_shared_prompt,
+    shared_prompt_obstacle,
+    shared_prompt_scores,
+    verify_shared_prompt,
+)
+
+
+logger = get_logger(__name__)
 
 
 # Releases whose DPOTrainer scores both answers through one call of a fused LM head that runs on a CPU too
@@ -91,9 +103,12 @@ class DPOShiftTrainer(DPOTrainer):
         super().__init__(model, ref_model, args, data_collator, train_dataset, eval_dataset, *positional, **kwargs)
         if not self._shifts:
             return
-        self.data_collator = PairCollator(self.data_collator)
+        self.shares_prompts = self._prepare_shared_prompt()
+        collator = PairCollator(self.data_collator)
+        self.data_collator = SharedPromptCollator(collator) if self.shares_prompts else collator
         self._pair_scores: dict[str, list[torch.Tensor]] = {"train": [], "eval": []}
         self._eval_prefix = "eval"
+        self._evaluated = self.eval_dataset
         self._reference_is_policy = ref_model is None
         self._seam_is_checked = False
         given = [cb for cb in self.callback_handler.callbacks if isinstance(cb, LambdaScheduleCallback)]
@@ -104,6 +119,45 @@ class DPOShiftTrainer(DPOTrainer):
             self.add_callback(given[0])
         self.lambda_callback = given[0]
 
+    def _prepare_shared_prompt(self) -> bool:
+        """Whether pairs are scored by the shared prompt; prepares policy and reference for it."""
+        wanted = self.args.shared_prompt
+        if wanted is False:
+            return False
+        models = [self.accelerator.unwrap_model(model) for model in (self.model, self.ref_model) if model is not None]
+        obstacle = self._shared_prompt_obstacle(models)
+        if obstacle is None:
+            try:
+                for model in models:
+                    enable_shared_prompt(model)
+                difference = max(map(verify_shared_prompt, models))
+                half = any(model.dtype in (torch.float16, torch.bfloat16) for model in models)
+                if difference > (1.0 if half else 1e-2):
+                    obstacle = f"its scores differ by {difference:.2g} nats"
+            except ValueError as error:
+                obstacle = str(error)
+        if obstacle is None:
+            return True
+        if wanted is True:
+            raise ValueError(
+                f"`shared_prompt` must be auto or false for this model, got True: {obstacle}. Leave it out to read "
+                "both rows of a pair."
+            )
+        logger.warning(f"shared_prompt is off: {obstacle}")
+        return False
+
+    def _shared_prompt_obstacle(self, models: list[torch.nn.Module]) -> str | None:
+        dropout = any(isinstance(m, torch.nn.Dropout) and m.p > 0 for model in models for m in model.modules())
+        if dropout and not self.args.disable_dropout:
+            return "with dropout, each row draws its own mask"
+        if self._is_vision_dataset:
+            return "the data set holds images"
+        if self.aux_loss_enabled:
+            return "its load-balancing loss counts every token of every row"
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return "sharded models have not been verified"
+        return next(filter(None, map(shared_prompt_obstacle, models)), None)
+
     @property
     def shift_lambda(self) -> float:
         """Lambda in force; its one writer is the [`LambdaScheduleCallback`]."""
@@ -113,21 +167,27 @@ class DPOShiftTrainer(DPOTrainer):
         if not self._shifts:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         inputs = dict(inputs)
-        row_index = inputs.pop(ROW_INDEX, None)
+        row_index, layout = inputs.pop(ROW_INDEX, None), inputs.pop("shared_prompt", None)
         if self.model.training and self.state.global_step > 0 and self._total_train_tokens == 0:
             # After a resume, where DPOTrainer would count from zero
             logged = [entry["num_tokens"] for entry in self.state.log_history if "num_tokens" in entry]
             self._total_train_tokens = int(logged[-1]) if logged else 0
-        scored = _ShiftedModel(self, model, inputs)
-        result = self._loss_of(scored, return_outputs)
-        if not self._seam_is_checked:
-            self._check_seam(scored)
+        scored = _ShiftedModel(self, model, inputs, layout)
+        try:
+            result = self._loss_of(scored, return_outputs)
+        except (KeyError, AttributeError) as error:
+            if scored.calls == 0:
+                raise self._misfit("its loss does not score the answers by a fused head") from error
+            raise
         loss = result[0] if return_outputs else result
         scores = scored.scores
         scores.batch_loss = loss.detach().expand_as(scores.chosen_logps)
         if row_index is not None:
             scores.row_index = row_index
-        self._record(scores)
+        matrix = self._gather_finite(scores)
+        if not self._seam_is_checked:
+            self._check_seam(scored)
+        self._record(matrix)
         return result
 
     def _loss_of(self, scored: "_ShiftedModel", return_outputs: bool = False):
@@ -143,36 +203,56 @@ class DPOShiftTrainer(DPOTrainer):
         """
         Check on the first batch what this class takes for granted of [`~trl.DPOTrainer`], which no version promises.
 
-        Its loss is taken once more, of log-probabilities moved off the reference, row by row by another factor, so
-        that a mix-up of halves, references or lambda shows in loss and gradient.
+        Its loss is taken once more, as the sigmoid loss at lambda = 0.5, of log-probabilities moved off the reference,
+        row by row by another factor, so that a mix-up of halves, references or lambda shows in loss and gradient.
         """
         self._seam_is_checked = True
-        metrics, tokens, self._metrics = self._metrics, self._total_train_tokens, copy.deepcopy(self._metrics)
+        plain = {
+            "loss_types": ["sigmoid"],
+            "loss_weights": [1.0],
+            "f_divergence_type": "reverse_kl",
+            "use_weighting": False,
+            "aux_loss_enabled": False,
+            "_metrics": copy.deepcopy(self._metrics),
+            "_total_train_tokens": self._total_train_tokens,
+        }
+        own = {name: getattr(self, name) for name in plain}
+        vars(self).update(plain)
         try:
             replay = _Replay(self, scored)
-            loss = self._loss_of(replay)
-            fault = replay.fault(loss)
+            with torch.enable_grad():
+                fault = replay.fault(self._loss_of(replay))
         finally:
-            self._metrics, self._total_train_tokens = metrics, tokens
+            vars(self).update(own)
         if scored.calls != 1:
             fault = f"its loss calls the model {scored.calls} times"
         if fault is not None:
-            raise TrainingStopped(
-                f"`trl` {trl.__version__} does not fit dposhift_trl {__version__}: {fault}. Install {TRL_WINDOW}, or "
-                "a newer dposhift_trl."
-            )
+            raise self._misfit(fault)
 
-    def _record(self, scores: PairScores) -> None:
-        mode = "train" if self.model.training else "eval"
+    def _misfit(self, fault: str) -> TrainingStopped:
+        return TrainingStopped(
+            f"`trl` {trl.__version__} does not fit dposhift_trl {__version__}: {fault}. Install {TRL_WINDOW}, or a "
+            "newer dposhift_trl."
+        )
+
+    @property
+    def _mode(self) -> str:
+        return "train" if self.model.training else "eval"
+
+    def _gather_finite(self, scores: PairScores) -> torch.Tensor:
+        """The scores of all processes as one matrix, checked to be finite."""
         # In evaluation, without the rows that fill up the last batch. In training those are learnt from, and since an
         # accumulation window is fetched ahead, accelerate cannot tell which of its batches is the last
-        gather = self.accelerator.gather if mode == "train" else self.accelerator.gather_for_metrics
+        gather = self.accelerator.gather if self._mode == "train" else self.accelerator.gather_for_metrics
         matrix = gather(scores.as_matrix())
         if not torch.isfinite(matrix).all():
-            self._stop_on_non_finite(PairScores.from_matrices([matrix]), mode)
-        if mode == "train" and self._reference_is_policy:
+            self._stop_on_non_finite(PairScores.from_matrices([matrix]), self._mode)
+        return matrix
+
+    def _record(self, matrix: torch.Tensor) -> None:
+        if self._mode == "train" and self._reference_is_policy:
             self._check_reference_is_policy(matrix)
-        self._pair_scores[mode].append(matrix)
+        self._pair_scores[self._mode].append(matrix)
 
     def _stop_on_non_finite(self, scores: PairScores, mode: str) -> None:
         columns = {field.name: torch.isfinite(getattr(scores, field.name)) for field in fields(scores)}
@@ -182,7 +262,9 @@ class DPOShiftTrainer(DPOTrainer):
         rows = scores.row_index[~finite].long().tolist()
         folder = Path(self.args.output_dir) / f"non_finite_at_step_{self.state.global_step}"
         if self.is_world_process_zero():
-            dataset = self.train_dataset if mode == "train" else self.eval_dataset
+            dataset = self.train_dataset if mode == "train" else self._evaluated
+            if isinstance(dataset, dict):
+                dataset = dataset.get(self._eval_prefix.removeprefix("eval_"))
             texts = {}
             if isinstance(dataset, Dataset) and ROW_INDEX in dataset.column_names:
                 places = {row: place for place, row in enumerate(dataset[ROW_INDEX])}
@@ -231,7 +313,10 @@ class DPOShiftTrainer(DPOTrainer):
                 )
 
     def compute_ref_log_probs(self, model, inputs):
-        return super().compute_ref_log_probs(model, {key: inputs[key] for key in inputs if key != ROW_INDEX})
+        inputs = {key: value for key, value in inputs.items() if key != ROW_INDEX}
+        layout = inputs.pop("shared_prompt", None)
+        scored = model if layout is None else (lambda **kwargs: shared_prompt_scores(model, layout))
+        return super().compute_ref_log_probs(scored, inputs)
 
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
@@ -241,6 +326,9 @@ class DPOShiftTrainer(DPOTrainer):
     def evaluate(self, eval_dataset=None, *args, **kwargs):
         if self._shifts:
             eval_dataset = with_row_index(eval_dataset)
+            self._evaluated = self.eval_dataset if eval_dataset is None else eval_dataset
+            if isinstance(eval_dataset, str):
+                self._evaluated = self.eval_dataset[eval_dataset]
         return super().evaluate(eval_dataset, *args, **kwargs)
 
     def evaluation_loop(self, dataloader, description, *args, metric_key_prefix="eval", **kwargs):
@@ -251,7 +339,7 @@ class DPOShiftTrainer(DPOTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self._shifts:
-            self._file_pair_metrics(logs, "train" if self.model.training else "eval")
+            self._file_pair_metrics(logs, self._mode)
         super().log(logs, start_time)
 
     def _file_pair_metrics(self, logs: dict[str, float], mode: str) -> None:
@@ -281,25 +369,36 @@ class _ShiftedModel:
     type then makes of it.
     """
 
-    def __init__(self, trainer: DPOShiftTrainer, model: torch.nn.Module, inputs: dict[str, Any]):
+    def __init__(
+        self,
+        trainer: DPOShiftTrainer,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        layout: PairLayout | None = None,
+    ):
         self.trainer = trainer
         self.model = model
         self.inputs = inputs
+        self.layout = layout
+        self.precomputed = trainer.precompute_ref_logps
         self.calls = 0
 
     def __call__(self, **kwargs):
-        outputs = self.model(**kwargs)
-        if kwargs.get("fused_lm_head"):
-            self.calls += 1
-            self.outputs = outputs
-            self.scores = self._score(outputs.log_probs)
-        return outputs
+        if not kwargs.get("fused_lm_head"):
+            return self.model(**kwargs)
+        self.calls += 1
+        if self.layout is None:
+            self.outputs = self.model(**kwargs)
+        else:
+            self.outputs = shared_prompt_scores(self.model, self.layout)
+        self.scores = self._score(self.outputs.log_probs)
+        return self.outputs
 
     def _references(self) -> tuple[torch.Tensor, torch.Tensor]:
-        if "ref_chosen_logps" in self.inputs:
+        if self.precomputed:
             return self.inputs["ref_chosen_logps"], self.inputs["ref_rejected_logps"]
         reference = self.trainer.model if self.trainer.ref_model is None else self.trainer.ref_model
-        return self.trainer.compute_ref_log_probs(reference, self.inputs)
+        return self.trainer.compute_ref_log_probs(reference, {**self.inputs, "shared_prompt": self.layout})
 
     def _lambda(self) -> float:
         return self.trainer.shift_lambda
@@ -323,7 +422,7 @@ class _ShiftedModel:
             ref_rejected_logps=ref_rejected_logps,
             chosen_tokens=chosen_tokens,
             rejected_tokens=rejected_tokens,
-            shift_lambda=torch.full_like(chosen_logps, shift_lambda),
+            shift_lambda=torch.full_like(chosen_logps, shift_lambda, dtype=widest_float(chosen_logps.device)),
             batch_loss=unknown,
             row_index=unknown,
         )
@@ -334,6 +433,7 @@ class _Replay(_ShiftedModel):
 
     def __init__(self, trainer: DPOShiftTrainer, scored: _ShiftedModel):
         super().__init__(trainer, scored.model, dict(scored.inputs))
+        self.precomputed = True
         scores, log_probs = scored.scores, scored.outputs.log_probs.detach()
         self.inputs["ref_chosen_logps"] = scores.ref_chosen_logps.detach()
         self.inputs["ref_rejected_logps"] = scores.ref_rejected_logps.detach()
@@ -345,13 +445,11 @@ class _Replay(_ShiftedModel):
         if not kwargs.get("fused_lm_head"):
             return self.model(**kwargs)
         self.calls += 1
-        with torch.enable_grad():
-            self.scores = self._score(self.log_probs)
+        self.scores = self._score(self.log_probs)
         return dataclasses.replace(self.real, log_probs=self.log_probs)
 
     def _lambda(self) -> float:
-        # Off 1 where that has a meaning, so that its place shows
-        return 1.0 if self.trainer.args.always_dpo else 0.5
+        return 0.5
 
     def fault(self, loss: torch.Tensor) -> str | None:
         """What does not hold, in a few words, or None."""
@@ -362,23 +460,17 @@ class _Replay(_ShiftedModel):
             return f"log-probabilities have the shape {tuple(self.log_probs.shape)}"
         if (self.log_probs[:, -mask.shape[1] :] * (mask == 0)).any():
             return "log-probabilities are not zero outside the answers"
-        if args.loss_type != ["sigmoid"] or args.use_weighting or args.f_divergence_type != "reverse_kl":
-            return None
-        if self.trainer.aux_loss_enabled:
-            return None
-        with torch.enable_grad():
-            expected = dpo_shift_loss(
-                scores.chosen_logps - scores.ref_chosen_logps,
-                scores.rejected_logps - scores.ref_rejected_logps,
-                beta=args.beta,
-                shift_lambda=self._lambda(),
-            ).mean()
+        expected = dpo_shift_loss(
+            scores.chosen_logps - scores.ref_chosen_logps,
+            scores.rejected_logps - scores.ref_rejected_logps,
+            beta=args.beta,
+            shift_lambda=self._lambda(),
+        ).mean()
         if not torch.allclose(loss, expected, rtol=1e-3, atol=1e-5):
             return f"the loss of a batch is {loss.item():.6f} where the closed form gives {expected.item():.6f}"
-        if loss.requires_grad:
-            found, wanted = (torch.autograd.grad(x, self.log_probs, retain_graph=True)[0] for x in (loss, expected))
-            if not torch.allclose(found, wanted, rtol=1e-2, atol=1e-3 * wanted.norm().item()):
-                return "the gradient of a batch's loss is not that of the closed form"
+        found, wanted = (torch.autograd.grad(x, self.log_probs, retain_graph=True)[0] for x in (loss, expected))
+        if not torch.allclose(found, wanted, rtol=1e-2, atol=1e-3 * wanted.norm().item()):
+            return "the gradient of a batch's loss is not that of the closed form"
         return None
 
 

@@ -65,7 +65,9 @@ def logs(trainer, drop=("runtime", "per_second")):
 )
 def test_at_lambda_one_losses_and_weights_equal_dpo_trainers_bit_for_bit(change, tiny_model, settings):
     stock = train(DPOTrainer, DPOConfig, tiny_model, settings, **change)
-    ours = train(DPOShiftTrainer, DPOShiftConfig, tiny_model, settings, shift_lambda=1.0, **change)
+    ours = train(
+        DPOShiftTrainer, DPOShiftConfig, tiny_model, settings, shift_lambda=1.0, shared_prompt=False, **change
+    )
     assert same(weights(stock), weights(ours))
     # Ours are means over pairs in float64, TRL's means of batch means in float32
     exact, rounded = logs(stock, ("runtime", "per_second", *OURS)), logs(stock)
@@ -73,6 +75,29 @@ def test_at_lambda_one_losses_and_weights_equal_dpo_trainers_bit_for_bit(change,
     for theirs, mine in zip(rounded, logs(ours), strict=True):
         if "eval_loss" not in theirs:
             assert {k: mine[k] for k in theirs} == pytest.approx(theirs, rel=1e-5, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    "change", [{}, {"gradient_accumulation_steps": 2}, {"precompute_ref_log_probs": True}], ids=str
+)
+def test_with_the_shared_prompt_the_same_run_agrees_to_rounding(change, tiny_model, settings):
+    common = {"shift_lambda": 0.7, "optim": "sgd", **change}
+    rows = train(DPOShiftTrainer, DPOShiftConfig, tiny_model, settings, shared_prompt=False, **common)
+    shared = train(DPOShiftTrainer, DPOShiftConfig, tiny_model, settings, shared_prompt=True, **common)
+    assert (rows.shares_prompts, shared.shares_prompts) == (False, True)
+    for left, right in zip(logs(rows), logs(shared), strict=True):
+        assert right == pytest.approx(left, rel=1e-5, abs=1e-5)
+    for left, right in zip(weights(rows), weights(shared), strict=True):
+        assert torch.allclose(left, right, rtol=1e-5, atol=1e-6)
+
+
+def test_the_shared_prompt_is_off_where_dropout_is_on(tiny_model, settings, caplog):
+    args = DPOShiftConfig(**settings, disable_dropout=False)
+    assert not DPOShiftTrainer(tiny_model, args=args, train_dataset=ROWS).shares_prompts
+    assert "shared_prompt is off: with dropout, each row draws its own mask" in caplog.text
+    args = DPOShiftConfig(**settings, disable_dropout=False, shared_prompt=True)
+    with pytest.raises(ValueError, match="`shared_prompt` must be auto or false for this model, got True"):
+        DPOShiftTrainer(tiny_model, args=args, train_dataset=ROWS)
 
 
 def test_with_trls_own_config_the_trainer_is_dpo_trainer(tiny_model, settings):
@@ -363,10 +388,10 @@ def test_train_metrics_weigh_each_pair_once_over_an_uneven_accumulation_window(t
     seen = []
 
     class Spy(DPOShiftTrainer):
-        def _record(self, scores):
-            super()._record(scores)
+        def _record(self, matrix):
+            super()._record(matrix)
             if self.model.training:
-                seen.extend(scores.chosen_logps.tolist())
+                seen.extend(matrix[:, 0].tolist())
 
     trainer = train(
         Spy, DPOShiftConfig, tiny_model, settings, rows=rows, logging_steps=2, gradient_accumulation_steps=2,

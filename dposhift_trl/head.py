@@ -1,0 +1,151 @@
+"""The vocabulary, tile by tile: log-probabilities of tokens, from the hidden states that predict them."""
+
+from collections.abc import Iterator
+
+import torch
+
+
+# Logits in one tile, rows times vocabulary: enough for the matrix product, few enough for the cache
+TILE = 2**20
+OPTIONAL_OUTPUTS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
+
+
+def token_scores(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    targets: torch.Tensor,
+    outputs: tuple[str, ...] = (),
+    scale: float = 1.0,
+    softcap: float | None = None,
+) -> dict[str, torch.Tensor]:
+    r"""
+    Log-probability of one token a row, and statistics of the distribution it is drawn from.
+
+    The logits, `scale * (hidden @ weight.T + bias)`, capped by `softcap * tanh(logits / softcap)`, are made in tiles
+    and folded into running sums: at no time do those of the whole vocabulary exist. The gradient of a log-probability
+    with respect to its row,
+
+    $$ \nabla_h \log p_t = w_t - \sum_v p_v w_v, $$
+
+    is folded in the same pass, so that a frozen head (LoRA) needs no second one. Sums are kept in float32, those of
+    float64 rows in float64. Gradients flow through the log-probabilities alone.
+
+    Args:
+        hidden (`torch.Tensor`):
+            Hidden states, in the dtype the matrix products are to have. Shape: `(rows, hidden_size)`.
+        weight (`torch.Tensor`):
+            Weight of the head. Shape: `(vocab_size, hidden_size)`.
+        bias (`torch.Tensor` or `None`):
+            Bias of the head. Shape: `(vocab_size,)`.
+        targets (`torch.Tensor`):
+            The token each row predicts. Shape: `(rows,)`.
+        outputs (`tuple[str, ...]`, *optional*, defaults to `()`):
+            What else to compute: any of `"entropy"` and `"log_sum_sq_probs"` (in nats), `"mean_logits"`, `"is_top1"`.
+        scale (`float`, *optional*, defaults to `1.0`):
+            Factor of the logits.
+        softcap (`float`, *optional*):
+            Bound of the logits.
+
+    Returns:
+        `dict[str, torch.Tensor]`: `log_probs`, in nats, and each of `outputs`. Shape: `(rows,)` each.
+    """
+    if not torch.is_grad_enabled():  # `needs_input_grad` does not know
+        hidden, weight, bias = hidden.detach(), weight.detach(), None if bias is None else bias.detach()
+    values = _TokenScores.apply(hidden, weight, bias, targets, outputs, scale, softcap)
+    return dict(zip(("log_probs", *outputs), values, strict=True))
+
+
+class _TokenScores(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, targets, outputs, scale, softcap):
+        sums = {"dtype": torch.promote_types(hidden.dtype, torch.float32), "device": hidden.device}
+        peak = torch.full((len(hidden),), -torch.inf, **sums)
+        total, total_logits, total_squares, logits_sum, target = torch.zeros(5, len(hidden), **sums)
+        top = torch.zeros_like(targets)
+        mean_weight = torch.zeros(hidden.shape, **sums) if ctx.needs_input_grad[0] else None
+
+        for start, tile, logits in _tiles(hidden, weight, bias, sums["dtype"], scale, softcap):
+            inside = ((targets >= start) & (targets < start + len(tile))).nonzero()[:, 0]
+            target[inside] = logits[inside, targets[inside] - start]
+            if "mean_logits" in outputs:
+                logits_sum += logits.sum(-1)
+            if "is_top1" in outputs:
+                highest, where = logits.max(-1)
+                top = torch.where(highest > peak, where + start, top)
+            else:
+                highest = logits.amax(-1)
+            highest = torch.maximum(peak, highest)
+            shrink = torch.exp(peak - highest)
+            peak = highest
+            exps = (logits - peak[:, None]).exp_()
+            total.mul_(shrink).add_(exps.sum(-1))
+            if "entropy" in outputs:
+                total_logits.mul_(shrink).add_(torch.linalg.vecdot(exps, logits))
+            if "log_sum_sq_probs" in outputs:
+                total_squares.mul_(shrink**2).add_(torch.linalg.vecdot(exps, exps))
+            if mean_weight is not None:
+                exps = _through(exps, logits, scale, softcap)
+                mean_weight.mul_(shrink[:, None]).addmm_(exps, tile.to(exps.dtype))
+
+        log_total = peak + total.log()
+        if mean_weight is not None:
+            mean_weight /= total[:, None]
+        ctx.save_for_backward(hidden, weight, bias, targets, target, log_total, mean_weight)
+        ctx.transform = scale, softcap
+        ctx.set_materialize_grads(False)
+        statistics = {
+            "entropy": log_total - total_logits / total,
+            "log_sum_sq_probs": total_squares.log() - 2 * total.log(),
+            "mean_logits": logits_sum / len(weight),
+            "is_top1": top == targets,
+        }
+        extras = [statistics[name] for name in outputs]
+        ctx.mark_non_differentiable(*extras)
+        return target - log_total, *extras
+
+    @staticmethod
+    def backward(ctx, grad, *_):
+        hidden, weight, bias, targets, target, log_total, mean_weight = ctx.saved_tensors
+        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        grad_hidden = grad_weight = grad_bias = None
+        at_target = _through(grad, target, *ctx.transform)[:, None]
+        if needs_hidden:
+            grad_hidden = at_target * weight[targets].to(grad.dtype) - grad[:, None] * mean_weight
+            grad_hidden = grad_hidden.to(hidden.dtype)
+        if needs_weight or needs_bias:
+            # The bias is the weight of a constant
+            rows = hidden.to(grad.dtype)
+            grad_weight = torch.empty(weight.shape, dtype=grad.dtype, device=weight.device)
+            grad_bias = torch.empty(len(weight), 1, dtype=grad.dtype, device=weight.device) if needs_bias else None
+            for start, tile, logits in _tiles(hidden, weight, bias, grad.dtype, *ctx.transform):
+                probs = _through((logits - log_total[:, None]).exp_(), logits, *ctx.transform).t()
+                torch.mm(probs, rows * -grad[:, None], out=grad_weight[start : start + len(tile)])
+                if grad_bias is not None:
+                    torch.mm(probs, -grad[:, None], out=grad_bias[start : start + len(tile)])
+            grad_weight = grad_weight.index_add_(0, targets, at_target * rows).to(weight.dtype)
+            if grad_bias is not None:
+                grad_bias = grad_bias.index_add_(0, targets, at_target)[:, 0].to(bias.dtype)
+        return grad_hidden, grad_weight, grad_bias, None, None, None, None
+
+
+def _tiles(hidden, weight, bias, dtype, scale, softcap) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+    width = max(256, TILE // max(1, len(hidden)))
+    for start in range(0, len(weight), width):
+        tile = weight[start : start + width].to(hidden.dtype)
+        logits = hidden @ tile.t()
+        if bias is not None:
+            logits += bias[start : start + width].to(hidden.dtype)
+        logits = logits.to(dtype)
+        if scale != 1.0:
+            logits *= scale
+        if softcap is not None:
+            logits = softcap * torch.tanh(logits / softcap)
+        yield start, tile, logits
+
+
+def _through(grad, logits, scale, softcap) -> torch.Tensor:
+    """A gradient with respect to the logits, taken back through the cap and the factor."""
+    if softcap is not None:
+        grad = grad * (1 - (logits / softcap) ** 2)
+    return grad if scale == 1.0 else grad * scale
