@@ -217,13 +217,13 @@ class DPOShiftTrainer(DPOTrainer):
             "_total_train_tokens": self._total_train_tokens,
         }
         own = {name: getattr(self, name) for name in plain}
-        vars(self).update(plain)
+        self.__dict__.update(plain)
         try:
             replay = _Replay(self, scored)
             with torch.enable_grad():
                 fault = replay.fault(self._loss_of(replay))
         finally:
-            vars(self).update(own)
+            self.__dict__.update(own)
         if scored.calls != 1:
             fault = f"its loss calls the model {scored.calls} times"
         if fault is not None:
