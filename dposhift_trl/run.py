@@ -502,7 +502,7 @@ def _wandb_run(name: str, recipe: Recipe):
         entity=settings.entity,
         mode=mode,
         tags=settings.tags or None,
-        dir=str(recipe.output_dir),
+        dir=str(recipe.output_dir.resolve()),  # its service has a working directory of its own
         id=identity.read_text(encoding="utf-8").strip(),
         resume="allow",
         group=recipe.run_name,

@@ -35,6 +35,7 @@ from dposhift_trl.data import (
     use_plain_chat_template,
 )
 from dposhift_trl.recipe import SECTIONS, TOP_LEVEL, UNWRITABLE, RecipeError, dump_yaml, load_recipe, parse_yaml
+from dposhift_trl.run import main
 from dposhift_trl.schedules import check_knots
 
 
@@ -132,7 +133,7 @@ def attempt(content, *overrides):
     return recipe
 
 
-@few(500)
+@few(300)
 @given(field=st.sampled_from(FIELDS), value=values)
 def test_any_value_at_any_field_is_accepted_or_refused(field, value):
     attempt(SOUND, ".".join(field) + "=" + as_yaml(value))
@@ -159,13 +160,13 @@ def test_overrides_of_any_text_are_accepted_or_refused(overrides):
 FRAGMENTS = [
     "&a ", "*a", "<<: *a", "!!python/object/apply:os.mkdir [made]", "!!python/name:os.mkdir", "!!binary aGk=",
     "!<tag:yaml.org,2002:python/object/new:os.mkdir> [made]", "!!bool x", "!!int x", "!!float x", "!!timestamp x",
-    "!!set {a, b}", "!!omap [a: 1]", "!!pairs [a: 1]", "!!str ", "!!map ", "!!seq ", "? ", ": ", "- ", "[", "]", "{",
-    "}", "|\n", ">\n", "'", '"', "\\", "%YAML 1.1\n---\n", "%TAG ! !\n", "---\n", "...\n", "\t", "\n", "\n  ", "#", "@",
-    "`", "=", "~", ".nan", "0o9", "0x", "1:30", "2026-01-01T25:00:00", "\0", "\ufeff", "\x85", "\ud800", "dpo:", "beta: ",
+    "!!set {a, b}", "!!omap [a: 1]", "!!pairs [a: 1]", "!!str ", "!!map ", "!!seq ", "? ", ": ", "- ", "[", "]",
+    "{", "}", "|\n", ">\n", "'", '"', "\\", "%YAML 1.1\n---\n", "%TAG ! !\n", "---\n", "...\n", "\t", "\n", "\n  ",
+    "@", "`", "=", "~", ".nan", "0o9", "0x", "1:30", "2026-01-01T25:00:00", "\0", "\ufeff", "\x85", "\ud800", "dpo:",
 ]  # fmt: skip
 
 
-@few(150)
+@few(100)
 @given(
     place=st.integers(0, len(SOUND)),
     parts=st.lists(st.sampled_from(FRAGMENTS) | st.text(max_size=5), min_size=1, max_size=6),
@@ -331,7 +332,7 @@ plain = st.recursive(
 )
 
 
-@few(200)
+@few(120)
 @given(value=st.dictionaries(st.text("abc", min_size=1, max_size=3), plain, max_size=3))
 def test_what_is_dumped_is_parsed_to_the_same_values(value):
     text = dump_yaml(value)
@@ -462,7 +463,7 @@ def tokenised(rows, tokenizer):
     return list(itertools.islice(DPOTrainer._prepare_dataset(itself, rows, tokenizer, args, "train"), 50))
 
 
-@few(150, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@few(100, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 @given(
     rows=st.sampled_from(["text", "chat"]).flatmap(rows_of),
     ending=st.sampled_from([".jsonl", ".jsonl", ".json", ".csv", ".parquet"]),
@@ -617,7 +618,7 @@ def test_a_column_s_name_cannot_stand_in_the_way_of_renaming_another():
         assert list(train) == [ROW]
 
 
-# The command, three times at once
+# The command
 
 
 STAGE = {
@@ -638,47 +639,39 @@ def files(folder):
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
 
 
-def climbing(folder, tiny_model):
+@pytest.fixture(scope="module")
+def commands(tmp_path_factory, tiny_model):
+    """Two real processes under way, by name: the folder of each, the files that lay there before it, and itself."""
+    folders = {name: tmp_path_factory.mktemp(name) for name in ("mistakes", "climbing")}
+    for folder in folders.values():
+        for name in ("home", "tmp", "in/side"):
+            (folder / name).mkdir(parents=True)
+    (folders["mistakes"] / "in" / "x.yaml").write_text(MISTAKES, encoding="utf-8")
     rows = [{"prompt": "w1 w2", "chosen": text, "rejected": "w5"} for text in CELLS if text != "\ud800"]
     rows += [{**row, "chosen": None} for row in rows[:3]]
-    (folder / "in" / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return {
+    (folders["climbing"] / "in" / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe = {
         "output_dir": "../run", "run_name": "../../../climbed", "model": {"model_name_or_path": tiny_model},
         "data": {"path": "../in/side/../rows.jsonl", "min_rows_kept": 0.1},
         "wandb": {"entity": "../../climbed", "tags": ["../../climbed"], "project": ".."},
         "sft": STAGE, "dpo": {**STAGE, "hub_model_id": "../climbed"},
     }  # fmt: skip
 
-
-def breaking(folder, tiny_model):
-    sound = "".join(json.dumps({**ROW, "chosen": f"w{index}"}) + "\n" for index in range(4, 8))
-    (folder / "in" / "rows.jsonl").write_text(sound + FILLER + "{{{")
-    return {
-        "output_dir": "run", "model": {"model_name_or_path": tiny_model},
-        "data": {"path": "rows.jsonl", "streaming": True}, "dpo": {**STAGE, "report_to": "none"},
-    }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def commands(tmp_path_factory, tiny_model):
-    """By name, the folder of a command, the files that lay there before it, and the command, under way."""
+    (folders["climbing"] / "in" / "x.yaml").write_text(dump_yaml(recipe), encoding="utf-8")
     started = {}
-    for name, write in (("mistakes", None), ("climbing", climbing), ("breaking", breaking)):
-        folder = tmp_path_factory.mktemp(name)
-        for path in ("home", "tmp", "in/side"):
-            (folder / path).mkdir(parents=True)
-        text = MISTAKES if write is None else dump_yaml(write(folder, tiny_model))
-        (folder / "in" / "x.yaml").write_text(text, encoding="utf-8")
+    for name, folder in folders.items():
         environment = {
             **os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline", "PYTHONIOENCODING": "ascii",
             "HOME": str(folder / "home"), "HF_HOME": str(folder / "hf"), "TMPDIR": str(folder / "tmp"),
         }  # fmt: skip
-        before = files(folder)
-        command = subprocess.Popen(
-            [sys.executable, "-m", "dposhift_trl.run", "x.yaml"],
-            cwd=folder / "in", env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        started[name] = (
+            folder,
+            files(folder),
+            subprocess.Popen(
+                [sys.executable, "-m", "dposhift_trl.run", "x.yaml"],
+                cwd=folder / "in", env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            ),
         )  # fmt: skip
-        started[name] = folder, before, command
     yield started
     for *_, command in started.values():
         command.kill()
@@ -715,10 +708,14 @@ def test_names_that_climb_write_nothing_outside_the_run_folder(commands):
     assert {"run/dpo/model.safetensors", "run/audit.json", "run/recipe.yaml"} <= new
 
 
-@pytest.mark.xdist_group("hostile commands")
-def test_a_stream_that_breaks_in_training_ends_the_command_with_one_line(commands):
-    command = commands["breaking"][2]
-    _, err = command.communicate(timeout=120)
-    assert command.returncode == 2, err
-    assert "Traceback" not in err
-    assert err.count("the rows of `data` cannot be read: JSON parse error: ") == 1
+def test_a_stream_that_breaks_in_training_ends_the_command_with_one_line(tmp_path, tiny_model, capfd):
+    sound = "".join(json.dumps({**ROW, "chosen": f"w{index}"}) + "\n" for index in range(4, 8))
+    (tmp_path / "rows.jsonl").write_text(sound + FILLER + "{{{")
+    recipe = {
+        "output_dir": str(tmp_path / "run"), "model": {"model_name_or_path": tiny_model},
+        "data": {"path": str(tmp_path / "rows.jsonl"), "streaming": True}, "dpo": {**STAGE, "report_to": "none"},
+    }  # fmt: skip
+    (tmp_path / "x.yaml").write_text(dump_yaml(recipe))
+    capfd.readouterr()
+    assert main([str(tmp_path / "x.yaml")]) == 2
+    assert capfd.readouterr().err.count("the rows of `data` cannot be read: JSON parse error: ") == 1
