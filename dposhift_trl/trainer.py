@@ -126,6 +126,8 @@ class DPOShiftTrainer(DPOTrainer):
             return False
         models = [self.accelerator.unwrap_model(model) for model in (self.model, self.ref_model) if model is not None]
         obstacle = self._shared_prompt_obstacle(models)
+        if wanted == "auto" and self.accelerator.device.type != "cpu":
+            obstacle = obstacle or f"it has not been run on {self.accelerator.device.type} yet; True tries it"
         if obstacle is None:
             try:
                 for model in models:
