@@ -90,8 +90,8 @@ class DPOShiftConfig(DPOConfig):
         default="auto",
         metadata={
             "help": "Whether tokens that both answers of a pair share are read once and no padding is read: `'auto'` "
-            "on CPUs where that is exact, with the reason logged where it is off; `True` to have an error there; `False` "
-            "to read both rows padded, as stock DPO does, to which it is then equal bit for bit at lambda = 1."
+            "on CPUs where that is exact, with the reason logged where it is off; `True` to have an error there; "
+            "`False` to read both rows padded, as stock DPO does, to which it is then equal bit for bit at lambda = 1."
         },
     )
 
