@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -22,8 +23,8 @@ else:
 # Loss types that see the two answers only through the difference of their log-ratios
 SHIFTABLE_LOSS_TYPES = frozenset({"sigmoid", "hinge", "ipo", "robust", "exo_pair", "discopop", "sigmoid_norm"})
 
-# Endings of logged names of which a smaller value is the better model; accuracies, margins and log-probabilities grow
-LOWER_IS_BETTER = ("loss", "chosen_fell", "perplexity", "entropy", "rejected", "runtime")
+# Logged names of which a smaller value is the better model; accuracies, margins and log-probabilities grow
+LOWER_IS_BETTER = re.compile(r"loss$|entropy$|runtime$|perplexity|fell$|rejected")
 
 
 @dataclass
@@ -52,6 +53,9 @@ class DPOShiftConfig(DPOConfig):
             Whether tokens that both answers of a pair share are read once and no padding is read: `"auto"` on CPUs
             where that is exact, with the reason logged where it is off; `True` to have an error there; `False` to read
             both rows padded, as stock DPO does, to which it is then equal bit for bit at lambda = 1.
+        save_pair_scores (`bool`, *optional*, defaults to `True`):
+            Whether each evaluation saves the log-probabilities and log-ratios of every pair, as
+            `pairs/<prefix>-<step>.parquet` in `output_dir`, about 80 bytes a pair.
 
     Raises:
         ValueError: If a value is out of its range, or lambda can differ from 1 where a shift has no meaning: a loss
@@ -94,6 +98,13 @@ class DPOShiftConfig(DPOConfig):
             "`False` to read both rows padded, as stock DPO does, to which it is then equal bit for bit at lambda = 1."
         },
     )
+    save_pair_scores: bool = field(
+        default=True,
+        metadata={
+            "help": "Whether each evaluation saves the log-probabilities and log-ratios of every pair, as "
+            "`pairs/<prefix>-<step>.parquet` in `output_dir`, about 80 bytes a pair."
+        },
+    )
 
     def __post_init__(self):
         if not isinstance(self.allow_lambda_above_one, bool):
@@ -117,7 +128,7 @@ class DPOShiftConfig(DPOConfig):
         if self.load_best_model_at_end and self.metric_for_best_model is None:
             self.metric_for_best_model = "dpo_loss"
         if self.metric_for_best_model is not None and self.greater_is_better is None:
-            self.greater_is_better = not str(self.metric_for_best_model).endswith(LOWER_IS_BETTER)
+            self.greater_is_better = LOWER_IS_BETTER.search(str(self.metric_for_best_model)) is None
         super().__post_init__()
         if not self.always_dpo:
             self.check_shift_has_meaning()

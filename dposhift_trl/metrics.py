@@ -1,10 +1,19 @@
-"""Per-pair scores and the exact means made of them."""
+"""Per-pair scores, and the exact means, shares, quantiles and intervals made of them."""
 
 from dataclasses import dataclass, fields
+from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
+from scipy.stats import bootstrap
 
 from .losses import dpo_shift_loss
+
+
+QUANTILES = (5, 25, 50, 75, 95)
+WHOLE_NUMBERS = ("chosen_tokens", "rejected_tokens", "row_index")
 
 
 def widest_float(device: torch.device) -> torch.dtype:
@@ -54,6 +63,14 @@ class PairScores:
         """Join matrices of [`PairScores.as_matrix`] into one set of scores, in float64 on the CPU."""
         return cls(*torch.cat(matrices).to("cpu", torch.float64).unbind(dim=1))
 
+    def as_table(self) -> pa.Table:
+        """One row a pair, in the order of the rows' indices; the log-ratios are columns too."""
+        names = [field.name for field in fields(self) if field.name != "batch_loss"]
+        columns = {name: getattr(self, name) for name in [*names, "chosen_logratios", "rejected_logratios"]}
+        order = np.argsort(self.row_index.numpy(), kind="stable")
+        arrays = {name: column.numpy()[order] for name, column in columns.items()}
+        return pa.table({n: a.astype(np.int64) if n in WHOLE_NUMBERS else a for n, a in arrays.items()})
+
     @property
     def chosen_logratios(self) -> torch.Tensor:
         return self.chosen_logps - self.ref_chosen_logps
@@ -69,9 +86,10 @@ def pair_metrics(scores: PairScores, beta: float) -> dict[str, float]:
 
     With \\( \Delta = \log\pi_\theta - \log\pi_{\mathrm{ref}} \\): `rewards/*` are \\( \beta\Delta \\) unshifted, as
     the paper's authors log them; `shift/margins` is \\( \beta(\Delta_w - \lambda\Delta_l) \\) and `shift/accuracies`
-    the share of pairs where it is above 0; `displacement/*` is \\( \Delta \\) itself, in nats per answer, with the
-    share of pairs whose chosen answer fell below the reference; `dpo_loss` is the sigmoid loss at lambda = 1 whatever
-    the loss type, by which runs compare.
+    the share of pairs where it is above 0; `displacement/*` is \\( \Delta \\) itself, in nats per answer and per token,
+    and the shares of pairs by which of their answers rose above or fell below the reference (a pair of which one did
+    not move is in none); `dpo_loss` is the sigmoid loss at lambda = 1 whatever the loss type, by which runs compare. Over all
+    tokens of the chosen answers instead of pairs: `perplexity/chosen`, \\( \exp(-\sum\log\pi_\theta / \sum|y_w|) \\).
 
     Args:
         scores ([`PairScores`]):
@@ -80,7 +98,7 @@ def pair_metrics(scores: PairScores, beta: float) -> dict[str, float]:
             Factor from log-ratio to reward, per nat.
 
     Returns:
-        `dict[str, float]`: One mean per name.
+        `dict[str, float]`: One number per name.
     """
     chosen, rejected = scores.chosen_logratios, scores.rejected_logratios
     shifted_margins = beta * (chosen - scores.shift_lambda * rejected)
@@ -96,7 +114,57 @@ def pair_metrics(scores: PairScores, beta: float) -> dict[str, float]:
         "shift/accuracies": shifted_margins > 0,
         "displacement/chosen": chosen,
         "displacement/rejected": rejected,
+        "displacement/chosen_per_token": chosen / scores.chosen_tokens.clamp(min=1),
+        "displacement/rejected_per_token": rejected / scores.rejected_tokens.clamp(min=1),
         "displacement/chosen_fell": chosen < 0,
+        "displacement/both_rose": (chosen > 0) & (rejected > 0),
+        "displacement/only_chosen_rose": (chosen > 0) & (rejected < 0),
+        "displacement/only_rejected_rose": (chosen < 0) & (rejected > 0),
+        "displacement/both_fell": (chosen < 0) & (rejected < 0),
         "dpo_loss": dpo_shift_loss(chosen, rejected, beta=beta, shift_lambda=1.0),
     }
-    return {name: value.double().mean().item() for name, value in values.items()}
+    means = {name: value.double().mean().item() for name, value in values.items()}
+    tokens = scores.chosen_tokens.double().sum().clamp(min=1)
+    means["perplexity/chosen"] = (-scores.chosen_logps.double().sum() / tokens).exp().item()
+    return means
+
+
+def evaluation_metrics(scores: PairScores, beta: float) -> dict[str, float]:
+    r"""
+    What an evaluation says beyond [`pair_metrics`]: the spread of the log-ratios, and how sure accuracy and margin are.
+
+    `displacement/chosen_p5` ... `displacement/rejected_p95` are quantiles over pairs, in nats.
+    `rewards/accuracies_low`, `_high` and `rewards/margins_low`, `_high` are the ends of 95 % percentile-bootstrap
+    intervals of the means (2000 resamples of the pairs, seeded, so that a rerun logs the same), left out for fewer
+    than two pairs.
+
+    Args:
+        scores ([`PairScores`]):
+            All pairs of an evaluation.
+        beta (`float`):
+            Factor from log-ratio to reward, per nat.
+
+    Returns:
+        `dict[str, float]`: One number per name.
+    """
+    chosen, rejected = scores.chosen_logratios.double().numpy(), scores.rejected_logratios.double().numpy()
+    metrics = {
+        f"displacement/{name}_p{quantile}": float(value)
+        for name, logratios in (("chosen", chosen), ("rejected", rejected))
+        for quantile, value in zip(QUANTILES, np.percentile(logratios, QUANTILES), strict=True)
+    }
+    for name, values in (("accuracies", 1.0 * (chosen > rejected)), ("margins", beta * (chosen - rejected))):
+        if len(values) > 1:
+            interval = bootstrap(
+                (values,), np.mean, n_resamples=2000, batch=max(1, 2**20 // len(values)), method="percentile", rng=0
+            ).confidence_interval
+            metrics |= {f"rewards/{name}_low": float(interval.low), f"rewards/{name}_high": float(interval.high)}
+    return metrics
+
+
+def save_table(table: pa.Table, path: Path) -> None:
+    """Write a Parquet file, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    pq.write_table(table, temporary)
+    temporary.replace(path)

@@ -23,6 +23,7 @@ import torch
 import wandb
 from accelerate import PartialState
 from accelerate.utils import is_peft_model
+from datasets import Dataset
 from filelock import FileLock, Timeout
 from peft import AutoPeftModelForCausalLM
 from safetensors import SafetensorError
@@ -42,6 +43,7 @@ from .data import (
     use_plain_chat_template,
 )
 from .demo import save_demo_model
+from .metrics import save_table
 from .model_card import append_recipe_section
 from .recipe import Recipe, RecipeError, changed_keys, dump_yaml, load_recipe, parse_yaml
 from .schedules import make_lambda_schedule
@@ -61,6 +63,7 @@ DISK_WORDS = (
 FINISHED = "finished.json"
 RECIPE = "recipe.yaml"
 AUDIT = "audit.json"
+EVAL_ROWS = "eval_rows.parquet"
 PACKAGES = ("trl", "transformers", "torch", "peft", "accelerate", "datasets")
 
 
@@ -209,6 +212,7 @@ def run(recipe: Recipe, accept_changes: bool = False) -> None:
         if PartialState().is_main_process:
             findings = {split: dataclasses.asdict(audit) for split, audit in audits.items()}
             _write(recipe.output_dir / AUDIT, json.dumps(findings, indent=2, ensure_ascii=False))
+            _save_evaluated_rows(evaluation, recipe.output_dir / EVAL_ROWS)
         for split, audit in audits.items():
             _say(f"{split}: {audit}")
         start, sigterm = base, SaveOnSigterm()
@@ -519,6 +523,14 @@ def _wandb_run(name: str, recipe: Recipe):
 def _hub_name(recipe: Recipe) -> str | None:
     path = recipe.data.path
     return path if path and path != "demo" and not Path(path).exists() else None
+
+
+def _save_evaluated_rows(rows: Rows | None, path: Path) -> None:
+    """The evaluated rows as text, with the `row_index` by which an evaluation's scores name them."""
+    if isinstance(rows, Dataset):
+        names = [name for name in ("prompt", "chosen", "rejected", ROW_INDEX) if name in rows.column_names]
+        texts = with_row_index(rows).select_columns([*names]).rename_column(ROW_INDEX, "row_index")
+        save_table(texts.with_format("arrow")[:], path)
 
 
 def _write(path: Path, text: str) -> None:

@@ -19,7 +19,7 @@ from .callbacks import LambdaScheduleCallback
 from .collator import ROW_INDEX, PairCollator, with_row_index
 from .config import DPOShiftConfig
 from .losses import dpo_shift_loss, sequence_logps
-from .metrics import PairScores, pair_metrics, widest_float
+from .metrics import PairScores, evaluation_metrics, pair_metrics, save_table, widest_float
 from .model_card import append_shift_section
 from .schedules import make_lambda_schedule
 from .shared_prompt import (
@@ -34,6 +34,9 @@ from .shared_prompt import (
 
 logger = get_logger(__name__)
 
+
+# Folder under the run's, of the scores that each evaluation gave each pair: <prefix>-<step>.parquet
+PAIRS = "pairs"
 
 # Releases whose DPOTrainer scores both answers through one call of a fused LM head that runs on a CPU too
 TRL_WINDOW = "trl>=1.16,<1.17"
@@ -351,8 +354,13 @@ class DPOShiftTrainer(DPOTrainer):
         if self._pair_scores[mode]:
             scores = PairScores.from_matrices(self._pair_scores[mode])
             self._pair_scores[mode].clear()
-            for name, value in pair_metrics(scores, self.beta).items():
-                metrics[name] = [value]
+            values = pair_metrics(scores, self.beta)
+            if mode == "eval":
+                values |= evaluation_metrics(scores, self.beta)
+                if self.args.save_pair_scores and self.is_world_process_zero():
+                    folder = Path(self.args.output_dir) / PAIRS
+                    save_table(scores.as_table(), folder / f"{self._eval_prefix}-{self.state.global_step:06d}.parquet")
+            metrics |= {name: [value] for name, value in values.items()}
         if mode == "eval" and self._eval_prefix != "eval":
             # DPOTrainer names the metrics of every evaluation set alike, so that the last set's would hide the others'
             logs.update({f"{self._eval_prefix}_{name}": sum(values) / len(values) for name, values in metrics.items()})

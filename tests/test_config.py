@@ -39,12 +39,12 @@ def flags(tmp_path):
 
 def test_the_config_adds_the_lambda_fields_and_nothing_else():
     lambda_fields = ["lambda_schedule", "shift_lambda", "lambda_min", "lambda_max", "allow_lambda_above_one"]
-    assert [*lambda_fields, "shared_prompt"] == LAMBDA_FIELDS
+    assert [*lambda_fields, "shared_prompt", "save_pair_scores"] == LAMBDA_FIELDS
 
 
 def test_the_defaults_are_the_paper_s_fixed_lambda(make):
     config = make()
-    assert [getattr(config, name) for name in LAMBDA_FIELDS] == ["fixed", 0.95, 0.75, 1.0, False, "auto"]
+    assert [getattr(config, name) for name in LAMBDA_FIELDS] == ["fixed", 0.95, 0.75, 1.0, False, "auto", True]
     assert config.lambda_range == (0.95, 0.95)
 
 

@@ -1,9 +1,11 @@
 import math
 
+import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 
-from dposhift_trl.metrics import PairScores, pair_metrics
+from dposhift_trl.metrics import PairScores, evaluation_metrics, pair_metrics, save_table
 
 
 def scores(chosen, rejected, shift_lambda):
@@ -28,7 +30,14 @@ def test_every_metric_is_the_mean_over_pairs_worked_out_by_hand():
         "shift/accuracies": 0.5,
         "displacement/chosen": -1.0,
         "displacement/rejected": -4.0,
+        "displacement/chosen_per_token": (2 / 5 - 4 / 5) / 2,
+        "displacement/rejected_per_token": (-2 / 7 - 6 / 7) / 2,
         "displacement/chosen_fell": 0.5,
+        "displacement/both_rose": 0.0,
+        "displacement/only_chosen_rose": 0.5,
+        "displacement/only_rejected_rose": 0.0,
+        "displacement/both_fell": 0.5,
+        "perplexity/chosen": math.exp((48 + 54) / 10),
         "dpo_loss": loss,
     }
     assert metrics == pytest.approx(expected, rel=1e-12)
@@ -45,3 +54,59 @@ def test_metrics_do_not_depend_on_how_pairs_were_batched():
 def test_a_tie_counts_as_not_preferred():
     metrics = pair_metrics(scores([-50.0], [-50.0], [1.0]), beta=0.1)
     assert metrics["rewards/accuracies"] == metrics["shift/accuracies"] == metrics["displacement/chosen_fell"] == 0.0
+
+
+def test_each_pair_that_moved_both_answers_is_in_one_quadrant_and_the_others_in_none():
+    moved = scores([-48, -48, -52, -52, -50, -48], [-48, -52, -48, -52, -50, -50], [1.0] * 6)
+    metrics = pair_metrics(moved, beta=0.1)
+    quadrants = ("both_rose", "only_chosen_rose", "only_rejected_rose", "both_fell")
+    assert [metrics[f"displacement/{name}"] for name in quadrants] == pytest.approx([1 / 6] * 4)
+
+
+def test_perplexity_weighs_tokens_not_pairs():
+    pairs = scores([-10.0, -30.0], [-50.0, -50.0], [1.0, 1.0])
+    pairs.chosen_tokens = torch.tensor([2.0, 18.0], dtype=torch.float64)
+    assert pair_metrics(pairs, 0.1)["perplexity/chosen"] == pytest.approx(math.exp(2.0), rel=1e-12)
+
+
+def test_quantiles_and_intervals_of_known_samples():
+    generator = torch.Generator().manual_seed(0)
+    count = 4000
+    chosen = -50 + torch.randn(count, generator=generator, dtype=torch.float64)
+    rejected = -50 - 0.5 + torch.randn(count, generator=generator, dtype=torch.float64)
+    pairs = scores(chosen.tolist(), rejected.tolist(), [1.0] * count)
+    metrics = evaluation_metrics(pairs, beta=0.1)
+    # Standard normal quantiles, within four standard errors
+    for quantile, expected in ((5, -1.645), (25, -0.674), (50, 0.0), (75, 0.674), (95, 1.645)):
+        assert metrics[f"displacement/chosen_p{quantile}"] == pytest.approx(expected, abs=0.14)
+        assert metrics[f"displacement/rejected_p{quantile}"] == pytest.approx(expected - 0.5, abs=0.14)
+    # The normal approximation of an interval of the mean, which at 4000 pairs the bootstrap must meet
+    means = pair_metrics(pairs, beta=0.1)
+    accuracy = means["rewards/accuracies"]
+    for name, error in (
+        ("accuracies", 1.96 * math.sqrt(accuracy * (1 - accuracy) / count)),
+        ("margins", 1.96 * 0.1 * math.sqrt(2 / count)),
+    ):
+        low, high = metrics[f"rewards/{name}_low"], metrics[f"rewards/{name}_high"]
+        assert low == pytest.approx(means[f"rewards/{name}"] - error, abs=0.1 * error)
+        assert high == pytest.approx(means[f"rewards/{name}"] + error, abs=0.1 * error)
+    assert metrics == evaluation_metrics(pairs, beta=0.1)
+
+
+def test_one_pair_has_quantiles_and_no_interval():
+    metrics = evaluation_metrics(scores([-48.0], [-52.0], [1.0]), beta=0.1)
+    assert metrics["displacement/chosen_p5"] == metrics["displacement/chosen_p95"] == 2.0
+    assert not any(name.endswith(("_low", "_high")) for name in metrics)
+
+
+def test_a_table_holds_one_row_a_pair_in_the_order_of_the_rows(tmp_path):
+    pairs = scores([-48.0, -54.0, -50.0], [-52.0, -56.0, -50.0], [0.5] * 3)
+    pairs.row_index = torch.tensor([7.0, 2.0, 5.0], dtype=torch.float64)
+    save_table(pairs.as_table(), tmp_path / "pairs" / "eval-000003.parquet")
+    table = pq.read_table(tmp_path / "pairs" / "eval-000003.parquet")
+    assert table["row_index"].to_pylist() == [2, 5, 7]
+    assert table["chosen_logratios"].to_pylist() == [-4.0, 0.0, 2.0]
+    assert table["rejected_logratios"].to_pylist() == [-6.0, 0.0, -2.0]
+    assert table["chosen_tokens"].type == "int64"
+    assert np.array_equal(table["shift_lambda"], [0.5] * 3)
+    assert [path.name for path in (tmp_path / "pairs").iterdir()] == ["eval-000003.parquet"]

@@ -5,7 +5,7 @@ At lambda = 1 every weight and every logged number are equal bit for bit, with t
 
 - `rewards/*` and `logps/*` are means over pairs in float64 where TRL takes means of batch means in float32. Over
   batches of one size they agree to 1e-5; in an evaluation whose last batch is smaller they do not, and ours are exact.
-- We log more: `shift/*`, `displacement/*` and `dpo_loss`, after TRL's keys.
+- We log more: `shift/*`, `displacement/*`, `dpo_loss` and `perplexity/chosen`, and intervals, after TRL's keys.
 - With several evaluation sets we name every metric by its set; TRL names only `loss` and the timings so, and logs the
   others under one name for all.
 """
@@ -50,7 +50,14 @@ OTHERS = ["nca_pair", "bco_pair", "sppo_hard", "aot", "aot_unpaired", "apo_zero"
 MEANS_OVER_PAIRS = ("rewards/", "logps/")
 ADDED = [
     "shift/lambda", "shift/margins", "shift/accuracies",
-    "displacement/chosen", "displacement/rejected", "displacement/chosen_fell", "dpo_loss",
+    "displacement/chosen", "displacement/rejected",
+    "displacement/chosen_per_token", "displacement/rejected_per_token",
+    "displacement/chosen_fell", "displacement/both_rose", "displacement/only_chosen_rose",
+    "displacement/only_rejected_rose", "displacement/both_fell", "dpo_loss", "perplexity/chosen",
+]  # fmt: skip
+ADDED_IN_EVALUATION = [
+    *(f"displacement/{answer}_p{quantile}" for answer in ("chosen", "rejected") for quantile in (5, 25, 50, 75, 95)),
+    "rewards/accuracies_low", "rewards/accuracies_high", "rewards/margins_low", "rewards/margins_high",
 ]  # fmt: skip
 TIMINGS = ("runtime", "samples_per_second", "steps_per_second")
 
@@ -152,7 +159,8 @@ def assert_same(stock, ours, *, uneven=False):
     for theirs, entry in zip(history, mine, strict=True):
         assert [key for key in entry if key in theirs] == list(theirs)
         prefix = "eval_" if "eval_loss" in theirs else ""
-        added = [f"{prefix}{name}" for name in ADDED] if {"loss", "eval_loss"} & set(theirs) else []
+        added = [*ADDED, *(ADDED_IN_EVALUATION if prefix else [])] if {"loss", "eval_loss"} & set(theirs) else []
+        added = [f"{prefix}{name}" for name in added]
         assert [key for key in entry if key not in theirs] == added
         for key, value in theirs.items():
             if key.endswith(TIMINGS):
@@ -697,6 +705,8 @@ def test_a_yaml_file_parses_beside_trls_other_dataclasses_and_flags_override_it(
         ("logps/chosen", True),
         ("dpo_loss", False),
         ("displacement/chosen_fell", False),
+        ("perplexity/chosen", False),
+        ("displacement/chosen_p5", True),
         ("loss", False),
         (None, False),
     ],

@@ -21,7 +21,7 @@ from dposhift_trl.trainer import TrainingStopped
 
 
 ROWS, EVAL_ROWS = make_rows(24), make_rows(9, seed=1)
-OURS = ("rewards/", "logps/", "shift/", "displacement/", "dpo_loss")
+OURS = ("rewards/", "logps/", "shift/", "displacement/", "dpo_loss", "perplexity/")
 SHIFTABLE = ["sigmoid", "hinge", "ipo", "robust", "exo_pair", "discopop", "sigmoid_norm"]
 
 
