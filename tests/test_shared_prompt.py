@@ -89,6 +89,8 @@ class Float64Throughout(TorchFunctionMode):
         if args and isinstance(args[0], torch.Tensor) and args[0].dtype == torch.float64:
             if function is torch.Tensor.float:
                 return args[0]
+            if function is torch.Tensor.matmul:  # transformers before 5.20 turn positions to float32 by themselves
+                return function(args[0], args[1].double())
             args = tuple(torch.float64 if value is torch.float32 else value for value in args)
             kwargs = {name: torch.float64 if value is torch.float32 else value for name, value in kwargs.items()}
         return function(*args, **kwargs)
@@ -508,7 +510,10 @@ def test_gradient_checkpointing_changes_nothing(family, reentrant):
     enable_shared_prompt(model)
     layout = PairLayout.from_batch(BATCH)
     plain = gradients(model, shared_prompt_scores(model, layout).log_probs)
-    model.train().activation_checkpointing_enable({"use_reentrant": reentrant})
+    model.train()
+    # The name before transformers 5.20
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": reentrant})
     if reentrant:
         model.enable_input_require_grads()
     log_probs = shared_prompt_scores(model, layout).log_probs
