@@ -32,6 +32,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from trl import SFTConfig, get_peft_config, get_quantization_config
 
 from . import __version__
+from .collator import ROW_INDEX, with_row_index
 from .config import DPOShiftConfig
 from .data import (
     DataError,
@@ -528,8 +529,9 @@ def _hub_name(recipe: Recipe) -> str | None:
 def _save_evaluated_rows(rows: Rows | None, path: Path) -> None:
     """The evaluated rows as text, with the `row_index` by which an evaluation's scores name them."""
     if isinstance(rows, Dataset):
+        rows = with_row_index(rows)
         names = [name for name in ("prompt", "chosen", "rejected", ROW_INDEX) if name in rows.column_names]
-        texts = with_row_index(rows).select_columns([*names]).rename_column(ROW_INDEX, "row_index")
+        texts = rows.select_columns(names).rename_column(ROW_INDEX, "row_index")
         save_table(texts.with_format("arrow")[:], path)
 
 
