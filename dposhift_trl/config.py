@@ -15,9 +15,9 @@ from .schedules import LAMBDA_SCHEDULE_ALIASES, LAMBDA_SCHEDULES, check_knots
 
 if TYPE_CHECKING:
     LambdaScheduleSpec = str | Sequence[Sequence[float]]
-    SharedPromptSpec = str | bool
+    AutoSpec = str | bool
 else:
-    SharedPromptSpec = str
+    AutoSpec = str
     LambdaScheduleSpec = str  # HfArgumentParser knows no union with a list; a list in JSON parses below
 
 # Loss types that see the two answers only through the difference of their log-ratios
@@ -53,6 +53,10 @@ class DPOShiftConfig(DPOConfig):
             Whether tokens that both answers of a pair share are read once and no padding is read: `"auto"` on CPUs
             where that is exact, with the reason logged where it is off; `True` to have an error there; `False` to read
             both rows padded, as stock DPO does, to which it is then equal bit for bit at lambda = 1.
+        precompute_ref_log_probs (`str` or `bool`, *optional*, defaults to `"auto"`):
+            Whether to score the reference once, before training, and keep the scores on disk for every run with the
+            same reference, rows, lengths and precision: `"auto"` where the reference is frozen, the data map-style,
+            the run sees each row at least once, and `shared_prompt` is not `False`.
         save_pair_scores (`bool`, *optional*, defaults to `True`):
             Whether each evaluation saves the log-probabilities and log-ratios of every pair, as
             `pairs/<prefix>-<step>.parquet` in `output_dir`, about 80 bytes a pair.
@@ -90,12 +94,22 @@ class DPOShiftConfig(DPOConfig):
             "the paper reports unreadable text at 1.05."
         },
     )
-    shared_prompt: SharedPromptSpec = field(
+    shared_prompt: AutoSpec = field(
         default="auto",
         metadata={
             "help": "Whether tokens that both answers of a pair share are read once and no padding is read: `'auto'` "
             "on CPUs where that is exact, with the reason logged where it is off; `True` to have an error there; "
             "`False` to read both rows padded, as stock DPO does, to which it is then equal bit for bit at lambda = 1."
+        },
+    )
+    precompute_ref_log_probs: AutoSpec = field(
+        default="auto",
+        metadata={
+            "nargs": "?",
+            "const": "true",
+            "help": "Whether to score the reference once, before training, and keep the scores on disk for every run "
+            "with the same reference, rows, lengths and precision: `'auto'` where the reference is frozen, the data "
+            "map-style, the run sees each row at least once, and `shared_prompt` is not `False`.",
         },
     )
     save_pair_scores: bool = field(
@@ -121,9 +135,11 @@ class DPOShiftConfig(DPOConfig):
             )
         self.lambda_schedule = self._checked_schedule(self.lambda_schedule)
         choices: dict[str, str | bool] = {"auto": "auto", "true": True, "false": False}
-        if str(self.shared_prompt).lower() not in choices:
-            raise ValueError(f"`shared_prompt` must be auto, true or false, got {self.shared_prompt!r}.")
-        self.shared_prompt = choices[str(self.shared_prompt).lower()]
+        for name in ("shared_prompt", "precompute_ref_log_probs"):
+            value = str(getattr(self, name)).lower()
+            if value not in choices:
+                raise ValueError(f"`{name}` must be auto, true or false, got {getattr(self, name)!r}.")
+            setattr(self, name, choices[value])
         # Lambda moves, so the loss at lambda_t does not rank the checkpoints of a run; the loss at lambda = 1 does
         if self.load_best_model_at_end and self.metric_for_best_model is None:
             self.metric_for_best_model = "dpo_loss"

@@ -33,7 +33,11 @@ STAGE_DEFAULTS: dict[str, Any] = {"save_steps": 0.1, "save_total_limit": 2, "rep
 EVAL_DEFAULTS: dict[str, Any] = {"eval_strategy": "steps", "eval_steps": 0.1, "eval_on_start": True}
 
 # Fields that take more than their annotation says, which the flag parser must understand
-WIDER_TYPES: dict[str, Any] = {"lambda_schedule": str | list[list[float]], "shared_prompt": str | bool}
+WIDER_TYPES: dict[str, Any] = {
+    "lambda_schedule": str | list[list[float]],
+    "shared_prompt": str | bool,
+    "precompute_ref_log_probs": str | bool,
+}
 
 # Stage fields that another part of the recipe decides
 DECIDED_ELSEWHERE = {
@@ -493,7 +497,7 @@ def _check_combinations(recipe: Recipe) -> None:
                 f"{path}: `dpo.padding_free` must be left out: TRL's DPOTrainer has it switched off at present."
             )
     dpo = recipe.stages.get("dpo")
-    if isinstance(dpo, DPOShiftConfig) and dpo.precompute_ref_log_probs and recipe.data.streaming:
+    if isinstance(dpo, DPOShiftConfig) and dpo.precompute_ref_log_probs is True and recipe.data.streaming:
         mistakes.append(f"{path}: `dpo.precompute_ref_log_probs` must be left out with `data.streaming`.")
     if isinstance(dpo, DPOShiftConfig) and dpo.sync_ref_model and recipe.model.use_peft:
         mistakes.append(f"{path}: `dpo.sync_ref_model` must be left out with `model.use_peft`, which has no copy.")

@@ -1,5 +1,6 @@
 """DPOShiftTrainer and ChosenSFTTrainer: the one file that touches TRL's internals."""
 
+import contextlib
 import copy
 import dataclasses
 import json
@@ -9,10 +10,14 @@ from typing import Any
 
 import torch
 import trl
+from accelerate.data_loader import prepare_data_loader
 from accelerate.logging import get_logger
-from accelerate.utils import is_peft_model
+from accelerate.utils import is_peft_model, parse_flag_from_env
 from datasets import Dataset, IterableDataset
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
 from trl import DPOTrainer, SFTTrainer, extract_prompt
+from trl.trainer.utils import add_fused_lm_head, create_model_from_path, get_config_model_id
 
 from . import __version__
 from .callbacks import LambdaScheduleCallback
@@ -21,6 +26,7 @@ from .config import DPOShiftConfig
 from .losses import dpo_shift_loss, sequence_logps
 from .metrics import PairScores, evaluation_metrics, pair_metrics, save_table, widest_float
 from .model_card import append_shift_section
+from .reference import cached_reference_logps, reference_fingerprint, reference_key
 from .schedules import make_lambda_schedule
 from .shared_prompt import (
     PairLayout,
@@ -34,6 +40,9 @@ from .shared_prompt import (
 
 logger = get_logger(__name__)
 
+
+# Set by `accelerate launch`
+LAUNCHED_SHARDED = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
 
 # Folder under the run's, of the scores that each evaluation gave each pair: <prefix>-<step>.parquet
 PAIRS = "pairs"
@@ -103,12 +112,16 @@ class DPOShiftTrainer(DPOTrainer):
         self._shifts = isinstance(args, DPOShiftConfig)
         if self._shifts:
             train_dataset, eval_dataset = with_row_index(train_dataset), with_row_index(eval_dataset)
-        super().__init__(model, ref_model, args, data_collator, train_dataset, eval_dataset, *positional, **kwargs)
+        asked = args.precompute_ref_log_probs
+        if asked == "auto":
+            args.precompute_ref_log_probs = _precomputes_by_itself(args, train_dataset, eval_dataset)
+        try:
+            super().__init__(model, ref_model, args, data_collator, train_dataset, eval_dataset, *positional, **kwargs)
+        finally:
+            args.precompute_ref_log_probs = asked
         if not self._shifts:
             return
-        self.shares_prompts = self._prepare_shared_prompt()
-        collator = PairCollator(self.data_collator)
-        self.data_collator = SharedPromptCollator(collator) if self.shares_prompts else collator
+        self._prepare_pairs()
         self._pair_scores: dict[str, list[torch.Tensor]] = {"train": [], "eval": []}
         self._eval_prefix = "eval"
         self._evaluated = self.eval_dataset
@@ -121,6 +134,14 @@ class DPOShiftTrainer(DPOTrainer):
             given = [LambdaScheduleCallback(make_lambda_schedule(args))]
             self.add_callback(given[0])
         self.lambda_callback = given[0]
+
+    def _prepare_pairs(self) -> None:
+        """How pairs are collated and scored; the reference is scored so too, before `DPOTrainer.__init__` ends."""
+        if hasattr(self, "shares_prompts"):
+            return
+        self.shares_prompts = self._prepare_shared_prompt()
+        collator = PairCollator(self.data_collator)
+        self.data_collator = SharedPromptCollator(collator) if self.shares_prompts else collator
 
     def _prepare_shared_prompt(self) -> bool:
         """Whether pairs are scored by the shared prompt; prepares policy and reference for it."""
@@ -159,7 +180,7 @@ class DPOShiftTrainer(DPOTrainer):
             return "the data set holds images"
         if self.aux_loss_enabled:
             return "its load-balancing loss counts every token of every row"
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+        if self._is_sharded:
             return "sharded models have not been verified"
         return next(filter(None, map(shared_prompt_obstacle, models)), None)
 
@@ -325,18 +346,100 @@ class DPOShiftTrainer(DPOTrainer):
         scored = model if layout is None else (lambda **kwargs: shared_prompt_scores(model, layout))
         return super().compute_ref_log_probs(scored, inputs)
 
+    def _precompute_ref_logps(self, dataset, name, batch_size):
+        # Of a sharded reference each process holds a part, for which DPOTrainer has an engine of its own
+        if not self._shifts or isinstance(dataset, IterableDataset) or self._is_sharded:
+            return super()._precompute_ref_logps(dataset, name, batch_size)
+        self._prepare_pairs()
+        model = self.model if self.ref_model is None else self.ref_model
+        adapters = getattr(self.accelerator.unwrap_model(model), "peft_config", {})
+        adapter = "ref" if self.ref_model is None and "ref" in adapters else None
+        device = self.accelerator.device
+        model.to(device)
+
+        def score(rows: range) -> tuple[torch.Tensor, torch.Tensor]:
+            loader = DataLoader(dataset.select(rows), batch_size, collate_fn=self.data_collator)
+            progress = tqdm(
+                prepare_data_loader(loader, device, put_on_device=True),
+                desc=f"Reference log-probabilities ({name}, rows {rows.start} to {rows.stop} of {len(dataset)})",
+                disable=self.args.disable_tqdm or not self.is_world_process_zero(),
+            )
+            scored = [
+                self.accelerator.gather_for_metrics(self.compute_ref_log_probs(model, batch)) for batch in progress
+            ]
+            return torch.cat([chosen for chosen, _ in scored]), torch.cat([rejected for _, rejected in scored])
+
+        fingerprint = self._reference_fingerprint = reference_fingerprint(
+            self.accelerator.unwrap_model(model), adapter
+        )
+        key = reference_key(
+            dataset,
+            fingerprint,
+            max_length=self.args.max_length,
+            truncation_mode=self.args.truncation_mode,
+            ld_alpha=self.ld_alpha,
+            precision=self.accelerator.mixed_precision + (" shared prompt" if self.shares_prompts else ""),
+        )
+        description = {"model": model.config._name_or_path, "adapter": adapter, "rows": name}
+        chosen, rejected = cached_reference_logps(key, len(dataset), score, description=description)
+        if self.ref_model is not None:
+            model.to("cpu")  # its scores are all that training needs of it
+        return dataset.add_column("ref_chosen_logps", chosen).add_column("ref_rejected_logps", rejected)
+
+    @property
+    def _is_sharded(self) -> bool:
+        return self.is_fsdp_enabled or self.is_deepspeed_enabled
+
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
         if self._shifts and ROW_INDEX not in self._signature_columns:
             self._signature_columns.append(ROW_INDEX)
 
     def evaluate(self, eval_dataset=None, *args, **kwargs):
-        if self._shifts:
-            eval_dataset = with_row_index(eval_dataset)
-            self._evaluated = self.eval_dataset if eval_dataset is None else eval_dataset
-            if isinstance(eval_dataset, str):
-                self._evaluated = self.eval_dataset[eval_dataset]
-        return super().evaluate(eval_dataset, *args, **kwargs)
+        if not self._shifts:
+            return super().evaluate(eval_dataset, *args, **kwargs)
+        eval_dataset = with_row_index(eval_dataset)
+        self._evaluated = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(eval_dataset, str):
+            self._evaluated = self.eval_dataset[eval_dataset]
+        with self._reference_at_hand(eval_dataset):
+            return super().evaluate(eval_dataset, *args, **kwargs)
+
+    @contextlib.contextmanager
+    def _reference_at_hand(self, rows):
+        """For rows that were not scored beforehand, bring back the reference that `auto` has freed."""
+        sets = list(rows.values()) if isinstance(rows, dict) else [rows]
+        freed = self.args.precompute_ref_log_probs == "auto" and self.precompute_ref_logps
+        if not freed or not all(isinstance(dataset, (Dataset, IterableDataset)) for dataset in sets):
+            yield
+            return
+        given = self.ref_model
+        if given is None and not is_peft_model(self.model):
+            self.ref_model = self._reloaded_reference()
+        elif given is not None:
+            given.to(self.accelerator.device)
+        self.precompute_ref_logps = all(isinstance(dataset, Dataset) for dataset in sets)
+        try:
+            yield
+        finally:
+            self.ref_model, self.precompute_ref_logps = given, True
+            if given is not None:
+                given.to("cpu")
+
+    def _reloaded_reference(self) -> torch.nn.Module:
+        path = get_config_model_id(self.model.config)
+        options = {"dtype": self.model.dtype, **(self.args.model_init_kwargs or {})}
+        reference = create_model_from_path(path, **options).to(self.accelerator.device)
+        if reference_fingerprint(reference) != self._reference_fingerprint:
+            raise ValueError(
+                f"`eval_dataset` must be given to the trainer, where the reference can no longer be loaded from "
+                f"{path!r}: the weights there are not those that training began with. Pass these rows to "
+                "`DPOShiftTrainer`, or set `precompute_ref_log_probs=False`."
+            )
+        add_fused_lm_head(reference)
+        if self.shares_prompts:
+            enable_shared_prompt(reference)
+        return reference
 
     def evaluation_loop(self, dataloader, description, *args, metric_key_prefix="eval", **kwargs):
         if self._shifts:
@@ -370,6 +473,20 @@ class DPOShiftTrainer(DPOTrainer):
         super().create_model_card(model_name, dataset_name, tags)
         if self._shifts and self.is_world_process_zero():
             append_shift_section(self.args, self.state.log_history)
+
+
+def _precomputes_by_itself(args: DPOShiftConfig, train_dataset, eval_dataset) -> bool:
+    """Whether the reference's log-probabilities are worth computing beforehand, and sure to stay true."""
+    sets = [train_dataset, *(eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset])]
+    rows = [dataset for dataset in sets if dataset is not None]
+    if train_dataset is None or not all(isinstance(dataset, Dataset) for dataset in rows):
+        return False
+    images = any({"image", "images"} & set(dataset.column_names) for dataset in rows)
+    sharded = args.fsdp or args.deepspeed or any(map(parse_flag_from_env, LAUNCHED_SHARDED))
+    if images or sharded or args.sync_ref_model or not args.disable_dropout or args.shared_prompt is False:
+        return False
+    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    return args.max_steps <= 0 or args.max_steps * batch >= len(train_dataset)
 
 
 class _ShiftedModel:

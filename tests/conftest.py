@@ -10,6 +10,7 @@ os.environ["WANDB_MODE"] = "offline"
 os.environ["WANDB_SILENT"] = "true"
 
 import random
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,9 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 
 torch.set_num_threads(1)
+# Not the user's own cache of reference log-probabilities, nor one that an earlier session of tests has filled
+_CACHE = tempfile.TemporaryDirectory(prefix="dposhift-cache-")
+os.environ["DPOSHIFT_CACHE"] = _CACHE.name
 
 WORDS = [f"w{index}" for index in range(40)]
 

@@ -12,7 +12,7 @@ from dposhift_trl.config import SHIFTABLE_LOSS_TYPES
 from dposhift_trl.schedules import make_lambda_schedule
 
 
-LAMBDA_FIELDS = [
+ADDED_FIELDS = [
     f.name for f in dataclasses.fields(DPOShiftConfig) if f.name not in {g.name for g in dataclasses.fields(DPOConfig)}
 ]
 ABOVE_ONE = (
@@ -37,18 +37,22 @@ def flags(tmp_path):
     return ["--output_dir", str(tmp_path), "--bf16", "false", "--use_cpu", "true", "--report_to", "none"]
 
 
-def test_the_config_adds_the_lambda_fields_and_nothing_else():
+def test_the_config_adds_no_other_fields_and_changes_one_default():
     lambda_fields = ["lambda_schedule", "shift_lambda", "lambda_min", "lambda_max", "allow_lambda_above_one"]
-    assert [*lambda_fields, "shared_prompt", "save_pair_scores"] == LAMBDA_FIELDS
+    assert [*lambda_fields, "shared_prompt", "save_pair_scores"] == ADDED_FIELDS
+    theirs = {f.name: f.default for f in dataclasses.fields(DPOConfig)}
+    changed = [f.name for f in dataclasses.fields(DPOShiftConfig) if f.default != theirs.get(f.name, f.default)]
+    assert changed == ["precompute_ref_log_probs"]
 
 
 def test_the_defaults_are_the_paper_s_fixed_lambda(make):
     config = make()
-    assert [getattr(config, name) for name in LAMBDA_FIELDS] == ["fixed", 0.95, 0.75, 1.0, False, "auto", True]
+    assert [getattr(config, name) for name in ADDED_FIELDS] == ["fixed", 0.95, 0.75, 1.0, False, "auto", True]
+    assert config.precompute_ref_log_probs == "auto"
     assert config.lambda_range == (0.95, 0.95)
 
 
-@pytest.mark.parametrize("name", LAMBDA_FIELDS)
+@pytest.mark.parametrize("name", [*ADDED_FIELDS, "precompute_ref_log_probs"])
 def test_the_help_of_a_field_is_its_sentence_in_the_docstring(name):
     def plain(text):
         return " ".join(re.sub(r"[`'\"]", "", text).split())
@@ -306,7 +310,7 @@ def test_a_flag_that_is_no_number_is_refused_by_name(flags, capsys):
 
 def test_the_help_of_the_flags_prints_every_lambda_field():
     text = HfArgumentParser(DPOShiftConfig).format_help()
-    assert [name for name in LAMBDA_FIELDS if f"--{name}" not in text] == []
+    assert [name for name in ADDED_FIELDS if f"--{name}" not in text] == []
 
 
 def test_a_trl_yaml_file_takes_knots_and_a_flag_overrules_it(tmp_path, flags):
@@ -322,5 +326,5 @@ def test_a_trl_yaml_file_takes_knots_and_a_flag_overrules_it(tmp_path, flags):
 def test_a_config_survives_being_written_out_and_read_again(make):
     config = make(lambda_schedule="[[0, 1], [1, 0.5]]", shift_lambda=0.9)
     values = config.to_dict()
-    again = make(**{name: values[name] for name in LAMBDA_FIELDS})
-    assert [getattr(again, name) for name in LAMBDA_FIELDS] == [getattr(config, name) for name in LAMBDA_FIELDS]
+    again = make(**{name: values[name] for name in ADDED_FIELDS})
+    assert [getattr(again, name) for name in ADDED_FIELDS] == [getattr(config, name) for name in ADDED_FIELDS]

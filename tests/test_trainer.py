@@ -206,7 +206,8 @@ def test_theorem_2_1_to_first_order(tiny_model, settings):
     chosen_gradient, rejected_gradient = (flat_gradient(value, reference) for value in logps(reference))
     rise = {}
     for value in (shift_lambda, 1.0):
-        args = DPOShiftConfig(**{**settings, "shift_lambda": value, "beta": beta, "per_device_train_batch_size": 1})
+        changes = {"shift_lambda": value, "beta": beta, "per_device_train_batch_size": 1}
+        args = DPOShiftConfig(**{**settings, **changes}, precompute_ref_log_probs=False)
         trainer = DPOShiftTrainer(tiny_model, args=args, train_dataset=row)
         trainer.model.double(), trainer.ref_model.double()
         gradient = gradients(trainer)

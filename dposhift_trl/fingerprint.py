@@ -1,0 +1,198 @@
+"""What determines a reference's log-probabilities, as hashes: its weights, the rows, how they are scored."""
+
+import contextlib
+import json
+import pickle
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+import xxhash
+from accelerate.utils import gather_object, is_peft_model
+
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+FORMAT = 1  # in every key; raise it when the meaning of a score or the layout of its file changes
+
+ROW_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
+
+# Settings of a model or an adapter that saving or training may change, but that never change what the weights compute
+VOLATILE_SETTINGS = {
+    *("_name_or_path", "architectures", "dtype", "transformers_version", "use_cache"),
+    *("bos_token_id", "eos_token_id", "pad_token_id"),
+    *("auto_mapping", "base_model_name_or_path", "inference_mode", "init_lora_weights", "lora_dropout"),
+    *("peft_version", "revision", "task_type"),
+}
+
+
+def reference_fingerprint(model: torch.nn.Module, adapter: str | None = None) -> str:
+    """
+    Hash what the reference computes with: configuration, weights, their dtypes, and the adapter in force.
+
+    A model without PEFT and the base of a PEFT model whose adapters are off are the same reference. Tied weights are
+    read once. Persistent buffers count, since quantized weights keep their scales there; the others do not: they
+    follow from the configuration, and some (dynamic rotary embeddings) change with use.
+
+    Every process must call this: weights may be sharded (FSDP2, ZeRO-3), one tensor of which at a time is gathered.
+
+    Args:
+        model (`torch.nn.Module`):
+            Reference, not wrapped for training.
+        adapter (`str`, *optional*):
+            Name of the PEFT adapter in force; `None` stands for adapters switched off.
+
+    Returns:
+        `str`: 32 hexadecimal digits, the same on every process.
+
+    Raises:
+        ValueError: On every process, if on one the model has no such adapter, has an adapter merged into its weights,
+            or has weights that are not in memory.
+    """
+    try:
+        outcome: Any = stable_hash(_description(model, adapter))
+    except ValueError as error:
+        outcome = error
+    outcomes = gather_object([outcome])
+    for outcome in outcomes:
+        if isinstance(outcome, ValueError):
+            raise outcome
+    # Tensor parallelism leaves each process its own slice of some weights
+    return stable_hash(sorted(set(outcomes)))
+
+
+def _description(model: Any, adapter: str | None) -> list[Any]:
+    adapters: dict[str, Any] = model.peft_config if is_peft_model(model) else {}
+    if adapter is not None and adapter not in adapters:
+        raise ValueError(f"`adapter` must be one of {sorted(adapters)} or None, got {adapter!r}.")
+    base: Any = model
+    wrappers: dict[str, str] = {}
+    if adapters:
+        from peft.tuners.tuners_utils import BaseTunerLayer
+        from peft.utils import AuxiliaryTrainingWrapper, get_peft_model_state_dict
+
+        base = model.get_base_model()
+        for name, module in base.named_modules():
+            if getattr(module, "merged", False):
+                raise ValueError(f"`model` must not have adapters merged into its weights, got one in {name!r}.")
+            if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+                wrappers[name] = "base_layer" if isinstance(module, BaseTunerLayer) else "original_module"
+    state = {
+        bare: value
+        for name, value in base.state_dict(keep_vars=True).items()
+        if (bare := _bare_name(name, wrappers)) is not None
+    }
+    description = [_settings(base.config.to_dict()), _digests(state)]
+    if adapter is not None:
+        # Whether the embeddings were resized is not looked up, which would ask the Hub
+        whole = model.state_dict(keep_vars=True)
+        state = get_peft_model_state_dict(model, whole, adapter, save_embedding_layers=False)
+        description += [_settings(adapters[adapter].to_dict()), _digests(state)]
+    return description
+
+
+def reference_key(
+    dataset: "Dataset",
+    fingerprint: str,
+    *,
+    max_length: int | None,
+    truncation_mode: str,
+    ld_alpha: float | None,
+    precision: str,
+) -> str:
+    """
+    Name the reference's log-probabilities of a data set by all that determines them, and by nothing else.
+
+    Neither lambda, beta, learning rate, output folder, batch size, padding nor further columns matter.
+
+    Args:
+        dataset (`Dataset`):
+            Tokenised rows with `prompt_ids`, `chosen_ids` and `rejected_ids`.
+        fingerprint (`str`):
+            Result of [`reference_fingerprint`].
+        max_length (`int`, *optional*):
+            Tokens kept of prompt and answer together; `None` keeps all.
+        truncation_mode (`str`):
+            End that is kept, `"keep_start"` or `"keep_end"`; of no account where `max_length` is `None`.
+        ld_alpha (`float`, *optional*):
+            Weight of an answer's tokens beyond the length of the shorter answer; `None` for a plain sum.
+        precision (`str`):
+            Arithmetic on parameters whose dtypes the fingerprint holds: the autocast dtype, or `"no"`.
+
+    Returns:
+        `str`: 32 hexadecimal digits.
+    """
+    digests = {column: (xxhash.xxh3_128(), xxhash.xxh3_128()) for column in ROW_COLUMNS}
+    for table in dataset.select_columns(list(ROW_COLUMNS)).with_format("arrow").iter(batch_size=1000):
+        for column, (lengths, ids) in digests.items():
+            lengths.update(pc.list_value_length(table[column]).cast(pa.int64()).to_numpy().tobytes())
+            ids.update(pc.list_flatten(table[column]).cast(pa.int64()).to_numpy().tobytes())
+    return stable_hash(
+        {
+            "format": FORMAT,
+            "rows": {column: [digest.hexdigest() for digest in pair] for column, pair in digests.items()},
+            "fingerprint": fingerprint,
+            "max_length": max_length,
+            "truncation_mode": None if max_length is None else truncation_mode,
+            "ld_alpha": None if ld_alpha is None else float(ld_alpha),
+            "precision": precision,
+        }
+    )
+
+
+def stable_hash(value: Any) -> str:
+    """Hash of plain values that is the same in every process, whatever the order of keys and of sets."""
+    text = json.dumps(value, sort_keys=True, default=lambda x: sorted(map(str, x)) if isinstance(x, set) else str(x))
+    return xxhash.xxh3_128_hexdigest(text.encode())
+
+
+def _settings(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(name): _settings(inner) for name, inner in value.items() if name not in VOLATILE_SETTINGS}
+    return value
+
+
+def _bare_name(name: str, wrappers: dict[str, str]) -> str | None:
+    """A tensor's name in the model without PEFT, or None for an adapter's."""
+    parts, bare = name.split("."), []
+    for depth, part in enumerate(parts):
+        inner = wrappers.get(".".join(parts[:depth]))
+        if inner is None:
+            bare.append(part)
+        elif part != inner:
+            return None
+    return ".".join(bare)
+
+
+def _digests(state: dict[str, Any]) -> list[Any]:
+    known: dict[int, Any] = {}
+    for value in state.values():
+        if id(value) not in known:
+            known[id(value)] = _digest(value)
+    return [[name, known[id(state[name])]] for name in sorted(state)]
+
+
+def _digest(value: Any) -> list[Any]:
+    """Shape, dtype and hash of the bytes of one tensor, read in pieces wherever it lies."""
+    if not torch.is_tensor(value):
+        return [xxhash.xxh3_128_hexdigest(pickle.dumps(value))]
+    gathered: Any = contextlib.nullcontext()
+    if hasattr(value, "ds_id"):  # ZeRO-3
+        import deepspeed
+
+        gathered = deepspeed.zero.GatheredParameters([value])
+    with gathered, torch.no_grad():
+        if hasattr(value, "full_tensor"):  # FSDP2
+            value = value.full_tensor()
+        if value.is_meta:
+            raise ValueError("`model` must have its weights in memory, got some on the meta device (offloaded).")
+        kind = [list(value.shape), str(value.dtype)]
+        if hasattr(value, "__tensor_flatten__"):  # torchao: a wrapper around plain tensors
+            names, context = value.__tensor_flatten__()
+            return [*kind, context, [[name, _digest(getattr(value, name))] for name in names]]
+        digest = xxhash.xxh3_128()
+        for piece in value.detach().reshape(-1).view(torch.uint8).split(1 << 26):
+            digest.update(piece.cpu().numpy())
+        return [*kind, digest.hexdigest()]

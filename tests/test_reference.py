@@ -1,0 +1,724 @@
+import copy
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from conftest import make_rows
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+from trl import DPOConfig, DPOTrainer
+
+from dposhift_trl import DPOShiftConfig, DPOShiftTrainer
+from dposhift_trl import fingerprint as hashing
+from dposhift_trl.reference import (
+    ReferenceCacheError,
+    cached_reference_logps,
+    default_folder,
+    main,
+    reference_fingerprint,
+    reference_key,
+)
+
+
+KEY, OTHER_KEY = "0" * 31 + "a", "0" * 31 + "b"
+TOKENS = {
+    "prompt_ids": [[5, 6], [7], [8, 9, 10]],
+    "chosen_ids": [[11, 0], [12, 13, 0], [0]],
+    "rejected_ids": [[14, 0], [15, 0], [16, 17, 0]],
+}
+SCORING = {"max_length": 64, "truncation_mode": "keep_start", "ld_alpha": None, "precision": "no"}
+
+
+def key_of(tokens=None, fingerprint="f", **changes):
+    return reference_key(Dataset.from_dict(tokens or TOKENS), fingerprint, **{**SCORING, **changes})
+
+
+def values_of(rows, dtype=torch.float32):
+    numbers = torch.arange(rows.start, rows.stop, dtype=torch.float64)
+    return (-(numbers + 1).sqrt()).to(dtype), (-(numbers + 2).log() / 3).to(dtype)
+
+
+class Scorer:
+    """Scores rows as `values_of` and remembers which it was asked for."""
+
+    def __init__(self, dtype=torch.float32, stop_at=None):
+        self.dtype, self.stop_at, self.calls = dtype, stop_at, []
+
+    def __call__(self, rows):
+        if rows.start == self.stop_at:
+            raise KeyboardInterrupt
+        self.calls.append(rows)
+        return values_of(rows, self.dtype)
+
+
+def cached(folder, score, num_rows=10, key=KEY, **kwargs):
+    kwargs = {"chunk_rows": 4, "description": {"model": "tiny", "adapter": None}, **kwargs}
+    return cached_reference_logps(key, num_rows, score, folder=folder, **kwargs)
+
+
+def same_bits(left, right):
+    right = [np.asarray(x) for x in right]
+    return all(a.dtype == b.dtype and a.tobytes() == b.tobytes() for a, b in zip(left, right, strict=True))
+
+
+def files(folder):
+    return sorted(path.name for path in Path(folder).rglob("*") if path.is_file() and path.suffix != ".lock")
+
+
+# The key
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param({"max_length": 63}, id="max_length"),
+        pytest.param({"max_length": None}, id="no max_length"),
+        pytest.param({"truncation_mode": "keep_end"}, id="truncation_mode"),
+        pytest.param({"ld_alpha": 0.5}, id="ld_alpha"),
+        pytest.param({"ld_alpha": 1.0}, id="ld_alpha of 1"),
+        pytest.param({"precision": "bf16"}, id="precision"),
+        pytest.param({"fingerprint": "g"}, id="reference"),
+        pytest.param({"tokens": {**TOKENS, "prompt_ids": [[5, 6], [7], [8, 9, 11]]}}, id="a prompt token"),
+        pytest.param({"tokens": {**TOKENS, "chosen_ids": [[11, 0], [12, 13, 0], [1]]}}, id="a chosen token"),
+        pytest.param({"tokens": {**TOKENS, "rejected_ids": [[14, 1], [15, 0], [16, 17, 0]]}}, id="a rejected token"),
+        pytest.param({"tokens": {**TOKENS, "prompt_ids": [[5], [6, 7], [8, 9, 10]]}}, id="a row's border"),
+        pytest.param({"tokens": {name: ids[::-1] for name, ids in TOKENS.items()}}, id="order of rows"),
+        pytest.param({"tokens": {name: ids[:2] for name, ids in TOKENS.items()}}, id="fewer rows"),
+    ],
+)
+def test_whatever_changes_a_score_changes_the_key(change):
+    assert key_of(**change) != key_of()
+
+
+def test_ld_alpha_matters_without_max_length_too():
+    assert key_of(max_length=None, ld_alpha=0.5) != key_of(max_length=None)
+
+
+@pytest.mark.parametrize(
+    "dataset",
+    [
+        pytest.param(Dataset.from_dict(dict(reversed(TOKENS.items()))), id="order of columns"),
+        pytest.param(Dataset.from_dict({"row_index": [2, 1, 0], **TOKENS}), id="further columns"),
+        pytest.param(Dataset.from_dict(TOKENS).select([2, 1, 0]).select([2, 1, 0]), id="indices"),
+        pytest.param(Dataset.from_dict({name: [*ids, [3]] for name, ids in TOKENS.items()}).take(3), id="slice"),
+        pytest.param(
+            Dataset(pa.table({name: pa.array(ids, pa.large_list(pa.int32())) for name, ids in TOKENS.items()})),
+            id="integer type",
+        ),
+    ],
+)
+def test_how_the_rows_are_held_does_not_change_the_key(dataset):
+    assert reference_key(dataset, "f", **SCORING) == key_of()
+
+
+def test_truncation_mode_has_no_say_without_max_length():
+    assert key_of(max_length=None, truncation_mode="keep_end") == key_of(max_length=None)
+
+
+# The reference's fingerprint
+
+
+def load(folder, dtype=torch.float32):
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+
+
+def lora(model, seed=0, **kwargs):
+    torch.manual_seed(seed)
+    return get_peft_model(model, LoraConfig(target_modules=["c_attn", "c_proj"], fan_in_fan_out=True, **kwargs))
+
+
+def test_a_saved_and_reloaded_reference_keeps_its_fingerprint(tiny_model, tmp_path):
+    model = load(tiny_model)
+    before = reference_fingerprint(model)
+    model.config.use_cache, model.config.pad_token_id = False, 7
+    model.save_pretrained(tmp_path / "copy")
+    assert reference_fingerprint(model) == reference_fingerprint(load(tmp_path / "copy")) == before
+
+
+def flip_last_bit(model):
+    model.transformer.ln_f.bias.data.view(torch.uint8)[-4] ^= 1
+
+
+def swap(model):
+    first, second = (block.mlp.c_fc.weight for block in model.transformer.h)
+    first.data, second.data = second.data, first.data
+
+
+def change_heads(model):
+    model.config.n_head = 4
+
+
+@pytest.mark.parametrize("change", [flip_last_bit, swap, change_heads, torch.nn.Module.bfloat16])
+def test_a_bit_a_name_a_dtype_or_a_setting_changes_the_fingerprint(tiny_model, change):
+    model = load(tiny_model)
+    before = reference_fingerprint(model)
+    change(model)
+    assert reference_fingerprint(model) != before
+
+
+def test_bfloat16_weights_are_told_apart_by_one_bit(tiny_model):
+    model, other = load(tiny_model, torch.bfloat16), load(tiny_model, torch.bfloat16)
+    assert reference_fingerprint(model) == reference_fingerprint(other)
+    other.transformer.ln_f.bias.data.view(torch.int16)[0] ^= 1
+    assert reference_fingerprint(model) != reference_fingerprint(other)
+
+
+def test_tied_weights_are_read_once(tiny_model, monkeypatch):
+    read, digest = [], hashing._digest
+    monkeypatch.setattr(hashing, "_digest", lambda value: read.append(value.data_ptr()) or digest(value))
+    model = load(tiny_model)
+    assert model.lm_head.weight is model.transformer.wte.weight
+    reference_fingerprint(model)
+    assert len(read) == len(set(read)) == len(list(model.parameters()))
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"use_dora": True}, {"modules_to_save": ["ln_f"]}], ids=str)
+def test_with_adapters_off_the_reference_is_the_bare_model(tiny_model, kwargs):
+    bare = reference_fingerprint(load(tiny_model))
+    assert reference_fingerprint(lora(load(tiny_model), seed=0, **kwargs)) == bare
+    assert reference_fingerprint(lora(load(tiny_model), seed=1, **kwargs)) == bare
+
+
+def test_a_frozen_adapter_counts_and_the_one_in_training_does_not(tiny_model):
+    model = lora(load(tiny_model), seed=0)
+    model.add_adapter("ref", model.peft_config["default"])
+    with_ref = reference_fingerprint(model, "ref")
+    assert with_ref != reference_fingerprint(model)
+    for name, parameter in model.named_parameters():
+        if ".default." in name:
+            parameter.data += 1
+    assert reference_fingerprint(model, "ref") == with_ref != reference_fingerprint(model, "default")
+    ref_parameter = next(parameter for name, parameter in model.named_parameters() if ".ref." in name)
+    ref_parameter.data += 1
+    assert reference_fingerprint(model, "ref") != with_ref
+
+
+def test_a_frozen_adapter_counts_with_its_scale_and_not_by_its_name(tiny_model):
+    model, doubled = lora(load(tiny_model)), lora(load(tiny_model), lora_alpha=16)
+    assert reference_fingerprint(model, "default") != reference_fingerprint(doubled, "default")
+    model.add_adapter("ref", copy.deepcopy(model.peft_config["default"]))
+    for name, parameter in model.named_parameters():
+        if ".ref." in name:
+            parameter.data = model.get_parameter(name.replace(".ref.", ".default.")).data.clone()
+    assert reference_fingerprint(model, "ref") == reference_fingerprint(model, "default")
+
+
+def test_a_reference_that_cannot_be_told_is_refused(tiny_model):
+    with pytest.raises(ValueError, match=r"`adapter` must be one of \['default'\] or None, got 'ref'"):
+        reference_fingerprint(lora(load(tiny_model)), "ref")
+    merged = lora(load(tiny_model))
+    merged.merge_adapter()
+    with pytest.raises(ValueError, match="must not have adapters merged"):
+        reference_fingerprint(merged)
+    with pytest.raises(ValueError, match="must have its weights in memory"):
+        reference_fingerprint(load(tiny_model).to("meta"))
+
+
+# The files
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_scores_come_back_bit_for_bit_and_are_scored_once(tmp_path, dtype):
+    score = Scorer(dtype)
+    expected = values_of(range(10), dtype)
+    expected = [x.float() for x in expected] if dtype == torch.bfloat16 else expected
+    assert same_bits(cached(tmp_path, score), expected)
+    assert same_bits(cached(tmp_path, score), expected)
+    assert score.calls == [range(4), range(4, 8), range(8, 10)]
+    assert files(tmp_path) == [f"{KEY}.parquet"]
+
+
+def test_any_program_can_read_the_file(tmp_path):
+    values = cached(tmp_path, Scorer())
+    table = pq.read_table(tmp_path / f"{KEY}.parquet")
+    assert table.column_names == ["ref_chosen_logps", "ref_rejected_logps"]
+    assert same_bits([column.to_numpy() for column in table.columns], values)
+    assert b'"model": "tiny"' in table.schema.metadata[b"dposhift_trl"]
+
+
+def flip_a_bit(path):
+    data = bytearray(path.read_bytes())
+    place = data.index(values_of(range(10))[0].numpy().tobytes()) + 9
+    data[place] ^= 4
+    path.write_bytes(data)
+
+
+def edit_a_value(path):
+    table = pq.read_table(path)
+    column = table["ref_chosen_logps"].to_numpy().copy()
+    column[3] += 1
+    pq.write_table(table.set_column(0, "ref_chosen_logps", pa.array(column)), path)
+
+
+DAMAGES = {
+    "bit flip": flip_a_bit,
+    "edited value": edit_a_value,
+    "truncated": lambda path: path.write_bytes(path.read_bytes()[:-20]),
+    "empty": lambda path: path.write_bytes(b""),
+    "garbage": lambda path: path.write_bytes(os.urandom(500)),
+    "a row less": lambda path: pq.write_table(pq.read_table(path).slice(1), path),
+    "no header": lambda path: pq.write_table(pq.read_table(path).replace_schema_metadata(), path),
+    "other rows": lambda path: [cached(path.parent, Scorer(), 9, OTHER_KEY), rename(path, OTHER_KEY, KEY)],
+}
+
+
+def rename(path, old, new):
+    os.replace(path.with_name(f"{old}.parquet"), path.with_name(f"{new}.parquet"))
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_a_damaged_file_is_scored_again_with_one_line(tmp_path, damage, caplog):
+    expected = cached(tmp_path, Scorer())
+    damage(tmp_path / f"{KEY}.parquet")
+    caplog.clear()
+    score = Scorer()
+    assert same_bits(cached(tmp_path, score), expected)
+    assert len(score.calls) == 3
+    lines = {record.getMessage() for record in caplog.records}
+    assert len(lines) == 1
+    assert re.search(rf"{KEY}\.parquet .*; its 10 rows are scored again", lines.pop())
+    caplog.clear()
+    assert same_bits(cached(tmp_path, Scorer(stop_at=0)), expected)
+    assert not caplog.records
+
+
+def test_no_flipped_bit_ever_gives_a_wrong_value(tmp_path):
+    expected = cached(tmp_path, Scorer(), 3)
+    path = tmp_path / f"{KEY}.parquet"
+    data = path.read_bytes()
+    for place in range(0, len(data), 7):
+        path.write_bytes(data[:place] + bytes([data[place] ^ 16]) + data[place + 1 :])
+        assert same_bits(cached(tmp_path, Scorer(), 3), expected)
+
+
+def test_an_interrupted_run_goes_on_where_it_stopped_even_in_other_chunks(tmp_path, caplog):
+    with pytest.raises(KeyboardInterrupt):
+        cached(tmp_path, Scorer(stop_at=8), 20)
+    assert files(tmp_path) == [f"{KEY}.000000000-000000004.parquet", f"{KEY}.000000004-000000008.parquet"]
+    DAMAGES["truncated"](tmp_path / f"{KEY}.000000000-000000004.parquet")
+    score = Scorer()
+    assert same_bits(cached(tmp_path, score, 20, chunk_rows=7), values_of(range(20)))
+    assert score.calls == [range(4), range(8, 15), range(15, 20)]
+    assert len(caplog.records) == 1
+    assert files(tmp_path) == [f"{KEY}.parquet"]
+
+
+def test_parts_that_overlap_give_each_row_once(tmp_path):
+    for stop_at, chunk_rows in ((8, 4), (6, 3)):  # as two runs leave them where locks do not hold
+        with pytest.raises(KeyboardInterrupt):
+            cached(tmp_path / str(chunk_rows), Scorer(stop_at=stop_at), chunk_rows=chunk_rows)
+    for path in (tmp_path / "3").glob("*.parquet"):
+        path.rename(tmp_path / "4" / path.name)
+    score = Scorer()
+    assert same_bits(cached(tmp_path / "4", score), values_of(range(10)))
+    assert score.calls == [range(6, 10)]
+    assert files(tmp_path / "4") == [f"{KEY}.parquet"]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        pytest.param(torch.tensor([1.0, float("nan"), 1.0]), r"rows \[1\] are not finite", id="not a number"),
+        pytest.param(torch.ones(2), "must return 3 values twice", id="too few"),
+        pytest.param(torch.ones(3, 1), "must return 3 values twice", id="shape"),
+    ],
+)
+def test_bad_scores_are_refused_and_not_kept(tmp_path, values, message):
+    with pytest.raises(ValueError, match=message):
+        cached(tmp_path, lambda rows: (torch.ones(3), values), 3)
+    assert files(tmp_path) == []
+
+
+def test_a_folder_that_cannot_be_written_is_named_with_the_remedy(tmp_path):
+    (tmp_path / "file").write_text("")
+    score = Scorer()
+    with pytest.raises(ReferenceCacheError, match=rf"{tmp_path}/file/inner: .*`DPOSHIFT_CACHE`"):
+        cached(tmp_path / "file" / "inner", score)
+    assert score.calls == []
+
+
+def test_a_full_disk_stops_the_run_and_loses_no_finished_part(tmp_path, monkeypatch):
+    fsync, synced = os.fsync, []
+
+    def full(descriptor):
+        synced.append(descriptor)
+        if len(synced) == 3:
+            raise OSError(28, "No space left on device")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(ReferenceCacheError, match=r"No space left on device\. Free space"):
+        cached(tmp_path, Scorer())
+    assert files(tmp_path) == [f"{KEY}.000000000-000000004.parquet", f"{KEY}.000000004-000000008.parquet"]
+    score = Scorer()
+    assert same_bits(cached(tmp_path, score), values_of(range(10)))
+    assert score.calls == [range(8, 10)]
+
+
+def test_the_folder_is_that_of_the_environment(tmp_path, monkeypatch):
+    monkeypatch.setenv("DPOSHIFT_CACHE", str(tmp_path / "here"))
+    assert default_folder() == tmp_path / "here"
+    cached(None, Scorer())
+    assert files(tmp_path / "here") == [f"{KEY}.parquet"]
+    monkeypatch.delenv("DPOSHIFT_CACHE")
+    assert default_folder().parts[-2:] == ("dposhift_trl", "reference")
+
+
+# Several processes
+
+WORKER = """
+import logging, os, sys, time
+from pathlib import Path
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather
+from dposhift_trl.reference import ReferenceCacheError, cached_reference_logps
+
+folder, pause, task = Path(sys.argv[1]), float(sys.argv[2]), sys.argv[3]
+logging.basicConfig(format="%(message)s")
+state = PartialState(cpu=True)
+
+def score(rows):
+    with open(folder / f"calls{state.process_index}", "a") as file:
+        file.write(f"{rows.start}\\n")
+    if rows.start == 4:
+        time.sleep(pause)
+    numbers = torch.arange(rows.start, rows.stop, dtype=torch.float64)
+    if state.num_processes > 1:  # each process scores one row in two
+        numbers = gather(numbers[state.process_index :: 2]).view(2, -1).T.flatten()
+    return (-(numbers + 1).sqrt()).float(), (-(numbers + 2).log() / 3).float()
+
+def ask(folder, key="0" * 31 + "a"):
+    return cached_reference_logps(key, 12, score, folder=folder, chunk_rows=2, description={})
+
+threads = len(os.listdir("/proc/self/task"))
+values = ask(folder / "cache")
+if state.num_processes == 1:  # a pool of threads may abort at exit
+    assert len(os.listdir("/proc/self/task")) == threads
+(folder / f"values{task}{state.process_index}").write_bytes(b"".join(value.tobytes() for value in values))
+if state.num_processes > 1:
+    for wrong, attempt in (
+        (ReferenceCacheError, lambda: ask(folder / "calls0")),
+        (ValueError, lambda: ask(folder / "cache", f"{state.process_index:032d}")),
+    ):
+        try:
+            attempt()
+        except wrong:
+            (folder / f"refused{wrong.__name__}{state.process_index}").write_text("")
+    state.wait_for_everyone()
+    state.destroy_process_group()
+"""
+EXPECTED = b"".join(values.numpy().tobytes() for values in values_of(range(12)))
+
+
+def start(folder, pause, task, *launcher):
+    (folder / "worker.py").write_text(WORKER)
+    command = [sys.executable, *launcher, folder / "worker.py", folder, str(pause), task]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(list(map(str, command)), env=environment, stderr=subprocess.PIPE, text=True)
+
+
+def calls(folder, rank=0):
+    path = folder / f"calls{rank}"
+    return path.read_text().split() if path.exists() else []
+
+
+def test_a_killed_run_makes_way_and_its_finished_chunks_are_not_scored_again(tmp_path):
+    killed = start(tmp_path, 300, "killed")
+    while len(calls(tmp_path)) < 3:
+        assert killed.poll() is None
+        time.sleep(0.02)
+    waiting = start(tmp_path, 0, "waiting")
+    assert any("Another run computes" in line for line in waiting.stderr)
+    assert calls(tmp_path) == ["0", "2", "4"]
+    os.kill(killed.pid, signal.SIGKILL)
+    killed.communicate()
+    assert waiting.wait(60) == 0
+    assert calls(tmp_path) == ["0", "2", "4", "4", "6", "8", "10"]
+    assert (tmp_path / "valueswaiting0").read_bytes() == EXPECTED
+    assert not (tmp_path / "valueskilled0").exists()
+    assert files(tmp_path / "cache") == [f"{KEY}.parquet"]
+
+
+def test_of_two_runs_at_once_one_computes(tmp_path):
+    runs = [start(tmp_path, 1.5, task) for task in "ab"]
+    assert [run.wait(60) for run in runs] == [0, 0]
+    assert calls(tmp_path) == ["0", "2", "4", "6", "8", "10"]
+    assert (tmp_path / "valuesa0").read_bytes() == (tmp_path / "valuesb0").read_bytes() == EXPECTED
+
+
+def test_two_processes_of_a_run_get_the_same_values_from_one_file(tmp_path):
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    run = start(tmp_path, 0, "run", *launcher)
+    assert run.wait(60) == 0, run.stderr.read()
+    assert (tmp_path / "valuesrun0").read_bytes() == (tmp_path / "valuesrun1").read_bytes() == EXPECTED
+    assert calls(tmp_path, 0) == calls(tmp_path, 1) == ["0", "2", "4", "6", "8", "10"]
+    assert files(tmp_path / "cache") == [f"{KEY}.parquet"]
+    assert {path.name for path in tmp_path.glob("refused*")} == {
+        f"refused{error}{rank}" for error in ("ReferenceCacheError", "ValueError") for rank in (0, 1)
+    }
+
+
+# The command
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A cache with one finished entry, one interrupted, and files that are not ours."""
+    folder = tmp_path / "cache"
+    monkeypatch.setenv("DPOSHIFT_CACHE", str(folder))
+    cached(folder, Scorer())
+    with pytest.raises(KeyboardInterrupt):
+        cached(folder, Scorer(stop_at=8), key=OTHER_KEY)
+    (folder / f"{OTHER_KEY}.{'c' * 32}.tmp").write_text("left by a killed run")
+    (folder / "notes.parquet").write_text("mine")
+    (folder / f"{'1' * 32}.parquet").write_text("who knows whose")
+    (folder / f"{KEY}.txt").write_text("mine")
+    return folder
+
+
+FOREIGN = [f"{KEY}.txt", f"{'1' * 32}.parquet", "notes.parquet"]
+
+
+def test_list_shows_what_is_stored_and_how_large(folder, capsys):
+    assert main(["list"]) == 0
+    title, finished, interrupted, unreadable, total = capsys.readouterr().out.splitlines()
+    assert re.split("  +", title) == ["KEY", "ROWS", "BYTES", "WRITTEN (UTC)", "REFERENCE"]
+    size = f"{(folder / f'{KEY}.parquet').stat().st_size:,}"
+    assert re.fullmatch(rf"{KEY} +10 +{size}  20\d\d-\d\d-\d\dT\d\d:\d\d  model tiny, adapter None", finished)
+    assert re.match(rf"{OTHER_KEY} +8 of 10 +\d", interrupted)
+    assert "unreadable" in unreadable
+    assert total == f"3 entries in {folder}"
+
+
+def test_an_empty_or_missing_folder_is_listed_and_cleared(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("DPOSHIFT_CACHE", str(tmp_path / "none"))
+    assert [main(["list"]), main(["clear"])] == [0, 0]
+    assert capsys.readouterr().out.endswith(f"\n0 entries in {tmp_path}/none\n")
+
+
+def test_clear_removes_what_is_ours_and_nothing_else(folder, capsys):
+    assert main(["clear"]) == 0
+    assert [line.split(":")[0] for line in capsys.readouterr().out.splitlines()] == [
+        f"removed {KEY}",
+        f"removed {OTHER_KEY}",
+    ]
+    assert files(folder) == FOREIGN
+    assert not list(folder.glob("*.lock"))
+
+
+def test_clear_takes_keys_and_an_age(folder, capsys):
+    assert main(["clear", "--older-than", "1"]) == 0
+    assert capsys.readouterr().out == ""
+    os.utime(folder / f"{KEY}.parquet", (time.time() - 2 * 86400,) * 2)
+    assert main(["clear", "--older-than", "1"]) == 0
+    assert capsys.readouterr().out.startswith(f"removed {KEY}:")
+    assert main(["clear", OTHER_KEY, "f" * 32]) == 1
+    streams = capsys.readouterr()
+    assert streams.out.startswith(f"removed {OTHER_KEY}:")
+    assert streams.err.startswith(f"{'f' * 32}: nothing of that key")
+    assert files(folder) == FOREIGN
+
+
+def test_clear_leaves_what_a_run_is_computing(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("DPOSHIFT_CACHE", str(tmp_path))
+    codes = []
+    cached(None, lambda rows: codes.append(main(["clear"])) or values_of(rows))
+    assert codes == [0, 1, 1], "nothing there yet, then in use"
+    assert "in use by a run, not removed" in capsys.readouterr().err
+    assert files(tmp_path) == [f"{KEY}.parquet"]
+
+
+def test_the_command_runs_as_a_module(folder):
+    command = [sys.executable, "-m", "dposhift_trl.reference", "list"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert (run.returncode, run.stderr) == (0, "")
+    assert f"3 entries in {folder}" in run.stdout
+
+
+def test_the_command_line_is_checked(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["clean"])
+
+
+# Beside TRL's own cache
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("DPOSHIFT_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def reference_scores(tiny_model, settings, tmp_path, monkeypatch, cache):
+    """A function that builds a trainer and returns its reference columns and how many batches it scored for them."""
+    make_rows(12).save_to_disk(tmp_path / "rows")
+
+    def build(trainer_class, peft_config=None, **changes):
+        batches = []
+        score = DPOTrainer.compute_ref_log_probs
+        make = DPOConfig if trainer_class is DPOTrainer else DPOShiftConfig
+        with monkeypatch.context() as patch:
+            patch.setattr(DPOTrainer, "compute_ref_log_probs", lambda *args: batches.append(None) or score(*args))
+            trainer = trainer_class(
+                tiny_model,
+                args=make(**{**settings, "precompute_ref_log_probs": True, **changes}),
+                train_dataset=Dataset.load_from_disk(tmp_path / "rows"),
+                peft_config=peft_config,
+            )
+        columns = (trainer.train_dataset[name][:] for name in ("ref_chosen_logps", "ref_rejected_logps"))
+        return [torch.tensor(column) for column in columns], len(batches)
+
+    return build
+
+
+def equal(left, right):
+    return all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
+
+
+def test_trl_serves_stale_scores_when_ld_alpha_changes_and_we_do_not(reference_scores):
+    plain, _ = reference_scores(DPOTrainer, max_length=None)
+    stale, batches = reference_scores(DPOTrainer, max_length=None, ld_alpha=0.1)
+    assert batches == 0
+    assert equal(stale, plain)
+
+    ours, _ = reference_scores(DPOShiftTrainer, max_length=None, shared_prompt=False)
+    weighted, batches = reference_scores(DPOShiftTrainer, max_length=None, shared_prompt=False, ld_alpha=0.1)
+    assert batches == 3
+    assert equal(ours, plain)
+    assert not equal(weighted, plain)
+    # With `max_length` TRL scores afresh; no row is as long, so the scores are those
+    fresh, batches = reference_scores(DPOTrainer, max_length=60, ld_alpha=0.1)
+    assert batches == 3
+    assert all(torch.allclose(a, b) for a, b in zip(weighted, fresh, strict=True))
+
+
+def test_trl_scores_again_when_the_learning_rate_changes_and_we_do_not(reference_scores, tmp_path):
+    reference_scores(DPOTrainer, max_length=60)
+    assert reference_scores(DPOTrainer, max_length=60, learning_rate=2e-2)[1] == 3
+
+    first, batches = reference_scores(DPOShiftTrainer, max_length=60)
+    assert batches == 3
+    for change in (
+        {"learning_rate": 2e-2},
+        {"shift_lambda": 0.5},
+        {"lambda_schedule": "linear_decrease", "precompute_ref_log_probs": "auto", "max_steps": -1},
+        {"beta": 0.5, "output_dir": str(tmp_path / "elsewhere"), "loss_type": ["ipo"]},
+        {"per_device_train_batch_size": 2, "pad_to_multiple_of": 8},
+        {"peft_config": LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True)},
+    ):
+        again, batches = reference_scores(DPOShiftTrainer, max_length=60, **change)
+        assert batches == 0
+        assert equal(again, first)
+    rows, batches = reference_scores(DPOShiftTrainer, max_length=60, shared_prompt=False)
+    assert batches == 3  # of another rounding
+    assert all(torch.allclose(a, b, rtol=1e-5) for a, b in zip(rows, first, strict=True))
+
+
+def test_training_from_our_cache_is_training_from_trls(tiny_model, settings, cache):
+    weights = []
+    for trainer_class, make in ((DPOTrainer, DPOConfig), (DPOShiftTrainer, DPOShiftConfig)):
+        ours = {} if make is DPOConfig else {"shift_lambda": 1.0, "shared_prompt": False}
+        args = make(**settings, precompute_ref_log_probs=True, **ours)
+        trainer = trainer_class(tiny_model, args=args, train_dataset=make_rows(8))
+        trainer.train()
+        weights.append(list(trainer.model.parameters()))
+    assert equal(*weights)
+
+
+def shift_trainer(model, settings, rows, eval_rows=None, **changes):
+    options = {name: changes.pop(name) for name in ("ref_model", "peft_config") if name in changes}
+    args = DPOShiftConfig(**{**settings, **changes})
+    return DPOShiftTrainer(model, args=args, train_dataset=rows, eval_dataset=eval_rows, **options)
+
+
+@pytest.mark.parametrize(
+    ("changes", "precomputes"),
+    [
+        pytest.param({}, True, id="as it is"),
+        pytest.param({"max_steps": -1}, True, id="whole epochs"),
+        pytest.param({"max_steps": 2}, False, id="not every row is seen"),
+        pytest.param({"sync_ref_model": True}, False, id="a reference that moves"),
+        pytest.param({"disable_dropout": False}, False, id="dropout"),
+        pytest.param({"shared_prompt": False}, False, id="bit for bit as stock"),
+        pytest.param({"precompute_ref_log_probs": False}, False, id="asked away"),
+        pytest.param({"precompute_ref_log_probs": True, "max_steps": 2}, True, id="asked for"),
+    ],
+)
+def test_auto_scores_the_reference_beforehand_where_that_holds_and_pays(
+    changes, precomputes, tiny_model, settings, cache
+):
+    trainer = shift_trainer(tiny_model, settings, make_rows(12), **changes)
+    assert trainer.precompute_ref_logps is precomputes
+    assert cache.exists() is precomputes
+    assert (trainer.ref_model is None) is precomputes
+    assert trainer.args.precompute_ref_log_probs == changes.get("precompute_ref_log_probs", "auto")
+
+
+def test_auto_leaves_streams_alone(tiny_model, settings, cache):
+    rows = make_rows(12)
+    assert not shift_trainer(tiny_model, settings, rows.to_iterable_dataset()).precompute_ref_logps
+    assert not shift_trainer(tiny_model, settings, rows, rows.to_iterable_dataset()).precompute_ref_logps
+
+
+@pytest.mark.parametrize("kind", ["full", "lora", "explicit reference"])
+def test_scores_kept_on_disk_train_and_evaluate_as_scores_made_at_each_step_do(kind, tiny_model, settings, cache):
+    logs = []
+    for precompute in (False, "auto", "auto"):
+        options = {
+            "full": {},
+            "lora": {"peft_config": LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True)},
+            "explicit reference": {"ref_model": AutoModelForCausalLM.from_pretrained(tiny_model)},
+        }[kind]
+        if kind == "explicit reference":
+            torch.manual_seed(5)
+            for weight in options["ref_model"].parameters():
+                weight.data.add_(0.02 * torch.randn_like(weight))
+        rows, evaluated = make_rows(12), {"a": make_rows(5, seed=1), "b": make_rows(6, seed=2)}
+        changes = {"precompute_ref_log_probs": precompute, "eval_strategy": "steps", "eval_steps": 2}
+        trainer = shift_trainer(tiny_model, settings, rows, evaluated, **changes, **options)
+        trainer.train()
+        # Rows and streams that the trainer has not seen
+        trainer.evaluate(make_rows(4, seed=3), metric_key_prefix="fresh")
+        trainer.evaluate({"c": make_rows(4, seed=4).to_iterable_dataset()}, metric_key_prefix="eval")
+        trainer.evaluate()
+        assert (trainer.ref_model is None) is (kind == "lora" or (precompute == "auto" and kind == "full"))
+        times = ("runtime", "per_second")
+        logs.append([{k: v for k, v in e.items() if not k.endswith(times)} for e in trainer.state.log_history])
+    online, first, again = logs
+    assert first == again
+    assert len(online) == len(first)
+    for theirs, ours in zip(online, first, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-5)
+
+
+def test_a_reference_that_is_no_longer_in_its_folder_is_not_replaced_by_another(settings, tmp_path, tiny_model, cache):
+    AutoModelForCausalLM.from_pretrained(tiny_model).save_pretrained(tmp_path / "model")
+    trainer = shift_trainer(tiny_model, settings, make_rows(12))
+    trainer.train()
+    other = AutoModelForCausalLM.from_pretrained(tiny_model)
+    other.transformer.wte.weight.data[3, 4] += 1e-3
+    other.save_pretrained(tmp_path / "model")
+    trainer.model.config._name_or_path = str(tmp_path / "model")
+    with pytest.raises(ValueError, match="`eval_dataset` must be given to the trainer, where the reference can no lo"):
+        trainer.evaluate(make_rows(4, seed=3))
+
+
+def test_a_model_changed_in_memory_is_its_own_reference(settings, tiny_model, cache):
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    model.transformer.wte.weight.data[3] += 1e-1
+    trainer = shift_trainer(model, settings, make_rows(12))
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(0.693147, abs=1e-5)
