@@ -19,14 +19,14 @@ for. Files in the destination, `RUN_DIR/generations` by default, in UTF-8, each 
 - `category`: MT-Bench's, or null.
 - `prompt`: text or a conversation. `follow_ups`: the user's later turns, mostly none.
 - `answers`: `answers[model][mode]` is a list of texts, one a turn.
-- `chosen`: the text of the chosen answer, or null.
+- `chosen`: the chosen answer as the rows have it, or null.
 
 For each model and mode, `<model>-<mode>` followed by
 - `.alpaca_eval.json`: a list of `instruction`, `output`, `generator`, of the first turn only, which is what
   `alpaca_eval --model_outputs` reads. `.jsonl` holds the same, one a line, which it does not read.
 - `.mt_bench.jsonl`: FastChat's answers, to be copied to `data/mt_bench/model_answer/<model_id>.jsonl` for its judge.
 
-Answers are without special tokens and without white space at their ends.
+Generated answers are without special tokens and without white space at their ends.
 """
 
 import argparse
@@ -61,6 +61,7 @@ from transformers import (
     TemperatureLogitsWarper,
     TopPLogitsWarper,
 )
+from transformers.utils import logging
 from trl import get_quantization_config, maybe_extract_prompt
 
 from .data import one_line
@@ -333,8 +334,9 @@ def answer_statistics(
     Returns:
         `dict[str, int or float or None]`: `count`; `mean_tokens` and `median_tokens` of an answer; the share of
         answers that are `empty` (no text but white space) and `cut`; `repetition`, the mean over the answers that
-        have a 4-gram; `distinct_1` and `distinct_2`, the distinct n-grams of all answers together divided by the number of
-        them, which falls with the amount of text, so compare it at like lengths. None where there is nothing to count.
+        have a 4-gram; `distinct_1` and `distinct_2`, the distinct n-grams of all answers together divided by the
+        number of them, which falls with the amount of text, so compare it at like lengths. None where there is nothing
+        to count.
     """
     lengths = [len(answer) for answer in answers]
     empty = [not text.strip() for text in texts] if texts is not None else [not length for length in lengths]
@@ -495,6 +497,8 @@ def _generate(
     width = max(map(len, prompts))
     input_ids = torch.tensor([[padding] * (width - len(prompt)) + prompt for prompt in prompts])
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # `generate` takes out a mask of ones and then warns that there is none
     try:
         output = model.generate(
             input_ids=input_ids.to(model.device),
@@ -505,6 +509,8 @@ def _generate(
         )
     except torch.OutOfMemoryError as error:
         raise GenerateError(f"`batch_size` {len(prompts)} is too large for the device: {error}") from error
+    finally:
+        logging.set_verbosity(verbosity)
     rows: list[list[int]] = output[:, width:].tolist()
     return rows
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 from conftest import make_rows, make_tokenizer, save_tiny_model
 from peft import LoraConfig, get_peft_model
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from dposhift_trl import DPOShiftConfig, DPOShiftTrainer
@@ -214,11 +215,15 @@ def test_top_p_keeps_the_likeliest_tokens_and_a_small_temperature_comes_to_the_g
     assert answers["cold"] == answers["narrow"] == answers["greedy"] != answers["hot"]
 
 
-@pytest.mark.parametrize("form", ["text", "conversations"])
+@pytest.mark.parametrize("form", ["text", "text after a special token", "conversations"])
 def test_prompts_are_tokenised_as_the_trainer_does(tmp_path, settings, form):
     folder = save_tiny_model(tmp_path / "model")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     rows = make_rows(4)
+    if form == "text after a special token":
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+            single="<pad> $A", special_tokens=[("<pad>", 1)]
+        )
     if form == "conversations":
         tokenizer.chat_template = PLAIN_CHAT_TEMPLATE
         rows = rows.map(
@@ -230,6 +235,7 @@ def test_prompts_are_tokenised_as_the_trainer_does(tmp_path, settings, form):
     trainer = DPOShiftTrainer(folder, args=DPOShiftConfig(**settings), train_dataset=rows, processing_class=tokenizer)
     expected = list(trainer.train_dataset["prompt_ids"])
     assert [prompt_tokens(tokenizer, row["prompt"]) for row in rows] == expected
+    assert {ids[0] for ids in expected} == {1} or form != "text after a special token"
 
 
 def test_the_command_writes_both_models_answers_in_every_format(run, capfd):
