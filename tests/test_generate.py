@@ -486,17 +486,13 @@ def test_settings_are_checked_where_they_are_made():
         GenerationSettings(limit=0)
 
 
-def test_a_real_process_ends_with_0_and_its_files_or_with_2_and_one_line(run):
-    def command(*arguments):
-        return subprocess.run(
-            [sys.executable, "-m", "dposhift_trl.generate", *map(str, arguments)],
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-            capture_output=True, text=True, timeout=120,
-        )  # fmt: skip
-
-    done = command(run, *SHORT)
-    assert done.returncode == 0, done.stderr
-    assert (run / "generations" / "statistics.json").is_file()
-    failed = command(run, *SHORT, "--seed", 3)
-    assert failed.returncode == 2
-    assert len(failed.stderr.strip().splitlines()) == 1
+def test_a_real_process_that_must_refuse_ends_with_2_and_one_line(run):
+    assert main([str(run), *SHORT]) == 0
+    done = subprocess.run(
+        [sys.executable, "-m", "dposhift_trl.generate", str(run), *SHORT, "--seed", "3"],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert "they differ in seed" in done.stderr
