@@ -57,6 +57,10 @@ class DPOShiftConfig(DPOConfig):
             Whether to score the reference once, before training, and keep the scores on disk for every run with the
             same reference, rows, lengths and precision: `"auto"` where the reference is frozen, the data map-style,
             the run sees each row at least once, and `shared_prompt` is not `False`.
+        max_tokens_per_batch (`int`, *optional*):
+            Tokens up to which each batch of a device is filled, in place of `per_device_train_batch_size` pairs, each
+            token that the answers of a pair share counted once. A step's loss is the mean over its pairs; their number
+            varies. Needs the shared prompt.
         save_pair_scores (`bool`, *optional*, defaults to `True`):
             Whether each evaluation saves the log-probabilities and log-ratios of every pair, as
             `pairs/<prefix>-<step>.parquet` in `output_dir`, about 80 bytes a pair.
@@ -112,6 +116,14 @@ class DPOShiftConfig(DPOConfig):
             "map-style, the run sees each row at least once, and `shared_prompt` is not `False`.",
         },
     )
+    max_tokens_per_batch: int | None = field(
+        default=None,
+        metadata={
+            "help": "Tokens up to which each batch of a device is filled, in place of `per_device_train_batch_size` "
+            "pairs, each token that the answers of a pair share counted once. A step's loss is the mean over its "
+            "pairs; their number varies. Needs the shared prompt."
+        },
+    )
     save_pair_scores: bool = field(
         default=True,
         metadata={
@@ -140,6 +152,20 @@ class DPOShiftConfig(DPOConfig):
             if value not in choices:
                 raise ValueError(f"`{name}` must be auto, true or false, got {getattr(self, name)!r}.")
             setattr(self, name, choices[value])
+        if self.max_tokens_per_batch is not None and (
+            isinstance(self.max_tokens_per_batch, bool)
+            or not isinstance(self.max_tokens_per_batch, int)
+            or self.max_tokens_per_batch < 1
+        ):
+            raise ValueError(
+                f"`max_tokens_per_batch` must be a whole number above 0, got {self.max_tokens_per_batch!r}. Write for "
+                "example `max_tokens_per_batch: 4096`, or leave it out."
+            )
+        if self.train_sampling_strategy == "batch_rebalance":
+            raise ValueError(
+                "`train_sampling_strategy` must be random, sequential or group_by_length with pairs, got "
+                "'batch_rebalance'. For batches of even cost set `max_tokens_per_batch`."
+            )
         # Lambda moves, so the loss at lambda_t does not rank the checkpoints of a run; the loss at lambda = 1 does
         if self.load_best_model_at_end and self.metric_for_best_model is None:
             self.metric_for_best_model = "dpo_loss"

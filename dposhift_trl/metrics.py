@@ -86,10 +86,11 @@ def pair_metrics(scores: PairScores, beta: float) -> dict[str, float]:
 
     With \\( \Delta = \log\pi_\theta - \log\pi_{\mathrm{ref}} \\): `rewards/*` are \\( \beta\Delta \\) unshifted, as
     the paper's authors log them; `shift/margins` is \\( \beta(\Delta_w - \lambda\Delta_l) \\) and `shift/accuracies`
-    the share of pairs where it is above 0; `displacement/*` is \\( \Delta \\) itself, in nats per answer and per token,
-    and the shares of pairs by which of their answers rose above or fell below the reference (a pair of which one did
-    not move is in none); `dpo_loss` is the sigmoid loss at lambda = 1 whatever the loss type, by which runs compare. Over all
-    tokens of the chosen answers instead of pairs: `perplexity/chosen`, \\( \exp(-\sum\log\pi_\theta / \sum|y_w|) \\).
+    the share of pairs where it is above 0; `displacement/*` is \\( \Delta \\) itself, in nats per answer and per
+    token, and the shares of pairs by which of their answers rose above or fell below the reference (a pair of which
+    one did not move is in none); `dpo_loss` is the sigmoid loss at lambda = 1 whatever the loss type, by which runs
+    compare. Over all tokens of the chosen answers instead of pairs: `perplexity/chosen`,
+    \\( \exp(-\sum\log\pi_\theta / \sum|y_w|) \\).
 
     Args:
         scores ([`PairScores`]):
@@ -131,7 +132,7 @@ def pair_metrics(scores: PairScores, beta: float) -> dict[str, float]:
 
 def evaluation_metrics(scores: PairScores, beta: float) -> dict[str, float]:
     r"""
-    What an evaluation says beyond [`pair_metrics`]: the spread of the log-ratios, and how sure accuracy and margin are.
+    What an evaluation adds to [`pair_metrics`]: how the log-ratios spread, and how sure accuracy and margin are.
 
     `displacement/chosen_p5` ... `displacement/rejected_p95` are quantiles over pairs, in nats.
     `rewards/accuracies_low`, `_high` and `rewards/margins_low`, `_high` are the ends of 95 % percentile-bootstrap

@@ -20,9 +20,11 @@ from trl import DPOTrainer, SFTTrainer, extract_prompt
 from trl.trainer.utils import add_fused_lm_head, create_model_from_path, get_config_model_id
 
 from . import __version__
+from .batching import TokenBudgetSampler, pair_lengths
 from .callbacks import LambdaScheduleCallback
 from .collator import ROW_INDEX, PairCollator, with_row_index
 from .config import DPOShiftConfig
+from .deferred import GatherLater
 from .losses import dpo_shift_loss, sequence_logps
 from .metrics import PairScores, evaluation_metrics, pair_metrics, save_table, widest_float
 from .model_card import append_shift_section
@@ -122,7 +124,11 @@ class DPOShiftTrainer(DPOTrainer):
         if not self._shifts:
             return
         self._prepare_pairs()
-        self._pair_scores: dict[str, list[torch.Tensor]] = {"train": [], "eval": []}
+        if args.max_tokens_per_batch is not None:
+            self._check_token_budget()
+        self._pair_scores: dict[str, list[tuple[int, torch.Tensor]]] = {"train": [], "eval": []}
+        self._counts_tokens = False
+        self._pairs_per_batch: float | None = None
         self._eval_prefix = "eval"
         self._evaluated = self.eval_dataset
         self._reference_is_policy = ref_model is None
@@ -194,27 +200,116 @@ class DPOShiftTrainer(DPOTrainer):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         inputs = dict(inputs)
         row_index, layout = inputs.pop(ROW_INDEX, None), inputs.pop("shared_prompt", None)
-        if self.model.training and self.state.global_step > 0 and self._total_train_tokens == 0:
-            # After a resume, where DPOTrainer would count from zero
-            logged = [entry["num_tokens"] for entry in self.state.log_history if "num_tokens" in entry]
-            self._total_train_tokens = int(logged[-1]) if logged else 0
+        inputs.pop(self.args.length_column_name, None)
+        training = self.model.training
         scored = _ShiftedModel(self, model, inputs, layout)
+        accelerator = self.accelerator
+        later = GatherLater(accelerator) if training else None
         try:
+            self.accelerator = later or accelerator
             result = self._loss_of(scored, return_outputs)
         except KeyError as error:
             if error.args[0] == "ref_chosen_logps":
                 raise self._misfit("its loss does not score the answers by a fused head") from error
             raise
+        finally:
+            self.accelerator = accelerator
         loss = result[0] if return_outputs else result
         scores = scored.scores
         scores.batch_loss = loss.detach().expand_as(scores.chosen_logps)
         if row_index is not None:
             scores.row_index = row_index
-        matrix = self._gather_finite(scores)
+        matrix = scores.as_matrix()
+        if later is None:
+            # Without the rows that fill up the last batch
+            matrix = self.accelerator.gather_for_metrics(matrix)
+        else:
+            # With them, since they are learnt from
+            (matrix,), value_of = later.resolve(matrix)
+            for values in self._metrics["train"].values():
+                values[-1] = value_of(values[-1])
+            self._total_train_tokens = value_of(self._total_train_tokens)
+        self._pair_scores[self._mode].append((self.state.global_step, matrix))
+        if matrix.device.type == "cpu" or not training:
+            self._stop_on_non_finite()
         if not self._seam_is_checked:
             self._check_seam(scored)
-        self._record(matrix)
-        return result
+        if training and self._reference_is_policy:
+            self._check_reference_is_policy(matrix)
+        if training and self._pairs_per_batch is not None:
+            # So that a step's loss is the mean over its pairs, however they are spread over its batches
+            loss = loss * (len(matrix) / self.accelerator.num_processes / self._pairs_per_batch)
+        return (loss, result[1]) if return_outputs else loss
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self._shifts and not self._counts_tokens:
+            self._counts_tokens = True
+            if self.state.global_step > 0:
+                # After a resume, where DPOTrainer would count from zero
+                logged = [entry["num_tokens"] for entry in self.state.log_history if "num_tokens" in entry]
+                self._total_train_tokens = int(logged[-1]) if logged else 0
+        if self._shifts and self.args.max_tokens_per_batch is not None and batches:
+            self._pairs_per_batch = sum(len(batch[ROW_INDEX]) for batch in batches) / len(batches)
+        return batches, num_items
+
+    def get_train_dataloader(self):
+        if not self._shifts or self.args.max_tokens_per_batch is None:
+            self.train_dataset = self._with_lengths(self.train_dataset)
+            return super().get_train_dataloader()
+        args, state = self.args, self.accelerator
+        sampler = TokenBudgetSampler(
+            pair_lengths(self.train_dataset, args.max_length, args.truncation_mode, shared=True),
+            args.max_tokens_per_batch,
+            gradient_accumulation_steps=args.gradient_accumulation_steps,
+            num_processes=state.num_processes,
+            process_index=state.process_index,
+            seed=args.seed if args.data_seed is None else args.data_seed,
+        )
+        loader = DataLoader(
+            self._remove_unused_columns(self.train_dataset, description="Training"),
+            batch_sampler=sampler,
+            collate_fn=self.data_collator,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+            persistent_workers=args.dataloader_persistent_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
+        )
+        # The sampler knows its process, so that nothing is left to divide
+        return prepare_data_loader(loader, state.device, num_processes=1, process_index=0, put_on_device=True)
+
+    def _check_token_budget(self) -> None:
+        reason = None
+        if not self.shares_prompts:
+            reason = "where rows are padded (`shared_prompt` is off)"
+        elif not isinstance(self.train_dataset, Dataset):
+            reason = "with a stream, whose lengths are not known"
+        elif self.args.train_sampling_strategy != "random":
+            reason = f"with `train_sampling_strategy={self.args.train_sampling_strategy!r}`, which it replaces"
+        if reason is not None:
+            raise ValueError(
+                f"`max_tokens_per_batch` must be left out {reason}, got {self.args.max_tokens_per_batch}. Set "
+                "`per_device_train_batch_size` instead."
+            )
+
+    def get_eval_dataloader(self, eval_dataset=None):
+        if isinstance(eval_dataset, str):
+            eval_dataset = self.eval_dataset[eval_dataset]
+        return super().get_eval_dataloader(
+            self._with_lengths(self.eval_dataset if eval_dataset is None else eval_dataset)
+        )
+
+    def _with_lengths(self, dataset):
+        """Where transformers is to group pairs by length, the column in which it looks for that."""
+        if not self._shifts:
+            return dataset
+        name = self.args.length_column_name
+        if self.args.train_sampling_strategy != "group_by_length" or not isinstance(dataset, Dataset):
+            return dataset
+        if name in dataset.column_names:
+            return dataset
+        lengths = pair_lengths(dataset, self.args.max_length, self.args.truncation_mode, self.shares_prompts)
+        return dataset.add_column(name, lengths)
 
     def _loss_of(self, scored: "_ShiftedModel", return_outputs: bool = False):
         # DPOTrainer takes the reference from its inputs, where `scored` lays it once the policy has been scored
@@ -240,7 +335,7 @@ class DPOShiftTrainer(DPOTrainer):
             "use_weighting": False,
             "aux_loss_enabled": False,
             "_metrics": copy.deepcopy(self._metrics),
-            "_total_train_tokens": self._total_train_tokens,
+            "_total_train_tokens": copy.deepcopy(self._total_train_tokens),
         }
         own = {name: getattr(self, name) for name in plain}
         self.__dict__.update(plain)
@@ -265,28 +360,20 @@ class DPOShiftTrainer(DPOTrainer):
     def _mode(self) -> str:
         return "train" if self.model.training else "eval"
 
-    def _gather_finite(self, scores: PairScores) -> torch.Tensor:
-        """The scores of all processes as one matrix, checked to be finite."""
-        # In evaluation, without the rows that fill up the last batch. In training those are learnt from, and since an
-        # accumulation window is fetched ahead, accelerate cannot tell which of its batches is the last
-        gather = self.accelerator.gather if self._mode == "train" else self.accelerator.gather_for_metrics
-        matrix = gather(scores.as_matrix())
-        if not torch.isfinite(matrix).all():
-            self._stop_on_non_finite(PairScores.from_matrices([matrix]), self._mode)
-        return matrix
+    def _stop_on_non_finite(self) -> None:
+        """Stop if a score that was recorded since the last log is not finite; reads from the device."""
+        recorded, mode = self._pair_scores[self._mode], self._mode
+        if recorded and not all(torch.stack([torch.isfinite(matrix).all() for _, matrix in recorded]).tolist()):
+            step, matrix = next((s, matrix) for s, matrix in recorded if not torch.isfinite(matrix).all())
+            self._report_non_finite(PairScores.from_matrices([matrix]), mode, step)
 
-    def _record(self, matrix: torch.Tensor) -> None:
-        if self._mode == "train" and self._reference_is_policy:
-            self._check_reference_is_policy(matrix)
-        self._pair_scores[self._mode].append(matrix)
-
-    def _stop_on_non_finite(self, scores: PairScores, mode: str) -> None:
+    def _report_non_finite(self, scores: PairScores, mode: str, step: int) -> None:
         columns = {field.name: torch.isfinite(getattr(scores, field.name)) for field in fields(scores)}
         of_batch = columns.pop("batch_loss")
         finite = torch.stack(list(columns.values())).all(dim=0)
         finite = of_batch if finite.all() else finite  # the loss of a batch is bad where one of its pairs is
         rows = scores.row_index[~finite].long().tolist()
-        folder = Path(self.args.output_dir) / f"non_finite_at_step_{self.state.global_step}"
+        folder = Path(self.args.output_dir) / f"non_finite_at_step_{step}"
         if self.is_world_process_zero():
             dataset = self.train_dataset if mode == "train" else self._evaluated
             if isinstance(dataset, dict):
@@ -298,7 +385,7 @@ class DPOShiftTrainer(DPOTrainer):
                 places = {row: place for place, row in enumerate(dataset[ROW_INDEX])}
                 texts = {row: dataset[places[row]] for row in rows if row in places}
             report = {
-                "step": self.state.global_step,
+                "step": step,
                 "split": mode,
                 "lambda": self.shift_lambda,
                 "learning_rate": self._get_learning_rate() if self.lr_scheduler is not None else None,
@@ -313,7 +400,7 @@ class DPOShiftTrainer(DPOTrainer):
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "rows.json").write_text(json.dumps(report, indent=2), encoding="utf-8")
         raise TrainingStopped(
-            f"The loss or a log-probability is not finite at step {self.state.global_step} ({mode}), rows "
+            f"The loss or a log-probability is not finite at step {step} ({mode}), rows "
             f"{rows}. Their scores and texts are in {folder / 'rows.json'}; checkpoints are as they were. Look for "
             "empty or very long answers there, lower the learning rate, or train in bf16 or float32 instead of fp16."
         )
@@ -393,7 +480,7 @@ class DPOShiftTrainer(DPOTrainer):
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
         if self._shifts and ROW_INDEX not in self._signature_columns:
-            self._signature_columns.append(ROW_INDEX)
+            self._signature_columns += [ROW_INDEX, self.args.length_column_name]
 
     def evaluate(self, eval_dataset=None, *args, **kwargs):
         if not self._shifts:
@@ -452,10 +539,16 @@ class DPOShiftTrainer(DPOTrainer):
             self._file_pair_metrics(logs, self._mode)
         super().log(logs, start_time)
 
+    def _save_checkpoint(self, *args, **kwargs):
+        if self._shifts:
+            self._stop_on_non_finite()
+        super()._save_checkpoint(*args, **kwargs)
+
     def _file_pair_metrics(self, logs: dict[str, float], mode: str) -> None:
         metrics = self._metrics[mode]
         if self._pair_scores[mode]:
-            scores = PairScores.from_matrices(self._pair_scores[mode])
+            self._stop_on_non_finite()
+            scores = PairScores.from_matrices([matrix for _, matrix in self._pair_scores[mode]])
             self._pair_scores[mode].clear()
             values = pair_metrics(scores, self.beta)
             if mode == "eval":
@@ -464,6 +557,7 @@ class DPOShiftTrainer(DPOTrainer):
                     folder = Path(self.args.output_dir) / PAIRS
                     save_table(scores.as_table(), folder / f"{self._eval_prefix}-{self.state.global_step:06d}.parquet")
             metrics |= {name: [value] for name, value in values.items()}
+        _read_from_device(metrics)
         if mode == "eval" and self._eval_prefix != "eval":
             # DPOTrainer names the metrics of every evaluation set alike, so that the last set's would hide the others'
             logs.update({f"{self._eval_prefix}_{name}": sum(values) / len(values) for name, values in metrics.items()})
@@ -487,6 +581,15 @@ def _precomputes_by_itself(args: DPOShiftConfig, train_dataset, eval_dataset) ->
         return False
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     return args.max_steps <= 0 or args.max_steps * batch >= len(train_dataset)
+
+
+def _read_from_device(metrics: dict[str, list[Any]]) -> None:
+    """Turn tensors among the values into numbers, in one transfer."""
+    places = [(values, i) for values in metrics.values() for i, x in enumerate(values) if torch.is_tensor(x)]
+    if places:
+        numbers = torch.stack([values[i].double() for values, i in places]).tolist()
+        for (values, i), number in zip(places, numbers, strict=True):
+            values[i] = number
 
 
 class _ShiftedModel:

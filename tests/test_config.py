@@ -39,7 +39,7 @@ def flags(tmp_path):
 
 def test_the_config_adds_no_other_fields_and_changes_one_default():
     lambda_fields = ["lambda_schedule", "shift_lambda", "lambda_min", "lambda_max", "allow_lambda_above_one"]
-    assert [*lambda_fields, "shared_prompt", "save_pair_scores"] == ADDED_FIELDS
+    assert [*lambda_fields, "shared_prompt", "max_tokens_per_batch", "save_pair_scores"] == ADDED_FIELDS
     theirs = {f.name: f.default for f in dataclasses.fields(DPOConfig)}
     changed = [f.name for f in dataclasses.fields(DPOShiftConfig) if f.default != theirs.get(f.name, f.default)]
     assert changed == ["precompute_ref_log_probs"]
@@ -47,7 +47,7 @@ def test_the_config_adds_no_other_fields_and_changes_one_default():
 
 def test_the_defaults_are_the_paper_s_fixed_lambda(make):
     config = make()
-    assert [getattr(config, name) for name in ADDED_FIELDS] == ["fixed", 0.95, 0.75, 1.0, False, "auto", True]
+    assert [getattr(config, name) for name in ADDED_FIELDS] == ["fixed", 0.95, 0.75, 1.0, False, "auto", None, True]
     assert config.precompute_ref_log_probs == "auto"
     assert config.lambda_range == (0.95, 0.95)
 

@@ -389,10 +389,9 @@ def test_train_metrics_weigh_each_pair_once_over_an_uneven_accumulation_window(t
     seen = []
 
     class Spy(DPOShiftTrainer):
-        def _record(self, matrix):
-            super()._record(matrix)
-            if self.model.training:
-                seen.extend(matrix[:, 0].tolist())
+        def log(self, logs, *args):
+            seen.extend(value for _, matrix in self._pair_scores["train"] for value in matrix[:, 0].tolist())
+            super().log(logs, *args)
 
     trainer = train(
         Spy, DPOShiftConfig, tiny_model, settings, rows=rows, logging_steps=2, gradient_accumulation_steps=2,

@@ -1,0 +1,135 @@
+"""Which pairs share a batch: their lengths, and batches evenly filled up to a number of tokens."""
+
+import heapq
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from datasets import Dataset
+from torch.utils.data import Sampler
+
+
+def pair_lengths(dataset: Dataset, max_length: int | None, truncation_mode: str, shared: bool) -> list[int]:
+    """
+    Tokens read for each pair of a tokenised dataset.
+
+    Args:
+        dataset (`Dataset`):
+            Rows with `prompt_ids`, `chosen_ids` and `rejected_ids`.
+        max_length (`int`, *optional*):
+            Tokens kept of each of a pair's two rows; `None` keeps all.
+        truncation_mode (`str`):
+            End that is kept, `"keep_start"` or `"keep_end"`.
+        shared (`bool`):
+            Whether tokens with which both rows start are read once; else a pair counts as its longer row twice.
+
+    Returns:
+        `list[int]`: One number a pair, at least 1.
+    """
+    kept = slice(None, max_length) if truncation_mode == "keep_start" else slice(-(max_length or 0), None)
+    lengths = []
+    for prompt, chosen, rejected in zip(
+        dataset["prompt_ids"], dataset["chosen_ids"], dataset["rejected_ids"], strict=True
+    ):
+        rows = [np.asarray([*prompt, *answer][kept]) for answer in (chosen, rejected)]
+        shorter, longer = sorted(map(len, rows))
+        if shared:
+            parted = np.flatnonzero(rows[0][:shorter] != rows[1][:shorter])
+            lengths.append(max(1, shorter + longer - int(parted[0] if len(parted) else shorter)))
+        else:
+            lengths.append(max(1, 2 * longer))
+    return lengths
+
+
+class TokenBudgetSampler(Sampler[list[int]]):
+    """
+    Batches of pairs that are evenly filled and hold at most `max_tokens` tokens, for one of several processes.
+
+    Pairs are dealt, longest first, each to the batch that is least full, into the smallest number of batches that
+    keeps within the budget. For each process that number is a multiple of `gradient_accumulation_steps` and the same
+    in every epoch; which pairs of equal length meet, and the order of batches, are drawn anew in each, from `seed +
+    epoch` alone, so that a resumed run reads on where it stopped. All processes get as many pairs at the same time: with several, pairs are
+    dealt in groups of like length, one pair for each, of which the last is filled up with the shortest pairs once
+    more.
+
+    Args:
+        lengths (`Sequence[int]`):
+            Tokens of each pair, as of [`pair_lengths`].
+        max_tokens (`int`):
+            Most tokens of one batch on one process.
+        gradient_accumulation_steps (`int`, *optional*, defaults to `1`):
+            Batches of an optimizer step on one process.
+        num_processes (`int`, *optional*, defaults to `1`), process_index (`int`, *optional*, defaults to `0`):
+            The processes, and which this one is.
+        seed (`int`, *optional*, defaults to `0`):
+            Seed of the order.
+
+    Raises:
+        ValueError: If the longest pair is longer than `max_tokens`, or there are too few pairs for one step.
+    """
+
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        max_tokens: int,
+        *,
+        gradient_accumulation_steps: int = 1,
+        num_processes: int = 1,
+        process_index: int = 0,
+        seed: int = 0,
+    ):
+        longest = max(lengths)
+        if longest > max_tokens:
+            raise ValueError(
+                f"`max_tokens_per_batch` must hold the longest pair, {longest} tokens, got {max_tokens}. Raise it, or "
+                "lower `max_length`."
+            )
+        self.lengths = np.asarray(lengths)
+        self.num_processes = num_processes
+        self.process_index = process_index
+        self.seed = seed
+        self.epoch = 0
+        self.sampler = self  # through which accelerate hands on the epoch to a batch sampler it has wrapped
+        sizes = self._groups(np.arange(len(self.lengths)))[1]
+        step = gradient_accumulation_steps
+        self.num_batches = -(-int(np.ceil(sizes.sum() / max_tokens)) // step) * step
+        while self.num_batches <= len(sizes) and max(self._deal(sizes)[1]) > max_tokens:
+            self.num_batches += step
+        if self.num_batches > len(sizes):
+            raise ValueError(
+                f"`max_tokens_per_batch` must leave a pair for each of {num_processes} processes and "
+                f"{step} `gradient_accumulation_steps`, got {max_tokens} for {len(lengths)} pairs. Raise it, or lower "
+                "`gradient_accumulation_steps`."
+            )
+
+    def _groups(self, order: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Pairs in groups of like length, one for each process, and the tokens of the longest of each group."""
+        order = order[np.argsort(-self.lengths[order], kind="stable")]
+        fill = -len(order) % self.num_processes
+        # The shortest ones, whatever the order, so that no epoch's groups are larger than another's
+        groups = np.concatenate((order, np.resize(order[::-1], fill))).reshape(-1, self.num_processes)
+        return groups, self.lengths[groups].max(axis=1)
+
+    def _deal(self, sizes: np.ndarray) -> tuple[list[list[int]], list[int]]:
+        """Indices into `sizes`, longest first, each to the batch that is least full; and how full the batches are."""
+        heap = [(0, place) for place in range(self.num_batches)]
+        batches: list[list[int]] = [[] for _ in heap]
+        for index, size in enumerate(sizes.tolist()):
+            load, place = heap[0]
+            batches[place].append(index)
+            heapq.heapreplace(heap, (load + size, place))
+        return batches, [load for load, _ in heap]
+
+    def __iter__(self) -> Iterator[list[int]]:
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        groups, sizes = self._groups(torch.randperm(len(self.lengths), generator=generator).numpy())
+        batches, _ = self._deal(sizes)
+        for place in torch.randperm(len(batches), generator=generator).tolist():
+            yield groups[batches[place], self.process_index].tolist()
+
+    def __len__(self) -> int:
+        return self.num_batches
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draw the order of this epoch."""
+        self.epoch = epoch

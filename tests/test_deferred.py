@@ -1,0 +1,86 @@
+"""Gathers made one, and the values that a step reads from the device counted beside stock TRL's."""
+
+import collections
+
+import pytest
+import torch
+from accelerate import Accelerator
+from conftest import make_rows
+from torch.utils._python_dispatch import TorchDispatchMode
+from trl import DPOConfig, DPOTrainer
+
+from dposhift_trl import DPOShiftConfig, DPOShiftTrainer
+from dposhift_trl.deferred import Deferred, GatherLater
+
+
+# Operations whose result the host must wait for: a number read, and an index of a size that values decide
+READS = {"aten::_local_scalar_dense", "aten::nonzero"}
+
+
+class Counter(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.counts = collections.Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function._schema.name
+        self.counts[name] += name in READS
+        return function(*args, **(kwargs or {}))
+
+
+def reads_and_gathers_of_a_loss(trainer_class, config_class, model, settings, monkeypatch, **changes):
+    """Of one batch's loss, after the first, whose checks are made once."""
+    trainer = trainer_class(model, args=config_class(**settings, **changes), train_dataset=make_rows(8))
+    batches = [trainer._prepare_inputs(batch) for batch in trainer.get_train_dataloader()]
+    trainer.model.train()
+    trainer.compute_loss(trainer.model, batches[0])
+    gathers = []
+    gather = Accelerator.gather  # which `gather_for_metrics` calls too
+    monkeypatch.setattr(Accelerator, "gather", lambda self, x: gathers.append(x) or gather(self, x))
+    # As on a GPU, where nothing is read to look for a value that is not finite before a log or a checkpoint is due
+    monkeypatch.setattr(DPOShiftTrainer, "_stop_on_non_finite", lambda self: None)
+    with Counter() as counter:
+        trainer.compute_loss(trainer.model, batches[1])
+    return sum(counter.counts.values()), len(gathers)
+
+
+def test_a_loss_waits_for_2_values_and_gathers_once_where_trls_does_for_19_and_15_times(
+    tiny_model, settings, monkeypatch
+):
+    """The two that are left index TRL's mean logits by a mask, in its `_compute_loss`."""
+    with monkeypatch.context() as patch:
+        stock = reads_and_gathers_of_a_loss(DPOTrainer, DPOConfig, tiny_model, settings, patch)
+    with monkeypatch.context() as patch:
+        ours = reads_and_gathers_of_a_loss(DPOShiftTrainer, DPOShiftConfig, tiny_model, settings, patch)
+    assert stock == (19, 15)
+    assert ours == (2, 1)
+
+
+def test_everything_noted_comes_with_one_gather_and_as_it_was():
+    later = GatherLater(Accelerator(cpu=True))
+    count = later.gather_for_metrics(torch.tensor(7)).sum()
+    total = later.gather(torch.tensor([0.1, 0.2], dtype=torch.float32)).sum()
+    flags = later.gather(torch.tensor([True, False])).sum()
+    assert count > 0
+    mean = (total / count).item()
+    tokens = 5 + count.item() // 2
+    assert isinstance(mean, Deferred)
+    matrix = torch.arange(6.0).view(3, 2)
+    (gathered,), value_of = later.resolve(matrix)
+    assert torch.equal(gathered, matrix)
+    # In float32 as TRL divides, then a number of Python's
+    assert value_of(mean).item() == (torch.tensor([0.1, 0.2]).sum() / torch.tensor(7)).item()
+    assert value_of(mean).dtype == torch.float64
+    assert (value_of(tokens).item(), value_of(flags).item(), value_of("kept")) == (8, 1, "kept")
+
+
+def test_a_mean_over_no_token_is_zero_as_in_trl():
+    later = GatherLater(Accelerator(cpu=True))
+    total, count = later.gather(torch.tensor(0.0)).sum(), later.gather(torch.tensor(0)).sum()
+    value = (total / count).item()
+    assert later.resolve(torch.zeros(1))[1](value).item() == 0.0
+
+
+def test_a_comparison_that_would_have_to_wait_is_refused():
+    with pytest.raises(NotImplementedError, match="only a divisor is compared, and only with 0"):
+        _ = GatherLater(Accelerator(cpu=True)).gather(torch.ones(1)) > 1
