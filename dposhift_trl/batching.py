@@ -48,9 +48,9 @@ class TokenBudgetSampler(Sampler[list[int]]):
     Pairs are dealt, longest first, each to the batch that is least full, into the smallest number of batches that
     keeps within the budget. For each process that number is a multiple of `gradient_accumulation_steps` and the same
     in every epoch; which pairs of equal length meet, and the order of batches, are drawn anew in each, from `seed +
-    epoch` alone, so that a resumed run reads on where it stopped. All processes get as many pairs at the same time: with several, pairs are
-    dealt in groups of like length, one pair for each, of which the last is filled up with the shortest pairs once
-    more.
+    epoch` alone, so that a resumed run reads on where it stopped. All processes get as many pairs at the same time:
+    with several, pairs are dealt in groups of like length, one pair for each, of which the last is filled up with the
+    shortest pairs once more.
 
     Args:
         lengths (`Sequence[int]`):

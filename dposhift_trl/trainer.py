@@ -206,7 +206,7 @@ class DPOShiftTrainer(DPOTrainer):
         accelerator = self.accelerator
         later = GatherLater(accelerator) if training else None
         try:
-            self.accelerator = later or accelerator
+            self.accelerator = accelerator if later is None else later
             result = self._loss_of(scored, return_outputs)
         except KeyError as error:
             if error.args[0] == "ref_chosen_logps":
@@ -451,10 +451,11 @@ class DPOShiftTrainer(DPOTrainer):
                 desc=f"Reference log-probabilities ({name}, rows {rows.start} to {rows.stop} of {len(dataset)})",
                 disable=self.args.disable_tqdm or not self.is_world_process_zero(),
             )
-            scored = [
-                self.accelerator.gather_for_metrics(self.compute_ref_log_probs(model, batch)) for batch in progress
-            ]
-            return torch.cat([chosen for chosen, _ in scored]), torch.cat([rejected for _, rejected in scored])
+            gather = self.accelerator.gather_for_metrics
+            chosen, rejected = zip(
+                *(gather(self.compute_ref_log_probs(model, batch)) for batch in progress), strict=True
+            )
+            return torch.cat(chosen), torch.cat(rejected)
 
         fingerprint = self._reference_fingerprint = reference_fingerprint(
             self.accelerator.unwrap_model(model), adapter
