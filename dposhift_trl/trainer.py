@@ -21,7 +21,7 @@ from trl.trainer.utils import add_fused_lm_head, create_model_from_path, get_con
 
 from . import __version__
 from .batching import TokenBudgetSampler, pair_lengths
-from .callbacks import LambdaScheduleCallback
+from .callbacks import AdaptiveLambdaCallback, LambdaScheduleCallback
 from .collator import ROW_INDEX, PairCollator, with_row_index
 from .config import DPOShiftConfig
 from .deferred import GatherLater
@@ -29,7 +29,7 @@ from .losses import dpo_shift_loss, sequence_logps
 from .metrics import PairScores, evaluation_metrics, pair_metrics, save_table, widest_float
 from .model_card import append_shift_section
 from .reference import cached_reference_logps, reference_fingerprint, reference_key
-from .schedules import make_lambda_schedule
+from .schedules import ADAPTIVE, make_lambda_schedule
 from .shared_prompt import (
     PairLayout,
     SharedPromptCollator,
@@ -133,13 +133,14 @@ class DPOShiftTrainer(DPOTrainer):
         self._evaluated = self.eval_dataset
         self._reference_is_policy = ref_model is None
         self._seam_is_checked = False
-        given = [cb for cb in self.callback_handler.callbacks if isinstance(cb, LambdaScheduleCallback)]
-        if given:
+        if any(isinstance(callback, LambdaScheduleCallback) for callback in self.callback_handler.callbacks):
             args.check_shift_has_meaning()
+        elif args.lambda_schedule == ADAPTIVE:
+            bounds = args.lambda_min, args.lambda_max
+            target = args.lambda_target, args.lambda_target_metric
+            self.add_callback(AdaptiveLambdaCallback(*target, args.beta, *bounds))
         else:
-            given = [LambdaScheduleCallback(make_lambda_schedule(args))]
-            self.add_callback(given[0])
-        self.lambda_callback = given[0]
+            self.add_callback(LambdaScheduleCallback(make_lambda_schedule(args)))
 
     def _prepare_pairs(self) -> None:
         """How pairs are collated and scored; the reference is scored so too, before `DPOTrainer.__init__` ends."""
@@ -191,6 +192,11 @@ class DPOShiftTrainer(DPOTrainer):
         return next(filter(None, map(shared_prompt_obstacle, models)), None)
 
     @property
+    def lambda_callback(self) -> LambdaScheduleCallback:
+        """The one writer of lambda."""
+        return next(cb for cb in self.callback_handler.callbacks if isinstance(cb, LambdaScheduleCallback))
+
+    @property
     def shift_lambda(self) -> float:
         """Lambda in force; its one writer is the [`LambdaScheduleCallback`]."""
         return self.lambda_callback.shift_lambda
@@ -234,6 +240,8 @@ class DPOShiftTrainer(DPOTrainer):
             self._stop_on_non_finite()
         if not self._seam_is_checked:
             self._check_seam(scored)
+        if training:
+            self.lambda_callback.observe(matrix)
         if training and self._reference_is_policy:
             self._check_reference_is_policy(matrix)
         if training and self._pairs_per_batch is not None:
