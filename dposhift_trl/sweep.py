@@ -18,6 +18,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from filelock import FileLock, Timeout
@@ -40,6 +41,7 @@ COLUMNS = {
     "chosen logps": "eval_logps/chosen",
 }
 LOOK = 0.1  # seconds between two looks at a child or a lock
+ECHO = 2.0  # seconds in which a signal may come twice, from a terminal and from an agent that forwards it
 EXCEPTION = re.compile(r"^(\[rank\d+\]: ?)?[\w.]+(Error|Exception|Interrupt|Stopped)\b")
 LAUNCHER = re.compile(r"CalledProcessError|ChildFailedError")
 PROGRESS = re.compile(r"(\d+)/(\d+) \[")
@@ -481,15 +483,16 @@ def _launch(each: Run, launch_options: Sequence[str], received: list[int], head:
             print("\r\033[K", end="", flush=True)
         if not received or process.poll() is not None:
             return process.returncode
-    print(f"{head} stopping, once its checkpoint is saved", file=sys.stderr, flush=True)
+    print(f"{head} stopping, once its checkpoint is saved; again to end it at once", file=sys.stderr, flush=True)
     _send(process.pid, signal.SIGTERM)
     # The launcher may end before the run, which holds the lock of its folder to its end
-    lock, first = FileLock(each.folder / ".lock"), len(received)
+    lock, asked, heard = FileLock(each.folder / ".lock"), time.monotonic(), len(received)
     while process.poll() is None or (each.folder.is_dir() and not _try(lock)):
-        if len(received) > first:
+        if len(received) > heard and time.monotonic() > asked + ECHO:
             _send(process.pid, signal.SIGKILL)
             process.wait()
             break
+        heard = max(heard, len(received)) if time.monotonic() <= asked + ECHO else heard
         time.sleep(LOOK)
     lock.release()
     raise Stopped(received[0], f"during {each.name}")
@@ -567,10 +570,9 @@ def _table(folders: Sequence[Path]) -> str:
     for folder in folders:
         finished = json.loads((folder / "dpo" / FINISHED).read_text(encoding="utf-8"))
         metrics = finished["metrics"]
-        dpo = load_recipe(str(folder / RECIPE)).stages["dpo"]
-        assert isinstance(dpo, DPOShiftConfig)
-        start, end = map(make_lambda_schedule(dpo), (0, 1))
-        moving = "" if dpo.lambda_range[0] == dpo.lambda_range[1] else f" -> {end:.4g}"
+        settings: Any = SimpleNamespace(**parse_yaml((folder / RECIPE).read_text(encoding="utf-8"))["dpo"])
+        start, end = map(make_lambda_schedule(settings), (0, 1))
+        moving = "" if settings.lambda_schedule == "fixed" else f" -> {end:.4g}"
         values = [metrics.get(key) for key in COLUMNS.values()]
         cells = [f"{value:.4g}" if value is not None else "-" for value in values]
         seconds = f"{finished['seconds']:.0f}"

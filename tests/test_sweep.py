@@ -19,7 +19,6 @@ from conftest import make_rows
 from filelock import FileLock
 from ruamel.yaml import YAML
 from safetensors.torch import load_file
-from wandb.apis.public.sweeps import _validate_config_and_fill_distribution
 from wandb.sdk.launch.sweeps import utils as wandb_sweeps
 
 from dposhift_trl import run, sweep
@@ -39,7 +38,7 @@ LORA = ["model.use_peft=true", "model.lora_target_modules=[c_attn]"]
 
 # Stands for `accelerate launch -m dposhift_trl.run RECIPE` in the processes that a sweep starts
 STAND_IN = """
-    import json, os, sys, time
+    import json, os, signal, sys, time
     from pathlib import Path
     from ruamel.yaml import YAML
 
@@ -49,6 +48,9 @@ STAND_IN = """
         calls.write(json.dumps([folder.name, sys.argv[1:-1], os.environ.get("WANDB_RUN_ID")]) + "\\n")
     (folder / stage).mkdir(parents=True, exist_ok=True)
     (folder / "recipe.yaml").write_text(Path(sys.argv[-1]).read_text())
+    if "STAND_IN_IGNORES_SIGTERM" in os.environ:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    (folder / "ready").touch()
     time.sleep(float(os.environ.get("STAND_IN_SECONDS", "0")))
     if folder.name in os.environ.get("STAND_IN_FAILS", "").split():
         print("`data.path` 'x' cannot be read", file=sys.stderr)
@@ -158,6 +160,7 @@ def test_a_constant_schedule_is_the_fixed_one(recipe):
 
 def test_one_value_applies_to_every_point_and_no_value_makes_one_point(recipe):
     assert names(recipe) == ["fixed-0.75"]
+    assert names(recipe, "dpo.shift_lambda=1") == ["fixed-1.0"]  # as W&B may pass 1.0
     planned = plan(str(recipe), [LAMBDAS, "dpo.beta=0.2", "sft.max_steps=5"])
     assert [point.values["dpo"]["beta"] for point in planned.points] == [0.2, 0.2]
     assert planned.base.values["sft"]["max_steps"] == 5
@@ -340,6 +343,26 @@ def test_a_signal_ends_the_run_under_way_and_the_same_command_goes_on(
     assert [name for name, _, _ in calls(tmp_path / "sweep")] == ["fixed-1.0", "fixed-1.0", "fixed-0.5"]
 
 
+def test_a_second_signal_ends_a_run_that_does_not_stop(recipe, tmp_path, here, stand_in, monkeypatch):
+    monkeypatch.setenv("STAND_IN_SECONDS", "30")
+    monkeypatch.setenv("STAND_IN_IGNORES_SIGTERM", "1")
+    monkeypatch.setattr(sweep, "ECHO", 0.5)
+    began = time.monotonic()
+
+    def stop():
+        while not (tmp_path / "sweep" / "fixed-1.0" / "ready").exists():
+            time.sleep(0.01)
+        for pause in (0.2, 1.0, 0):  # the first two are one Ctrl-C, heard twice
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(pause)
+
+    thread = threading.Thread(target=stop)
+    thread.start()
+    here(recipe, "sft=null", LAMBDAS, code=128 + signal.SIGINT)
+    thread.join()
+    assert 1.0 < time.monotonic() - began < 20
+
+
 def test_a_point_that_another_command_is_running_comes_last(recipe, tmp_path, here, stand_in, compared):
     locks = tmp_path / "sweep" / ".locks"
     locks.mkdir(parents=True)
@@ -386,8 +409,8 @@ def trial(run_id, **parameters):
 
 def test_the_wandb_sweep_file_is_in_wandb_s_format():
     config = wandb_sweeps.load_sweep_config(str(WANDB_SWEEP))
-    assert _validate_config_and_fill_distribution(config) == config
-    # The keys that W&B's schema allows, those of them that are used here
+    # W&B's schema (https://github.com/wandb/sweeps, config/schema.json) needs `method` and allows its own keys only,
+    # of which these are used; a parameter's name has this pattern, a fixed or listed one these keys alone
     assert set(config) == {"name", "program", "method", "metric", "parameters", "command"}
     assert config["method"] == "grid"
     for key, parameter in config["parameters"].items():
