@@ -341,7 +341,7 @@ def run(sweep: Sweep, launch_options: Sequence[str] = ()) -> int:
             Options of `accelerate launch`.
 
     Returns:
-        `int`: 0, or 1 if a run failed.
+        `int`: 0, or 1 if a run failed or nothing could be compared.
 
     Raises:
         Stopped: If a signal asked to stop.
@@ -354,7 +354,10 @@ def run(sweep: Sweep, launch_options: Sequence[str] = ()) -> int:
             command = shlex.join([*launch, str(each.file)])
             text = f"# Written by the sweep; the command of this run alone:\n#\n#   {command}\n\n"
             each.file.parent.mkdir(exist_ok=True)
-            each.file.write_text(text + dump_yaml(each.values), encoding="utf-8")
+            # Whole at any moment, as a run of another command may be reading it
+            temporary = each.file.with_suffix(".tmp")
+            temporary.write_text(text + dump_yaml(each.values), encoding="utf-8")
+            temporary.replace(each.file)
     print(f"Each is a run of its own: {shlex.join(launch)} {sweep.folder / 'recipes'}/NAME.yaml", flush=True)
     with _signals() as received:
         failed = _Session(sweep, launch_options, received).run()
@@ -481,7 +484,7 @@ def _launch(each: Run, launch_options: Sequence[str], received: list[int], head:
                 print(f"\r\033[K{head} {_progress(each.log)}", end="", flush=True)
         if live:
             print("\r\033[K", end="", flush=True)
-        if not received or process.poll() is not None:
+        if not received or process.poll() == 0:
             return process.returncode
     print(f"{head} stopping, once its checkpoint is saved; again to end it at once", file=sys.stderr, flush=True)
     _send(process.pid, signal.SIGTERM)
