@@ -31,8 +31,8 @@ class LambdaController:
 
     both clipped to the range in which lambda is within its bounds, so that the integral does not wind up. The
     shortfall is \\( \beta\,(\Delta^* - \overline{\Delta_w}) \\), in units of reward, whose scale does not depend on
-    \\( \beta \\) or on the length of answers as that of nats does; for the share of chosen answers that fell, it is the
-    share itself minus the target.
+    \\( \beta \\) or on the length of answers as that of nats does; for the share of chosen answers that fell, it is
+    the share itself minus the target.
 
     Assumes that a lower lambda makes the chosen answers rise, which to first order it does where the gradients of
     the chosen and the rejected log-probability point the same way; that the pairs of a step have not been trained on
