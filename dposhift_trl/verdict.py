@@ -104,7 +104,7 @@ def _why_nothing_was_learned(first: Mapping[str, float], last: Mapping[str, floa
     margin, accuracy = _number(last, "rewards/margins"), _number(last, "rewards/accuracies")
     margin_low = _number(last, "rewards/margins_low")
     low, high = _number(last, "rewards/accuracies_low"), _number(last, "rewards/accuracies_high")
-    remedy = "Before lambda matters, look at the learning rate, the number of steps and the data, and evaluate on more pairs."
+    remedy = "Before lambda matters, look at learning rate, number of steps and data, and evaluate on more pairs."
     if margin is None or accuracy is None:
         return "There is no margin or accuracy that is a number, so no advice follows."
     interval = "" if low is None or high is None else f" (95 % interval {low:.3f} to {high:.3f})"
