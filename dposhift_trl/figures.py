@@ -162,17 +162,17 @@ def curves(
                 fontsize=8.5,
             )
         if np.ptp([value for line in lines for value in line.values if np.isfinite(value)]) == 0:
-            constant = _first(lines[0].values)
-            axes.set_ylim(constant - 0.1, constant + 0.1)
+            ends = [_first(lines[0].values), *([level[0]] if level else [])]
+            axes.set_ylim(min(ends) - 0.1, max(ends) + 0.1)
         axes.margins(x=0.02)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
         if percent:
             axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         _label_ends(axes, [line for line in lines if not line.faint] or lines)
-        ends = "; ".join(
+        said = "; ".join(
             f"{line.label} from {_first(line.values):.3g} to {line.end:.3g}" for line in lines if not line.faint
         )
-        return _draw(name, title, f"Line chart against optimizer step, {ylabel}. {ends}.", figure)
+        return _draw(name, title, f"Line chart against optimizer step, {ylabel}. {said}.", figure)
 
 
 def histogram(name: str, title: str, xlabel: str, color: str, before: np.ndarray, after: np.ndarray) -> Drawing | None:
@@ -226,9 +226,12 @@ def density(name: str, title: str, xlabel: str, margins: np.ndarray) -> Drawing 
             axes.plot(grid, heights, color=COLORS["accent"][0])
             axes.fill_between(grid, heights, color=COLORS["accent"][0], alpha=0.15, linewidth=0)
             axes.set_ylim(0, 1.2 * heights.max())
+            axes.set_xlim(low, high)
         else:
             axes.vlines(margins, 0, 1, color=COLORS["accent"][0], linewidth=2)
             axes.set_yticks([])
+            pad = 0.4 * (np.ptp([0.0, *margins]) or 1.0)
+            axes.set_xlim(min(0.0, margins.min()) - pad, max(0.0, margins.max()) + pad)
         axes.axvline(0, color=COLORS["muted"][0], linewidth=1.2, linestyle="--")
         mean, positive = margins.mean(), (margins > 0).mean()
         axes.axvline(mean, color=COLORS["accent"][0], linewidth=1.2)
@@ -245,7 +248,6 @@ def density(name: str, title: str, xlabel: str, margins: np.ndarray) -> Drawing 
             color=COLORS["accent"][0],
             fontsize=8.5,
         )
-        axes.margins(x=0.02)
         alt = f"Density over {len(margins)} pairs: mean {mean:.3g}, {positive:.0%} of the pairs above 0."
         return _draw(name, title, alt, figure)
 
@@ -370,13 +372,18 @@ def _label_ends(axes: Axes, lines: Sequence[Line]) -> None:
         axes.text(
             1.015,
             height,
-            line.label,
+            shortened(line.label),
             transform=axes.transAxes,
             color=COLORS[line.color][0],
             va="center",
             fontsize=9,
             weight="bold",
         )
+
+
+def shortened(label: str, length: int = 26) -> str:
+    """A label without its middle where it is too long for a figure."""
+    return label if len(label) <= length else f"{label[: length // 2]}…{label[1 + length // 2 - length :]}"
 
 
 def spread(heights: Sequence[float], gap: float) -> list[float]:
@@ -403,7 +410,7 @@ def _label_dots(axes: Axes, dots: Sequence[Dot], edge: Sequence[Dot]) -> None:
         xs, ys = np.linspace(x0, x1, 30), np.linspace(y0, y1, 30)
         taken += [tuple(place) for place in to_axes.transform(np.column_stack([xs, ys]))]
     for dot, (x, y) in zip(dots, places, strict=True):
-        half, best = 0.011 * len(dot.label), None
+        half, best = 0.011 * len(shortened(dot.label)), None
         for dx, dy, align in (
             (0.03, 0, "left"),
             (-0.03, 0, "right"),
@@ -425,7 +432,7 @@ def _label_dots(axes: Axes, dots: Sequence[Dot], edge: Sequence[Dot]) -> None:
         axes.text(
             x + dx,
             y + dy,
-            dot.label,
+            shortened(dot.label),
             transform=axes.transAxes,
             ha=align,
             va="center",
@@ -437,6 +444,7 @@ def _label_dots(axes: Axes, dots: Sequence[Dot], edge: Sequence[Dot]) -> None:
 def _draw(name: str, title: str, alt: str, figure: Figure) -> Drawing:
     png, svg = io.BytesIO(), io.BytesIO()
     figure.savefig(png, format="png", dpi=160, metadata={"Software": None})
+    figure.set_layout_engine("none")  # it is laid out by now, which takes half of the time
     salt: Any = {"svg.hashsalt": name}
     with matplotlib.rc_context(salt):
         # Without metadata there is no date in it: the same run gives the same file

@@ -304,19 +304,15 @@ def _pair(run: Run, scores: Mapping[str, float]) -> dict[str, Any]:
 def as_text(content: Any) -> str:
     """A prompt or an answer, text or conversation, as plain text of bounded length."""
     if isinstance(content, list):
-        parts = [
-            f"{message.get('role')}: {as_text(message.get('content'))}" if isinstance(message, dict) else str(message)
-            for message in content
-        ]
-        text = "\n".join(parts)
+        text = "\n".join(map(as_text, content))
+    elif isinstance(content, dict) and "role" in content:
+        text = f"{content['role']}: {as_text(content.get('content'))}"
+    elif isinstance(content, dict) and isinstance(content.get("text"), str):
+        text = content["text"]
+    elif content is None:
+        text = "(missing)"
     else:
-        text = (
-            "(missing)"
-            if content is None
-            else content
-            if isinstance(content, str)
-            else json.dumps(content, default=str)
-        )
+        text = content if isinstance(content, str) else json.dumps(content, default=str)
     if len(text) > LONGEST_TEXT:
         text = f"{text[:LONGEST_TEXT]} … ({len(text) - LONGEST_TEXT} more characters are not shown)"
     return text
