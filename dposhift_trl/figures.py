@@ -272,7 +272,7 @@ def scatter(name: str, title: str, chosen: np.ndarray, rejected: np.ndarray) -> 
         )
         for limits, values in ((axes.set_xlim, rejected), (axes.set_ylim, chosen)):
             low, high = min(values.min(), 0.0), max(values.max(), 0.0)
-            pad = 0.22 * ((high - low) or 1.0)  # room for the quadrants' names
+            pad = 0.3 * ((high - low) or 1.0)  # room for the quadrants' names
             limits(low - pad, high + pad)
         axes.axhline(0, color=COLORS["ink"][0], linewidth=1.2)
         axes.axvline(0, color=COLORS["ink"][0], linewidth=1.2)
@@ -283,12 +283,11 @@ def scatter(name: str, title: str, chosen: np.ndarray, rejected: np.ndarray) -> 
             "both fell": (0.01, 0.015, ((chosen < 0) & (rejected < 0)).mean()),
             "only rejected rose": (0.99, 0.015, ((chosen < 0) & (rejected > 0)).mean()),
         }
-        # The upper right is narrow where nearly all rejected answers fell, as they do: names go to the corners
         for label, (x, y, share) in shares.items():
             axes.text(
                 x,
                 y,
-                f"{label} {share:.0%}",
+                "\n".join(label.rsplit(" ", 1)) + f" {share:.0%}",
                 transform=axes.transAxes,
                 ha="left" if x < 0.5 else "right",
                 va="bottom" if y < 0.5 else "top",

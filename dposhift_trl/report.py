@@ -189,6 +189,7 @@ def _curves_of(run: Run) -> list[Drawing | None]:
 
     lambdas = stage.series("shift/lambda") if stage.series("shift/lambda")[0] else _series(stage, "shift/lambda")
     at_t, at_1 = both("loss", "at λ(t)", "slate"), both("dpo_loss", "at λ = 1", "accent")
+    at_1[-1].dash = "--"  # with lambda 1 throughout it lies on the other
     return [
         curves(
             "logps",
@@ -375,6 +376,8 @@ def _facts(run: Run) -> list[tuple[str, list[tuple[str, str]]]]:
         finished = stage.finished or {}
         steps = stage.state.get("global_step"), stage.state.get("max_steps")
         facts = [("Optimizer steps", f"{steps[0]} of {steps[1]}")] if steps[0] is not None else []
+        if stage.state.get("best_global_step"):
+            facts.append(("Best step by the recipe's metric", f"{stage.state['best_global_step']}; shown is the last"))
         if finished:
             facts.append(
                 ("Device", f"{finished.get('device', 'unknown')}, {finished.get('processes', '?')} process(es)")

@@ -89,7 +89,7 @@ def _what_chosen_did(chosen: float, growth: float | None, last: Mapping[str, flo
         moved = f"The log-probability of the chosen answers {verb} by {abs(chosen):.2f} nats an answer{before_after}"
     if growth is not None:
         moved += f", which multiplies their perplexity by {growth:.3g}"
-    return moved + (f"; it fell for {share:.0%} of them." if share is not None else ".")
+    return moved + (f"; {share:.0%} of them became less likely." if share is not None else ".")
 
 
 def _what_rejected_did(rejected: float, last: Mapping[str, float]) -> str:

@@ -38,7 +38,7 @@ def at(shift_lambda):
 def test_it_says_how_far_chosen_fell_for_how_many_and_what_rejected_did():
     text = verdict(at(1.0), metrics())
     assert "chosen answers fell by 10.00 nats an answer (from -30.00 to -40.00)" in text
-    assert "multiplies their perplexity by 2; it fell for 90% of them" in text
+    assert "multiplies their perplexity by 2; 90% of them became less likely" in text
     assert "rejected answers fell by 40.00 nats (from -32.00 to -72.00)" in text
     assert "margin 3, accuracy 0.800 (95 % interval 0.750 to 0.850)" in text
 
