@@ -23,7 +23,7 @@ def verdict(first: Mapping[str, float], last: Mapping[str, float]) -> str:
 
     The rules, in this order; each needs its figures to be there and to be numbers, and no advice is given without:
     - Margin not above 0, or accuracy not above one half by their intervals: nothing about lambda can be said.
-    - The rejected answers rose: lambda is too low, if it is below 1.
+    - The rejected answers rose: lambda may be too low, if it is below 1 and the chosen answers rose too.
     - The chosen answers fell: slightly, clearly or much by what became of their perplexity. Below 1.1 times nothing is
       to be done; above, a lower lambda is to be tried, unless it is at most 0.75 already.
 
@@ -95,9 +95,12 @@ def _what_chosen_did(chosen: float, growth: float | None, last: Mapping[str, flo
 def _what_rejected_did(rejected: float, last: Mapping[str, float]) -> str:
     if abs(rejected) < STILL:
         return "The rejected answers did not move."
-    logps = _number(last, "logps/rejected")
+    logps, share = _number(last, "logps/rejected"), _number(last, "displacement/both_fell")
+    both = f"; in {share:.0%} of the pairs both answers fell" if share else ""
     before_after = "" if logps is None else f" (from {logps - rejected:.2f} to {logps:.2f})"
-    return f"The rejected answers {'fell' if rejected < 0 else 'rose'} by {abs(rejected):.2f} nats{before_after}."
+    return (
+        f"The rejected answers {'fell' if rejected < 0 else 'rose'} by {abs(rejected):.2f} nats{before_after}{both}."
+    )
 
 
 def _why_nothing_was_learned(first: Mapping[str, float], last: Mapping[str, float]) -> str | None:
@@ -144,13 +147,13 @@ def _meaning_and_advice(
     chosen: float, rejected: float, growth: float | None, lambdas: tuple[float, float] | None
 ) -> str:
     if rejected >= STILL:
-        if lambdas and min(lambdas) < 1:
+        if lambdas and min(lambdas) < 1 and chosen >= STILL:
             return (
                 "Rejected answers that rise are unusual: below lambda 1 the tokens that both answers share are pushed "
                 "up in both. If they should fall, try a lambda closer to 1."
             )
         return (
-            "Rejected answers that rise are unusual: DPO mostly lowers them. Read the pairs in which they rose before "
+            "Rejected answers that rise are unusual: training mostly lowers them. Read the pairs in which they rose before "
             "changing a setting."
         )
     if chosen > -STILL:
@@ -201,7 +204,7 @@ def _what_to_try(lambdas: tuple[float, float] | None) -> str:
 
 
 _MOVE_LESS = (
-    "a lower one costs margin (in the paper .58 became .24 at 0.5). Try a smaller learning rate or fewer steps, which "
+    "a lower one can cost margin (in the paper .58 became .24 at 0.5). Try a smaller learning rate or fewer steps, which "
     "move the policy less, and compare."
 )
 

@@ -92,13 +92,21 @@ def test_chosen_answers_that_stay_on_average_are_neither_risen_nor_fallen():
 
 
 def test_rejected_answers_that_rose_are_called_unusual():
-    below = verdict(at(0.5), metrics(rejected=3.0, shift_lambda=0.5))
-    dpo = verdict(at(1.0), metrics(rejected=3.0))
-    assert "rose by 3.00 nats" in below
-    assert "unusual" in below
-    assert "closer to 1" in below
-    assert "unusual" in dpo
-    assert "lambda" not in dpo
+    both = verdict(at(0.5), metrics(chosen=3.0, growth=0.9, rejected=3.0, shift_lambda=0.5))
+    crossed = verdict(at(0.5), metrics(rejected=3.0, shift_lambda=0.5))
+    dpo = verdict(at(1.0), metrics(chosen=3.0, growth=0.9, rejected=3.0))
+    for text in (both, crossed, dpo):
+        assert "rejected answers rose by 3.00 nats" in text
+        assert "unusual" in text
+    assert "closer to 1" in both
+    for text in (crossed, dpo):
+        assert "Read the pairs" in text
+        assert "lambda" not in text
+
+
+def test_the_share_of_pairs_in_which_both_fell_is_named_where_it_is_known():
+    assert "; in 42% of the pairs both answers fell." in verdict(at(1.0), metrics(displacement__both_fell=0.42))
+    assert "both answers" not in verdict(at(1.0), metrics())
 
 
 @pytest.mark.parametrize(
