@@ -153,7 +153,8 @@ def _meaning_and_advice(
                 "up in both. If they should fall, try a lambda closer to 1."
             )
         return (
-            "Rejected answers that rise are unusual: training mostly lowers them. Read the pairs in which they rose before "
+            "Rejected answers that rise are unusual: training mostly lowers them. Read the pairs in which they "
+            "rose before "
             "changing a setting."
         )
     if chosen > -STILL:
@@ -204,7 +205,8 @@ def _what_to_try(lambdas: tuple[float, float] | None) -> str:
 
 
 _MOVE_LESS = (
-    "a lower one can cost margin (in the paper .58 became .24 at 0.5). Try a smaller learning rate or fewer steps, which "
+    "a lower one can cost margin (in the paper .58 became .24 at 0.5). Try a smaller learning rate or "
+    "fewer steps, which "
     "move the policy less, and compare."
 )
 
