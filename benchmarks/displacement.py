@@ -5,10 +5,10 @@ What lambda buys and costs: fixed, scheduled, adaptive and per pair, beside DPO 
     python benchmarks/displacement.py --data hard --seeds 1 2 3
 
 Two sets of pairs, both offline: `demo`, the built-in one; `hard`, its near misses only, with a fifth of the training
-pairs turned round, so that the preference can be learnt only in part. For each seed a base is fine-tuned on the chosen
-answers, as stage 1 of `recipes/tiny_shift.yaml` does; from it each method trains for one epoch with the settings of its
-stage 2, through the same trainer. The table holds held-out means over seeds with 95 % intervals (t), after the last
-step: mean chosen log-ratio, share of chosen answers that fell, margin (beta = 0.1, unshifted), accuracy.
+pairs turned round, so that the preference can be learnt only in part. For each seed a base is fine-tuned on the
+chosen answers, as stage 1 of `recipes/tiny_shift.yaml` does; from it each method trains for one epoch with the
+settings of its stage 2, through the same trainer. The table holds held-out means over seeds with 95 % intervals (t),
+after the last step: mean chosen log-ratio, share of chosen answers that fell, margin (beta = 0.1, unshifted), accuracy.
 
 DPO-Positive (https://huggingface.co/papers/2402.13228) and Cal-DPO (https://huggingface.co/papers/2412.14516) are
 written here, from their formulas, and nowhere else.

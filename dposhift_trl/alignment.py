@@ -25,8 +25,8 @@ def head_gradient_products(
     r"""
     Inner products of the gradients of two answers' log-probabilities with respect to the head's weight.
 
-    With the row \\( h_k \\) that predicts token \\( y_k \\), and the distribution \\( p_k \\) it predicts, the gradient
-    of an answer's log-probability is \\( G = \sum_k (e_{y_k} - p_k)\,h_k^\top \\), so that
+    With the row \\( h_k \\) that predicts token \\( y_k \\), and the distribution \\( p_k \\) it predicts, the
+    gradient of an answer's log-probability is \\( G = \sum_k (e_{y_k} - p_k)\,h_k^\top \\), so that
 
     $$ \langle G_w, G_l \rangle = \sum_{k, k'} \langle e_{y_k} - p_k,\, e_{y'_{k'}} - p'_{k'} \rangle
        \langle h_k, h'_{k'} \rangle $$

@@ -87,19 +87,14 @@ class AdaptiveLambdaCallback(LambdaScheduleCallback, ExportableState):
         metric (`str`):
             `"displacement/chosen"`, the mean log-ratio of the chosen answers, or `"displacement/chosen_fell"`, the
             share of them below the reference.
-        beta (`float`):
-            Factor from log-ratio to reward, per nat.
         lambda_min (`float`), lambda_max (`float`):
             Bounds of lambda.
     """
 
-    def __init__(self, target: float, metric: str, beta: float, lambda_min: float, lambda_max: float):
-        self.arguments = {
-            "target": target, "metric": metric, "beta": beta, "lambda_min": lambda_min, "lambda_max": lambda_max
-        }  # fmt: skip
+    def __init__(self, target: float, metric: str, lambda_min: float, lambda_max: float):
+        self.arguments = {"target": target, "metric": metric, "lambda_min": lambda_min, "lambda_max": lambda_max}
         self.metric = metric
-        unit = beta if metric == "displacement/chosen" else -1.0
-        self.controller = LambdaController(target, unit, lambda_min, lambda_max, integral_steps=10)
+        self.controller = LambdaController(target, lambda_min, lambda_max, smoothing_steps=5, integral_steps=20)
         self._observed: list[torch.Tensor] = []
         super().__init__(lambda progress: self.controller.shift_lambda)
 
@@ -109,7 +104,9 @@ class AdaptiveLambdaCallback(LambdaScheduleCallback, ExportableState):
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
         self._observed.clear()
         if state.global_step == 0:
-            self.controller.integral_steps = max(10, state.max_steps / 10)
+            # A run twice as long takes its steps half as far, as a rule
+            self.controller.smoothing_steps = max(5.0, state.max_steps / 15)
+            self.controller.integral_steps = max(20.0, state.max_steps / 3)
             state.stateful_callbacks[type(self).__name__] = self.state()
         saved: Any = state.stateful_callbacks[type(self).__name__]
         self.controller_state = saved["attributes"]["controller_state"]
@@ -119,8 +116,11 @@ class AdaptiveLambdaCallback(LambdaScheduleCallback, ExportableState):
         if self._observed:
             chosen = PairScores.from_matrices(self._observed).chosen_logratios
             self._observed.clear()
-            measured = chosen if self.metric == "displacement/chosen" else (chosen < 0).double()
-            self.controller.update(measured.mean().item())
+            if self.metric == "displacement/chosen":
+                shortfall, spread = self.controller.target - chosen.mean().item(), chosen.std(correction=0).item()
+            else:
+                shortfall, spread = (chosen < 0).double().mean().item() - self.controller.target, 0.5
+            self.controller.update(shortfall, spread)
         super().on_step_end(args, state, control, **kwargs)
 
     @property

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from .config import DPOShiftConfig
+from .verdict import verdict_of
 
 
 CARD_METRICS = (
@@ -58,6 +59,8 @@ def append_shift_section(args: DPOShiftConfig, log_history: list[dict[str, Any]]
         "| --- | --- |",
         *(f"| {name} | {value} |" for name, value in settings.items()),
     ]
+    if paragraph := verdict_of(log_history):
+        lines += ["", paragraph]
     metrics = [(name, latest[name]) for name in CARD_METRICS if name in latest]
     if metrics:
         lines += [

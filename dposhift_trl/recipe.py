@@ -139,7 +139,7 @@ class Recipe:
     Args:
         source (`str`):
             Path it was read from.
-        output_dir (`Path`), seed (`int`), run_name (`str`):
+        output_dir (`Path`), seed (`int`), run_name (`str`), report (`bool`):
             Its top level.
         model ([`RecipeModelConfig`]), data ([`~data.DataConfig`]), wandb ([`WandbConfig`]):
             Its sections.
@@ -153,6 +153,7 @@ class Recipe:
     output_dir: Path
     seed: int
     run_name: str
+    report: bool
     model: RecipeModelConfig
     data: DataConfig
     wandb: WandbConfig
@@ -167,7 +168,7 @@ class Recipe:
 
 STAGES: dict[str, type] = {"sft": SFTConfig, "dpo": DPOShiftConfig}
 SECTIONS: dict[str, type] = {"model": RecipeModelConfig, "data": DataConfig, "wandb": WandbConfig, **STAGES}
-TOP_LEVEL: dict[str, Any] = {"output_dir": str, "seed": int, "run_name": str}
+TOP_LEVEL: dict[str, Any] = {"output_dir": str, "seed": int, "run_name": str, "report": bool}
 
 
 def load_recipe(path: str, overrides: Sequence[str] = ()) -> Recipe:
@@ -221,6 +222,7 @@ def load_recipe(path: str, overrides: Sequence[str] = ()) -> Recipe:
         output_dir=Path(resolved["output_dir"]),
         seed=resolved["seed"],
         run_name=resolved["run_name"],
+        report=resolved["report"],
         model=model,
         data=data,
         wandb=wandb,
@@ -445,6 +447,7 @@ def _with_defaults(values: dict[str, Any], path: str) -> dict[str, Any]:
         "output_dir": os.path.expanduser(values["output_dir"]),  # as TRL does
         "seed": values.get("seed", 42),
         "run_name": values.get("run_name") or Path(values["output_dir"]).name or Path(path).stem,
+        "report": values.get("report", True),
         "model": dict(values["model"]),
         "data": dict(values["data"]),
     }

@@ -47,8 +47,10 @@ from .demo import save_demo_model
 from .metrics import save_table
 from .model_card import append_recipe_section
 from .recipe import Recipe, RecipeError, changed_keys, dump_yaml, load_recipe, parse_yaml
+from .run_folder import ReportError
 from .schedules import ADAPTIVE, make_lambda_schedule
 from .trainer import ChosenSFTTrainer, DPOShiftTrainer, TrainingStopped
+from .verdict import verdict_of
 
 
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
@@ -65,6 +67,7 @@ FINISHED = "finished.json"
 RECIPE = "recipe.yaml"
 AUDIT = "audit.json"
 EVAL_ROWS = "eval_rows.parquet"
+REPORT = "report"
 PACKAGES = ("trl", "transformers", "torch", "peft", "accelerate", "datasets")
 
 
@@ -134,7 +137,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             describe(recipe)
         else:
             run(recipe, accept_changes=options.accept_changes)
-    except (RecipeError, DataError, RunError) as error:
+    except (RecipeError, DataError, RunError, ReportError) as error:
         _complain(error)
         return 2
     except (TrainingStopped, WriteError) as error:
@@ -227,6 +230,10 @@ def run(recipe: Recipe, accept_changes: bool = False) -> None:
                 with _explained(name, folder), reading_rows():
                     _run_stage(name, recipe, start, tokenizer, train, evaluation, sigterm)
             start = str(folder)
+        if recipe.report and PartialState().is_main_process:
+            from .report import write_report  # draws, and takes seconds to import
+
+            _say(f"The report is {write_report([recipe.output_dir], recipe.output_dir / REPORT)}")
         _say(f"The model is in {start}")
 
 
@@ -399,6 +406,8 @@ def _run_stage(
         trainer.create_model_card(model_name=f"{recipe.run_name}-{name}", dataset_name=_hub_name(recipe))
         if PartialState().is_main_process:
             append_recipe_section(folder, dump_yaml(recipe.resolved))
+        if isinstance(trainer, DPOShiftTrainer) and (paragraph := verdict_of(trainer.state.log_history)):
+            _say(paragraph)
     if PartialState().is_main_process:
         if is_peft_model(trainer.model):
             _finish_adapter(trainer, folder, recipe.model.merge_adapter)

@@ -144,7 +144,7 @@ class DPOShiftTrainer(DPOTrainer):
         elif args.lambda_schedule == ADAPTIVE:
             bounds = args.lambda_min, args.lambda_max
             target = args.lambda_target, args.lambda_target_metric
-            self.add_callback(AdaptiveLambdaCallback(*target, args.beta, *bounds))
+            self.add_callback(AdaptiveLambdaCallback(*target, *bounds))
         else:
             self.add_callback(LambdaScheduleCallback(make_lambda_schedule(args)))
 
@@ -685,7 +685,10 @@ class _ShiftedModel:
 
     def _lambda(self) -> float | torch.Tensor:
         shift_lambda = self.trainer.shift_lambda
-        return shift_lambda if self.alignment is None else torch.where(self.alignment > 0, shift_lambda, 1.0)
+        if self.alignment is None:
+            return shift_lambda
+        of_all = torch.full_like(self.alignment, shift_lambda, dtype=widest_float(self.alignment.device))
+        return torch.where(self.alignment > 0, of_all, 1.0)
 
     def _score(self, log_probs: torch.Tensor) -> PairScores:
         inputs, shift_lambda = self.inputs, self._lambda()
@@ -695,7 +698,10 @@ class _ShiftedModel:
         chosen_logps, rejected_logps = logps.chunk(2)
         ref_chosen_logps, ref_rejected_logps = self._references()
         inputs["ref_chosen_logps"], inputs["ref_rejected_logps"] = ref_chosen_logps, ref_rejected_logps
-        if isinstance(shift_lambda, torch.Tensor) or shift_lambda != 1.0:
+        if isinstance(shift_lambda, torch.Tensor):
+            factor = shift_lambda.to(rejected_logps.dtype)
+            inputs["ref_rejected_logps"] = rejected_logps - factor * (rejected_logps - ref_rejected_logps)
+        elif shift_lambda != 1.0:
             inputs["ref_rejected_logps"] = rejected_logps - shift_lambda * (rejected_logps - ref_rejected_logps)
         chosen_tokens, rejected_tokens = mask.sum(dim=1).chunk(2)
         unknown = torch.full_like(chosen_tokens, -1)

@@ -57,6 +57,23 @@ def verdict(first: Mapping[str, float], last: Mapping[str, float]) -> str:
     return " ".join([*sentences, _meaning_and_advice(chosen, rejected, growth, _lambdas(first, last))])
 
 
+def verdict_of(log_history: Sequence[Mapping[str, float]]) -> str | None:
+    """
+    [`verdict`] of the first and the last evaluation in a trainer's log, or `None` if there was none.
+
+    Args:
+        log_history (`list[dict[str, float]]`):
+            `trainer.state.log_history`.
+    """
+    evaluations = [entry for entry in log_history if "eval_displacement/chosen" in entry]
+    if not evaluations:
+        return None
+    first, last = (
+        {name.removeprefix("eval_"): value for name, value in evaluations[place].items()} for place in (0, -1)
+    )
+    return verdict(first if evaluations[0].get("step") == 0 else {}, last)
+
+
 def _number(metrics: Mapping[str, float], name: str) -> float | None:
     value = metrics.get(name)
     return float(value) if value is not None and math.isfinite(value) else None

@@ -55,6 +55,7 @@ def write_recipe(folder: Path) -> Path:
     }  # fmt: skip
     recipe = {
         "output_dir": "set by each run",
+        "report": False,
         "model": {"model_name_or_path": save_tiny_model(folder / "gpt2")},
         "data": {"path": str(folder / "rows.jsonl"), "eval_size": 40},
         "sft": stage,

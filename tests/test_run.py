@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import make_rows
@@ -62,6 +63,7 @@ def write_recipe(tmp_path, tiny_model):
     make_rows(24).to_json(tmp_path / "rows.jsonl")
     values = {
         "output_dir": str(tmp_path / "run"),
+        "report": False,
         "model": {"model_name_or_path": tiny_model},
         "data": {"path": str(tmp_path / "rows.jsonl"), "eval_size": 5},
         "sft": {**STAGE, "max_steps": 6, "logging_steps": 1, "save_steps": 2, "eval_steps": 2, "report_to": "none"},
@@ -80,7 +82,7 @@ def history(folder):
 
 
 def test_both_stages_run_and_leave_a_model_that_generates(recipe, tmp_path):
-    done = succeed(recipe, "dpo.report_to=wandb")
+    done = succeed(recipe, "dpo.report_to=wandb", "report=true")
     run = tmp_path / "run"
     assert "no W&B login, logging offline" in done.stdout
     assert "train: 19 of 19 rows kept" in done.stdout
@@ -92,8 +94,15 @@ def test_both_stages_run_and_leave_a_model_that_generates(recipe, tmp_path):
     tokens = model.generate(**tokenizer("w1 w2", return_tensors="pt"), max_new_tokens=4, do_sample=False)
     assert tokens.shape[1] > 2
     card = (run / "dpo" / "README.md").read_text()
-    for words in ("DPO-Shift", "linear_decrease", "rows.jsonl", "eval_rewards/margins"):
+    verdict = next(line for line in done.stdout.splitlines() if "chosen answers" in line)
+    for words in ("DPO-Shift", "linear_decrease", "rows.jsonl", "eval_rewards/margins", verdict):
         assert words in card
+    assert verdict.split(" (")[0] in (run / "report" / "report.html").read_text()
+    assert len(list((run / "report" / "figures").glob("*.png"))) >= 8
+    rows = pq.read_table(run / "eval_rows.parquet")
+    scores = pq.read_table(run / "dpo" / "pairs" / "eval-000006.parquet")
+    assert rows["row_index"].to_pylist() == scores["row_index"].to_pylist()
+    assert rows.column_names[:3] == ["prompt", "chosen", "rejected"]
     assert list((run / "wandb").glob("offline-run-*/*.wandb"))
     assert YAML(typ="safe").load(run / "recipe.yaml")["dpo"]["lambda_schedule"] == "linear_decrease"
     assert json.loads((run / "audit.json").read_text())["train"]["kept"] == 19
@@ -343,7 +352,7 @@ def test_the_gpt2_recipes_run_unchanged_on_folders_named_as_on_the_hub(name, tmp
     for split, part in (("train", rows[:8]), ("test", rows[8:])):
         (data / f"{split}.jsonl").write_text("\n".join(json.dumps(row) for row in part))
     monkeypatch.chdir(tmp_path)
-    here(ROOT / "recipes" / f"{name}.yaml", "sft.use_cpu=true", "dpo.use_cpu=true")
+    here(ROOT / "recipes" / f"{name}.yaml", "sft.use_cpu=true", "dpo.use_cpu=true", "report=false")
     run = tmp_path / "runs" / name
     assert (run / "dpo" / "finished.json").is_file()
     # The plain chat template that GPT-2 lacks is saved with the model

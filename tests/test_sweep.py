@@ -67,6 +67,7 @@ def recipe(tmp_path, tiny_model):
     make_rows(16).to_json(tmp_path / "rows.jsonl")
     values = {
         "output_dir": str(tmp_path / "sweep"),
+        "report": False,
         "model": {"model_name_or_path": tiny_model},
         "data": {"path": str(tmp_path / "rows.jsonl"), "eval_size": 4},
         "sft": {**STAGE},
