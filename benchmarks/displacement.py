@@ -8,7 +8,8 @@ Two sets of pairs, both offline: `demo`, the built-in one; `hard`, its near miss
 pairs turned round, so that the preference can be learnt only in part. For each seed a base is fine-tuned on the
 chosen answers, as stage 1 of `recipes/tiny_shift.yaml` does; from it each method trains for one epoch with the
 settings of its stage 2, through the same trainer. The table holds held-out means over seeds with 95 % intervals (t),
-after the last step: mean chosen log-ratio, share of chosen answers that fell, margin (beta = 0.1, unshifted), accuracy.
+after the last step: mean chosen log-ratio, share of chosen answers that fell, margin (beta = 0.1, unshifted) and
+accuracy.
 
 DPO-Positive (https://huggingface.co/papers/2402.13228) and Cal-DPO (https://huggingface.co/papers/2412.14516) are
 written here, from their formulas, and nowhere else.

@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -103,3 +104,33 @@ def test_ci_runs_the_two_commands_as_printed():
 def test_torch_is_pinned_by_the_constraints_alone():
     assert (ROOT / "constraints.txt").read_text() == "torch==2.13.0\n"
     assert torch.__version__.startswith("2.")
+
+
+def other_commands():
+    lines = [line.strip() for block in blocks("bash") for line in block.splitlines()]
+    return [line for line in lines if re.search(r"-m dposhift_trl\.(?!run\b)", line)]
+
+
+@pytest.mark.parametrize("line", other_commands())
+def test_every_other_command_takes_the_options_it_is_given(line, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    words = shlex.split(line)
+    name, *arguments = words[words.index("-m") + 1 :]
+    module = import_module(name)
+    if name == "dposhift_trl.sweep":
+        recipe, *overrides = arguments
+        assert len(module.plan(recipe, [*overrides, "sft.bf16=false", *ON_CPU]).points) == 6
+        return
+    with pytest.raises(SystemExit) as stopped:
+        module.main(["--help"])
+    assert stopped.value.code == 0
+    text = capsys.readouterr().out
+    assert all(word in text for word in arguments if word.startswith("--"))
+
+
+def test_the_readme_names_every_command_there_is():
+    commands = [
+        path.stem for path in (ROOT / "dposhift_trl").glob("*.py") if '__name__ == "__main__"' in path.read_text()
+    ]
+    assert sorted(commands) == ["generate", "reference", "report", "run", "sweep"]
+    assert all(f"-m dposhift_trl.{command}" in README for command in commands)
