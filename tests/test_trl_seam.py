@@ -5,7 +5,6 @@ A test whose message begins with "TRL changed" says which line of ours to look a
 """
 
 import dataclasses
-import gc
 import inspect
 import json
 import re
@@ -32,15 +31,6 @@ SHIFTABLE = ["sigmoid", "hinge", "ipo", "robust", "exo_pair", "discopop", "sigmo
 OTHERS = ["nca_pair", "bco_pair", "sppo_hard", "aot", "aot_unpaired", "apo_zero", "apo_down", "sft"]
 REFERENCES = ("ref_chosen_logps", "ref_rejected_logps")
 STOCK_COMPUTE_LOSS = DPOTrainer._compute_loss
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_collection():
-    # Every `train()` ends in a full `gc.collect()`, which walks all of torch and transformers: 0.9 s of 1.2 s a run
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture(scope="module")
