@@ -4,6 +4,7 @@ import contextlib
 import copy
 import dataclasses
 import json
+import re
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -180,7 +181,7 @@ class DPOShiftTrainer(DPOTrainer):
 
     def _shared_prompt_obstacle(self, models: list[torch.nn.Module]) -> str | None:
         dropout = any(isinstance(m, torch.nn.Dropout) and m.p > 0 for model in models for m in model.modules())
-        if dropout and not self.args.disable_dropout:
+        if not self.args.disable_dropout and (dropout or any(map(_dropout_out_of_reach, models))):
             return "with dropout, each row draws its own mask"
         if self._is_vision_dataset:
             return "the data set holds images"
@@ -421,11 +422,40 @@ class DPOShiftTrainer(DPOTrainer):
             if (logratios.abs() > tolerance * logps.abs().clamp(min=1.0)).any():
                 raise TrainingStopped(
                     "The reference is not the policy: before the first step their log-probabilities differ by up to "
-                    f"{logratios.abs().max():.4g} nats an answer, so that the loss would not start at log 2. Without "
-                    "`ref_model`, the reference is loaded from "
-                    f"{self.model.config._name_or_path!r}, not copied from the model in memory. Save the fine-tuned "
-                    "model and pass its folder as `model`, or pass the reference you want as `ref_model`."
+                    f"{logratios.abs().max():.4g} nats an answer, so that the loss would not start at log 2. "
+                    f"{self._why_reference_is_not_policy()}"
                 )
+
+    def _why_reference_is_not_policy(self) -> str:
+        """The likely cause, and what to do about it."""
+        model = self.accelerator.unwrap_model(self.model)
+        if names := _dropout_out_of_reach(model):
+            return (
+                f"`disable_dropout` does not reach {', '.join(names)}. Set it to 0 in the model's config, or set "
+                "`disable_dropout=False` to train with all of its dropout."
+            )
+        if not is_peft_model(model):
+            return (
+                f"Without `ref_model`, the reference is loaded from {model.config._name_or_path!r}, not copied from "
+                "the model in memory. Save the fine-tuned model and pass its folder as `model`, or pass the reference "
+                "you want as `ref_model`."
+            )
+        if "ref" in model.peft_config:
+            # DPOTrainer copies what is named `*.default.*`, and PEFT names some parameters `*.default`
+            missing = [name for name, _ in model.named_parameters() if name.endswith(".default")]
+            return (
+                "Without `ref_model`, the reference is the copy of the adapter that TRL makes under the name `ref`"
+                f"{f', which does not hold {missing[0]!r}' if missing else ''}. Pass the model with the adapter "
+                "merged into it (`merge_and_unload()`) as `ref_model`."
+            )
+        settings = model.peft_config[model.active_adapters[0]].to_dict().items()
+        start = [(name, value) for name, value in settings if re.fullmatch(r"init_(\w+_)?weights", name)]
+        odd = next(((name, value) for name, value in start if value is not True), None)
+        return (
+            "Without `ref_model`, the reference is the model without its adapter, which does not start at zero"
+            + (f" (`{odd[0]}={odd[1]!r}`). Set `{odd[0]}=True`, or pass" if odd else ". Pass")
+            + " the model that the adapter was put on, loaded once more, as `ref_model`."
+        )
 
     def compute_ref_log_probs(self, model, inputs):
         inputs = {key: value for key, value in inputs.items() if key != ROW_INDEX}
@@ -582,6 +612,19 @@ def _precomputes_by_itself(args: DPOShiftConfig, train_dataset, eval_dataset) ->
         return False
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     return args.max_steps <= 0 or args.max_steps * batch >= len(train_dataset)
+
+
+def _dropout_out_of_reach(model: torch.nn.Module) -> list[str]:
+    """Probabilities of dropout that a module holds as a number, as attention does, and not in an `nn.Dropout`."""
+    found = {
+        f"`{type(module).__name__}.{name}={value}`": None
+        for module in model.modules()
+        for name, entry in vars(module).items()
+        if "drop" in name
+        for value in (entry.values() if isinstance(entry, dict) else [entry])
+        if isinstance(value, float) and value > 0
+    }
+    return list(found)
 
 
 def _read_from_device(metrics: dict[str, list[Any]]) -> None:
