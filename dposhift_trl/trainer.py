@@ -113,7 +113,10 @@ class DPOShiftTrainer(DPOTrainer):
             name = model if isinstance(model, str) else model.config._name_or_path
             args = DPOShiftConfig(f"{name.rstrip('/').split('/')[-1]}-DPO-Shift")
         self._shifts = isinstance(args, DPOShiftConfig)
-        if self._shifts:
+        if not self._shifts:
+            # What it trains is DPO, which the model's tags and card are to say
+            self._tag_names, self._name, self._paper = DPOTrainer._tag_names, DPOTrainer._name, DPOTrainer._paper
+        else:
             train_dataset, eval_dataset = with_row_index(train_dataset), with_row_index(eval_dataset)
         asked = args.precompute_ref_log_probs
         if asked == "auto":

@@ -106,6 +106,13 @@ def test_with_trls_own_config_the_trainer_is_dpo_trainer(tiny_model, settings):
     ours = train(DPOShiftTrainer, DPOConfig, tiny_model, settings, eval_strategy="steps", eval_steps=2)
     assert same(weights(stock), weights(ours))
     assert logs(stock) == logs(ours)
+    cards = []
+    for trainer in (stock, ours):
+        trainer.create_model_card("model")
+        cards.append((Path(settings["output_dir"]) / "README.md").read_text())
+        assert set(trainer.model.model_tags) == {"trl", "dpo"}
+    assert sorted(cards[0].splitlines()) == sorted(cards[1].splitlines())  # a card lists its tags in any order
+    assert "shift" not in cards[1].lower()
 
 
 def test_lambda_below_one_changes_the_weights(tiny_model, settings):
