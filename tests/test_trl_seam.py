@@ -23,7 +23,7 @@ from trl import DPOConfig, DPOTrainer
 
 from dposhift_trl import DPOShiftConfig, DPOShiftTrainer, LambdaScheduleCallback
 from dposhift_trl.collator import ROW_INDEX, with_row_index
-from dposhift_trl.trainer import TRL_WINDOW, TrainingStopped
+from dposhift_trl.trainer import TRL_WINDOW, TrainingStopped, _ShiftedModel
 
 
 ROWS, EVAL_ROWS = make_rows(12), make_rows(8, seed=1)
@@ -688,6 +688,28 @@ def test_the_check_is_made_once_and_leaves_no_trace_in_metrics_or_token_count(fo
     assert left == right
     assert left[0]["num_tokens"] > 0
     assert all(torch.equal(a, b) for a, b in zip(*(t.model.parameters() for t in trainers), strict=True))
+
+
+@pytest.mark.parametrize("precomputed", [False, True], ids=["online", "precomputed"])
+@pytest.mark.parametrize("shift_lambda", [1.0, 0.95])
+def test_at_lambda_one_and_nowhere_else_trl_is_handed_the_reference_itself(
+    shift_lambda, precomputed, folder, settings, monkeypatch
+):
+    handed = []
+
+    def compute_loss(self, model, inputs, return_outputs):
+        result = STOCK_COMPUTE_LOSS(self, model, inputs, return_outputs)
+        if type(model) is _ShiftedModel:  # and not the check of the first batch
+            handed.append((model.scores, inputs))
+        return result
+
+    monkeypatch.setattr(DPOTrainer, "_compute_loss", compute_loss)
+    changes = {"shift_lambda": shift_lambda, "precompute_ref_log_probs": precomputed}
+    make(DPOShiftTrainer, folder, settings, changes).train()
+    assert len(handed) == 2
+    for scores, inputs in handed:
+        assert inputs["ref_chosen_logps"] is scores.ref_chosen_logps
+        assert (inputs["ref_rejected_logps"] is scores.ref_rejected_logps) == (shift_lambda == 1.0)
 
 
 # --- Scores that are not finite --------------------------------------------------------------------------------------
