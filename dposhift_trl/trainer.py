@@ -4,6 +4,7 @@ import contextlib
 import copy
 import dataclasses
 import json
+import math
 import re
 from dataclasses import fields
 from pathlib import Path
@@ -402,7 +403,8 @@ class DPOShiftTrainer(DPOTrainer):
                 ],
             }
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / "rows.json").write_text(json.dumps(report, indent=2), encoding="utf-8")
+            text = json.dumps(_strict_json(report), indent=2, allow_nan=False)
+            (folder / "rows.json").write_text(text, encoding="utf-8")
         raise TrainingStopped(
             f"The loss or a log-probability is not finite at step {step} ({mode}), rows "
             f"{rows}. Their scores and texts are in {folder / 'rows.json'}; checkpoints are as they were. Look for "
@@ -615,6 +617,17 @@ def _precomputes_by_itself(args: DPOShiftConfig, train_dataset, eval_dataset) ->
         return False
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     return args.max_steps <= 0 or args.max_steps * batch >= len(train_dataset)
+
+
+def _strict_json(value: Any) -> Any:
+    """What is not finite as text, since JSON has no number for it."""
+    if isinstance(value, dict):
+        return {key: _strict_json(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_strict_json(inner) for inner in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    return value
 
 
 def _dropout_out_of_reach(model: torch.nn.Module) -> list[str]:

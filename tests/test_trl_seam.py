@@ -743,7 +743,11 @@ def stopped(action):
     message = str(caught.value)
     path = Path(re.search(r"are in (\S+rows\.json)", message).group(1))
     named = json.loads(re.search(r"rows (\[[^]]*\])", message).group(1))
-    return named, message, json.loads(path.read_text(encoding="utf-8")), path
+    return named, message, json.loads(path.read_text(encoding="utf-8"), parse_constant=no_json), path
+
+
+def no_json(constant):
+    raise ValueError(f"{constant} is not JSON")
 
 
 def test_training_stops_at_a_score_that_is_not_finite_with_the_step_the_rows_and_their_texts(poisoned, settings):
@@ -758,7 +762,7 @@ def test_training_stops_at_a_score_that_is_not_finite_with_the_step_the_rows_and
     [row] = [entry for entry in report["rows"] if entry["row_index"] == 6]
     assert row["row"]["prompt"] == rows[6]["prompt"]
     assert POISON in row["row"]["chosen"]
-    assert row["chosen_logps"] != row["chosen_logps"]  # not a number
+    assert row["chosen_logps"] == "NaN"
     assert row["rejected_logps"] < 0
     assert trainer.state.global_step == 1
     assert all(torch.isfinite(p).all() for n, p in trainer.model.named_parameters() if "embed_tokens" not in n)
@@ -784,7 +788,7 @@ def test_a_reference_that_is_not_finite_stops_training_too(folder, poisoned, set
     named, _, report, _ = stopped(trainer.train)
     assert 6 in named
     [row] = [entry for entry in report["rows"] if entry["row_index"] == 6]
-    assert row["ref_chosen_logps"] != row["ref_chosen_logps"]
+    assert row["ref_chosen_logps"] == "NaN"
     assert row["chosen_logps"] < 0
 
 
@@ -794,6 +798,18 @@ def test_rows_given_to_evaluate_are_named_too(poisoned, settings):
     assert 5 in named
     assert "not finite at step 0 (eval)" in message
     assert report["learning_rate"] is None
+
+
+@pytest.mark.parametrize(
+    ("bias", "said"), [(float("inf"), "Infinity"), (-float("inf"), "-Infinity")], ids=["above", "below"]
+)
+def test_an_infinite_score_is_written_as_text_that_every_json_parser_reads(bias, said, folder, settings):
+    trainer = make(DPOShiftTrainer, folder, settings, {"precompute_ref_log_probs": False})
+    references = trainer.compute_ref_log_probs
+    trainer.compute_ref_log_probs = lambda *args: tuple(logps + bias for logps in references(*args))
+    _, _, report, _ = stopped(trainer.train)
+    assert {row["ref_rejected_logps"] for row in report["rows"]} == {said}
+    assert report["rows"][0]["chosen_logps"] < 0
 
 
 def test_a_stream_names_the_row_though_it_has_no_text_to_show(poisoned, settings):
