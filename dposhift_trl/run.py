@@ -48,7 +48,7 @@ from .metrics import save_table
 from .model_card import append_recipe_section
 from .recipe import Recipe, RecipeError, changed_keys, dump_yaml, load_recipe, parse_yaml
 from .schedules import make_lambda_schedule
-from .trainer import ChosenSFTTrainer, DPOShiftTrainer, TrainingStopped
+from .trainer import ChosenSFTTrainer, DPOShiftTrainer, TrainingStopped, check_rows_left
 
 
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
@@ -447,7 +447,11 @@ def _make_trainer(
         else:
             options |= {"model": start, "peft_config": get_peft_config(model), "quantization_config": quantization}
             args.model_init_kwargs = init_kwargs
-        return (ChosenSFTTrainer if name == "sft" else DPOShiftTrainer)(**options)
+        trainer = (ChosenSFTTrainer if name == "sft" else DPOShiftTrainer)(**options)
+        for split, rows in (("train", trainer.train_dataset), ("eval", trainer.eval_dataset)):
+            if rows is not None:
+                check_rows_left(rows, split, args.max_length)
+        return trainer
     except (OSError, ValueError, ImportError) as error:
         raise RunError(f"stage `{name}` cannot start: {' '.join(str(error).split())}") from error
 

@@ -472,6 +472,7 @@ class DPOShiftTrainer(DPOTrainer):
         # Of a sharded reference each process holds a part, for which DPOTrainer has an engine of its own
         if not self._shifts or isinstance(dataset, IterableDataset) or self._is_sharded:
             return super()._precompute_ref_logps(dataset, name, batch_size)
+        check_rows_left(dataset, name, self.args.max_length)
         self._prepare_pairs()
         model = self.model if self.ref_model is None else self.ref_model
         adapters = getattr(self.accelerator.unwrap_model(model), "peft_config", {})
@@ -603,6 +604,20 @@ class DPOShiftTrainer(DPOTrainer):
         super().create_model_card(model_name, dataset_name, tags)
         if self._shifts and self.is_world_process_zero():
             append_shift_section(self.args, self.state.log_history)
+
+
+def check_rows_left(rows: Dataset | IterableDataset, name: str, max_length: int | None) -> None:
+    """
+    Refuse rows of which tokenising has left none: TRL drops those whose prompt fills `max_length`, without a word.
+
+    Raises:
+        ValueError: If there is no row.
+    """
+    if next(iter(rows), None) is None:
+        raise ValueError(
+            f"the {name} rows must hold one whose prompt is shorter than `max_length`, got none, with {max_length} "
+            "tokens. Raise `max_length`."
+        )
 
 
 def _precomputes_by_itself(args: DPOShiftConfig, train_dataset, eval_dataset) -> bool:

@@ -293,6 +293,25 @@ def test_a_mistake_is_one_line_and_exit_code_2(arguments, said, recipe, here):
     assert len(lines) == 1
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["dpo=null"],
+        ["sft=null"],
+        ["sft=null", "dpo.precompute_ref_log_probs=false"],
+        ["sft=null", "data.streaming=true"],
+    ],
+    ids=["sft", "dpo", "online", "streaming"],
+)
+def test_rows_that_are_kept_though_no_answer_is_left_of_any_are_one_line(options, recipe, here):
+    stage = "sft" if options == ["dpo=null"] else "dpo"
+    done = here(recipe, "data.audit={lost: keep}", "sft.max_length=2", "dpo.max_length=2", *options, code=2)
+    assert done.err.splitlines()[-1] == (
+        f"stage `{stage}` cannot start: the train rows must hold one whose prompt is shorter than `max_length`, got "
+        "none, with 2 tokens. Raise `max_length`."
+    )
+
+
 @pytest.mark.parametrize("override", ["dpo.lerning_rate=0.5", "data.path=nowhere.jsonl"], ids=["key", "data"])
 def test_a_mistake_leaves_a_process_without_a_traceback(override, recipe):
     done = command(recipe, override)
