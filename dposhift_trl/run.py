@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import dataclasses
 import errno
+import io
 import json
 import math
 import re
@@ -76,8 +77,8 @@ class WriteError(RuntimeError):
     """The disk took no more; the message is for the user."""
 
 
-class Terminated(Exception):
-    """SIGTERM came, and what there was to save is saved."""
+class Terminated(BaseException):
+    """SIGTERM came, and what there was to save is saved; as an `Exception` it would stop at whoever handles those."""
 
 
 class SaveOnSigterm(TrainerCallback):
@@ -91,7 +92,7 @@ class SaveOnSigterm(TrainerCallback):
 
     def _receive(self, signum, frame):
         if not self.in_training:
-            raise Terminated("ended by SIGTERM before training; nothing was left half done")
+            raise Terminated("ended by SIGTERM outside of training; the same command goes on from what is saved")
         self.received = True
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -125,6 +126,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--accept-changes", action="store_true", help="go on in a run folder that another recipe has begun"
     )
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal may lack letters that a recipe has
     options = parser.parse_intermixed_args(argv)
     # TRL 1.16 reads a deprecated name of transformers 5.23 at every forward; nothing a user can do
     warnings.filterwarnings("ignore", message="`(is_)?gradient_checkpointing", category=FutureWarning)
@@ -146,7 +150,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _complain(error: Exception) -> None:
+def _complain(error: BaseException) -> None:
     if PartialState().is_main_process:
         print(error, file=sys.stderr)
 
@@ -206,6 +210,7 @@ def run(recipe: Recipe, accept_changes: bool = False) -> None:
         TrainingStopped: If training stops itself.
     """
     with _claimed(recipe, accept_changes):
+        sigterm = SaveOnSigterm()
         set_seed(recipe.seed)
         base = _base_model(recipe, recipe.output_dir / "base")
         tokenizer = _load_tokenizer(recipe, base)
@@ -216,7 +221,7 @@ def run(recipe: Recipe, accept_changes: bool = False) -> None:
             _save_evaluated_rows(evaluation, recipe.output_dir / EVAL_ROWS)
         for split, audit in audits.items():
             _say(f"{split}: {audit}")
-        start, sigterm = base, SaveOnSigterm()
+        start = base
         for name in recipe.stages:
             folder = recipe.output_dir / name
             if _from_main((folder / FINISHED).is_file()):

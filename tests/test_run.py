@@ -30,8 +30,8 @@ STAGE = {"bf16": False, "use_cpu": True, "gradient_checkpointing": False, "per_d
 def command(*arguments, **kwargs):
     return subprocess.run(
         [sys.executable, "-m", "dposhift_trl.run", *map(str, arguments)],
-        env=ENVIRONMENT, capture_output=True, text=True, timeout=180, **kwargs,
-    )  # fmt: skip
+        **{"env": ENVIRONMENT, "capture_output": True, "text": True, "timeout": 180, **kwargs},
+    )
 
 
 def succeed(*arguments, **kwargs):
@@ -202,6 +202,22 @@ def test_sigterm_saves_and_the_same_command_goes_on(recipe, tmp_path):
     assert all(torch.equal(left[key], right[key]) for key in left)
 
 
+def test_sigterm_while_the_audit_reads_a_row_is_no_mistake_of_the_data(recipe, tmp_path):
+    script = (
+        "import signal, sys; from dposhift_trl import data, run; "
+        "data.is_conversational = lambda row: signal.raise_signal(signal.SIGTERM); "
+        "sys.exit(run.main(sys.argv[1:]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(recipe)], env=ENVIRONMENT, capture_output=True, text=True, timeout=180
+    )
+    assert done.returncode == 128 + signal.SIGTERM, done.stderr
+    assert done.stderr.splitlines()[-1] == (
+        "ended by SIGTERM outside of training; the same command goes on from what is saved"
+    )
+    assert "Traceback" not in done.stderr
+
+
 def test_a_full_disk_is_one_line_and_loses_no_checkpoint(recipe, tmp_path):
     """A limit on the size of any file stands for the disk: the model still fits, the optimizer's state does not."""
     succeed(recipe, "dpo=null")
@@ -272,6 +288,12 @@ def test_a_dry_run_prints_steps_and_lambda_and_writes_nothing(recipe, tmp_path, 
     assert "lambda: 1 at the start, 0.875 in the middle, 0.75 at the end" in done.out
     assert "lambda_schedule: linear_decrease" in done.out
     assert not (tmp_path / "run").exists()
+
+
+def test_letters_that_a_terminal_lacks_are_escaped(recipe):
+    done = command(recipe, "run_name=é", "--dry-run", env={**ENVIRONMENT, "PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 0, done.stderr
+    assert "run_name: \\xe9" in done.stdout
 
 
 @pytest.mark.parametrize(
