@@ -289,9 +289,18 @@ def _first(rows: Rows | None, count: int | None) -> Rows | None:
 
 def _hold_out(rows: Rows, size: int | float, seed: int) -> tuple[Rows, Rows]:
     if isinstance(rows, IterableDataset):
+        if next(iter(rows.skip(int(size))), None) is None:
+            raise DataError(
+                f"`data.eval_size` must be less than the number of training rows, got {size}, with which none is "
+                "left. Write a smaller number."
+            )
         return rows.skip(int(size)), rows.take(int(size))
-    if (size if isinstance(size, int) else math.ceil(size * len(rows))) >= len(rows):
-        raise DataError(f"`data.eval_size` must be less than the {len(rows)} training rows, got {size}.")
+    count = len(rows)
+    if (size if isinstance(size, int) else math.ceil(size * count)) >= count:
+        raise DataError(
+            f"`data.eval_size` must be less than the {count} training rows, got {size}. "
+            + (f"Write for example `eval_size: {math.ceil(count / 10)}`." if count > 1 else "Leave it out.")
+        )
     split = rows.train_test_split(test_size=size, seed=seed)
     return split["train"], split["test"]
 

@@ -119,7 +119,8 @@ def reference_key(
         ld_alpha (`float`, *optional*):
             Weight of an answer's tokens beyond the length of the shorter answer; `None` for a plain sum.
         precision (`str`):
-            Arithmetic on parameters whose dtypes the fingerprint holds: the autocast dtype, or `"no"`.
+            Arithmetic on parameters whose dtypes the fingerprint holds: the autocast dtype, or `"no"`, and whatever
+            else decides the rounding.
 
     Returns:
         `str`: 32 hexadecimal digits.

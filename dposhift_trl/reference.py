@@ -138,7 +138,7 @@ class _Store:
         if PartialState().is_main_process:
             try:
                 outcome[0] = function(*args)
-            except Exception as fault:
+            except BaseException as fault:  # a signal too must reach all
                 outcome[1] = fault
         result, error = broadcast_object_list(outcome)
         if isinstance(error, OSError):

@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import dataclasses
 import errno
+import io
 import json
 import math
 import re
@@ -49,7 +50,7 @@ from .model_card import append_recipe_section
 from .recipe import Recipe, RecipeError, changed_keys, dump_yaml, load_recipe, parse_yaml
 from .run_folder import ReportError
 from .schedules import ADAPTIVE, make_lambda_schedule
-from .trainer import ChosenSFTTrainer, DPOShiftTrainer, TrainingStopped
+from .trainer import ChosenSFTTrainer, DPOShiftTrainer, TrainingStopped, check_rows_left
 from .verdict import verdict_of
 
 
@@ -79,8 +80,8 @@ class WriteError(RuntimeError):
     """The disk took no more; the message is for the user."""
 
 
-class Terminated(Exception):
-    """SIGTERM came, and what there was to save is saved."""
+class Terminated(BaseException):
+    """SIGTERM came, and what there was to save is saved; as an `Exception` it would stop at whoever handles those."""
 
 
 class SaveOnSigterm(TrainerCallback):
@@ -94,7 +95,7 @@ class SaveOnSigterm(TrainerCallback):
 
     def _receive(self, signum, frame):
         if not self.in_training:
-            raise Terminated("ended by SIGTERM before training; nothing was left half done")
+            raise Terminated("ended by SIGTERM outside of training; the same command goes on from what is saved")
         self.received = True
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -128,6 +129,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--accept-changes", action="store_true", help="go on in a run folder that another recipe has begun"
     )
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal may lack letters that a recipe has
     options = parser.parse_intermixed_args(argv)
     # TRL 1.16 reads a deprecated name of transformers 5.23 at every forward; nothing a user can do
     warnings.filterwarnings("ignore", message="`(is_)?gradient_checkpointing", category=FutureWarning)
@@ -149,7 +153,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _complain(error: Exception) -> None:
+def _complain(error: BaseException) -> None:
     if PartialState().is_main_process:
         print(error, file=sys.stderr)
 
@@ -211,6 +215,7 @@ def run(recipe: Recipe, accept_changes: bool = False) -> None:
         TrainingStopped: If training stops itself.
     """
     with _claimed(recipe, accept_changes):
+        sigterm = SaveOnSigterm()
         set_seed(recipe.seed)
         base = _base_model(recipe, recipe.output_dir / "base")
         tokenizer = _load_tokenizer(recipe, base)
@@ -221,7 +226,7 @@ def run(recipe: Recipe, accept_changes: bool = False) -> None:
             _save_evaluated_rows(evaluation, recipe.output_dir / EVAL_ROWS)
         for split, audit in audits.items():
             _say(f"{split}: {audit}")
-        start, sigterm = base, SaveOnSigterm()
+        start = base
         for name in recipe.stages:
             folder = recipe.output_dir / name
             if _from_main((folder / FINISHED).is_file()):
@@ -323,7 +328,9 @@ def _base_model(recipe: Recipe, demo_folder: Path) -> str:
     if recipe.model.model_name_or_path != "demo":
         return str(recipe.model.model_name_or_path)
     if PartialState().is_main_process and not (demo_folder / "config.json").is_file():
-        save_demo_model(str(demo_folder))
+        unfinished = demo_folder.with_name(demo_folder.name + ".tmp")
+        save_demo_model(str(unfinished))
+        unfinished.replace(demo_folder)
     PartialState().wait_for_everyone()
     # Absolute, since an adapter remembers where its base lies
     return str(demo_folder.resolve())
@@ -458,7 +465,11 @@ def _make_trainer(
         else:
             options |= {"model": start, "peft_config": get_peft_config(model), "quantization_config": quantization}
             args.model_init_kwargs = init_kwargs
-        return (ChosenSFTTrainer if name == "sft" else DPOShiftTrainer)(**options)
+        trainer = (ChosenSFTTrainer if name == "sft" else DPOShiftTrainer)(**options)
+        for split, rows in (("train", trainer.train_dataset), ("eval", trainer.eval_dataset)):
+            if rows is not None:
+                check_rows_left(rows, split, args.max_length)
+        return trainer
     except (OSError, ValueError, ImportError) as error:
         raise RunError(f"stage `{name}` cannot start: {' '.join(str(error).split())}") from error
 

@@ -25,7 +25,7 @@ from trl.trainer.utils import FusedCausalLMOutput
 from .head import OPTIONAL_OUTPUTS, token_scores
 
 
-_PREFIX = "shared_prompt_"
+PREFIX = "shared_prompt_"
 _BATCH = ("input_ids", "attention_mask", "completion_mask")
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
 
@@ -273,7 +273,7 @@ def _register(base: str) -> str:
         attend = functools.partial(attend, module, **kwargs)
         return _attend_by_branch(attend, query, key, value, packed_pairs, window, base == "sdpa"), None
 
-    name = _PREFIX + base
+    name = PREFIX + base
     AttentionInterface.register(name, attention)
     AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[base])
     return name
@@ -422,7 +422,7 @@ def shared_prompt_obstacle(model: nn.Module) -> str | None:
     parameters = inspect.signature(backbone.forward).parameters
     if "position_ids" not in parameters or all(p.kind is not p.VAR_KEYWORD for p in parameters.values()):
         return "it cannot be told the positions and pairs of its tokens"
-    base = config._attn_implementation.removeprefix(_PREFIX)
+    base = config._attn_implementation.removeprefix(PREFIX)
     if base not in _NAMES:
         return f"it runs with `attn_implementation={base!r}`; load it with `sdpa`"
     if base == "eager" and getattr(config, "reorder_and_upcast_attn", False):
@@ -455,7 +455,7 @@ def enable_shared_prompt(model: nn.Module) -> None:
     causal_lm = _causal_lm(model)
     if any(isinstance(getattr(hook, "__self__", None), _Hooks) for hook in causal_lm._forward_hooks.values()):
         return
-    base = causal_lm.config._attn_implementation.removeprefix(_PREFIX)
+    base = causal_lm.config._attn_implementation.removeprefix(PREFIX)
     causal_lm.set_attn_implementation(_NAMES[base])
     hooks = _Hooks()
     causal_lm.base_model.register_forward_hook(hooks.after_backbone, with_kwargs=True)

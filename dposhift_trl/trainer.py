@@ -4,6 +4,8 @@ import contextlib
 import copy
 import dataclasses
 import json
+import math
+import re
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,7 @@ from .model_card import append_shift_section
 from .reference import cached_reference_logps, reference_fingerprint, reference_key
 from .schedules import ADAPTIVE, make_lambda_schedule
 from .shared_prompt import (
+    PREFIX,
     PairLayout,
     SharedPromptCollator,
     enable_shared_prompt,
@@ -113,7 +116,10 @@ class DPOShiftTrainer(DPOTrainer):
             name = model if isinstance(model, str) else model.config._name_or_path
             args = DPOShiftConfig(f"{name.rstrip('/').split('/')[-1]}-DPO-Shift")
         self._shifts = isinstance(args, DPOShiftConfig)
-        if self._shifts:
+        if not self._shifts:
+            # What it trains is DPO, which the model's tags and card are to say
+            self._tag_names, self._name, self._paper = DPOTrainer._tag_names, DPOTrainer._name, DPOTrainer._paper
+        else:
             train_dataset, eval_dataset = with_row_index(train_dataset), with_row_index(eval_dataset)
         asked = args.precompute_ref_log_probs
         if asked == "auto":
@@ -187,7 +193,7 @@ class DPOShiftTrainer(DPOTrainer):
 
     def _shared_prompt_obstacle(self, models: list[torch.nn.Module]) -> str | None:
         dropout = any(isinstance(m, torch.nn.Dropout) and m.p > 0 for model in models for m in model.modules())
-        if dropout and not self.args.disable_dropout:
+        if not self.args.disable_dropout and (dropout or any(map(_dropout_out_of_reach, models))):
             return "with dropout, each row draws its own mask"
         if self._is_vision_dataset:
             return "the data set holds images"
@@ -411,7 +417,8 @@ class DPOShiftTrainer(DPOTrainer):
                 ],
             }
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / "rows.json").write_text(json.dumps(report, indent=2), encoding="utf-8")
+            text = json.dumps(_strict_json(report), indent=2, allow_nan=False)
+            (folder / "rows.json").write_text(text, encoding="utf-8")
         raise TrainingStopped(
             f"The loss or a log-probability is not finite at step {step} ({mode}), rows "
             f"{rows}. Their scores and texts are in {folder / 'rows.json'}; checkpoints are as they were. Look for "
@@ -434,11 +441,40 @@ class DPOShiftTrainer(DPOTrainer):
             if (logratios.abs() > tolerance * logps.abs().clamp(min=1.0)).any():
                 raise TrainingStopped(
                     "The reference is not the policy: before the first step their log-probabilities differ by up to "
-                    f"{logratios.abs().max():.4g} nats an answer, so that the loss would not start at log 2. Without "
-                    "`ref_model`, the reference is loaded from "
-                    f"{self.model.config._name_or_path!r}, not copied from the model in memory. Save the fine-tuned "
-                    "model and pass its folder as `model`, or pass the reference you want as `ref_model`."
+                    f"{logratios.abs().max():.4g} nats an answer, so that the loss would not start at log 2. "
+                    f"{self._why_reference_is_not_policy()}"
                 )
+
+    def _why_reference_is_not_policy(self) -> str:
+        """The likely cause, and what to do about it."""
+        model = self.accelerator.unwrap_model(self.model)
+        if names := _dropout_out_of_reach(model):
+            return (
+                f"`disable_dropout` does not reach {', '.join(names)}. Set it to 0 in the model's config, or set "
+                "`disable_dropout=False` to train with all of its dropout."
+            )
+        if not is_peft_model(model):
+            return (
+                f"Without `ref_model`, the reference is loaded from {model.config._name_or_path!r}, not copied from "
+                "the model in memory. Save the fine-tuned model and pass its folder as `model`, or pass the reference "
+                "you want as `ref_model`."
+            )
+        if "ref" in model.peft_config:
+            # DPOTrainer copies what is named `*.default.*`, and PEFT names some parameters `*.default`
+            missing = [name for name, _ in model.named_parameters() if name.endswith(".default")]
+            return (
+                "Without `ref_model`, the reference is the copy of the adapter that TRL makes under the name `ref`"
+                f"{f', which does not hold {missing[0]!r}' if missing else ''}. Pass the model with the adapter "
+                "merged into it (`merge_and_unload()`) as `ref_model`."
+            )
+        settings = model.peft_config[model.active_adapters[0]].to_dict().items()
+        start = [(name, value) for name, value in settings if re.fullmatch(r"init_(\w+_)?weights", name)]
+        odd = next(((name, value) for name, value in start if value is not True), None)
+        return (
+            "Without `ref_model`, the reference is the model without its adapter, which does not start at zero"
+            + (f" (`{odd[0]}={odd[1]!r}`). Set `{odd[0]}=True`, or pass" if odd else ". Pass")
+            + " the model that the adapter was put on, loaded once more, as `ref_model`."
+        )
 
     def compute_ref_log_probs(self, model, inputs):
         inputs = {key: value for key, value in inputs.items() if key not in (ROW_INDEX, ALIGNMENT)}
@@ -450,12 +486,14 @@ class DPOShiftTrainer(DPOTrainer):
         # Of a sharded reference each process holds a part, for which DPOTrainer has an engine of its own
         if not self._shifts or isinstance(dataset, IterableDataset) or self._is_sharded:
             return super()._precompute_ref_logps(dataset, name, batch_size)
+        check_rows_left(dataset, name, self.args.max_length)
         self._prepare_pairs()
         model = self.model if self.ref_model is None else self.ref_model
         adapters = getattr(self.accelerator.unwrap_model(model), "peft_config", {})
         adapter = "ref" if self.ref_model is None and "ref" in adapters else None
         device = self.accelerator.device
-        model.to(device)
+        training = model.training
+        model.to(device).eval()
 
         def over(measure, what: str):
             """A function of a range of rows that calls `measure` batch by batch."""
@@ -480,8 +518,10 @@ class DPOShiftTrainer(DPOTrainer):
                 max_length=self.args.max_length,
                 truncation_mode=self.args.truncation_mode,
                 ld_alpha=self.ld_alpha,
-                precision=self.accelerator.mixed_precision + kind,
+                precision=f"{self.accelerator.mixed_precision}, {attention}, {device.type}{kind}",
             )
+
+        attention = model.config._attn_implementation.removeprefix(PREFIX)
 
         def alignment(batch):
             whole = self.accelerator.unwrap_model(model)
@@ -496,7 +536,7 @@ class DPOShiftTrainer(DPOTrainer):
             zip(
                 ("ref_chosen_logps", "ref_rejected_logps"),
                 cached_reference_logps(
-                    key(" shared prompt" if self.shares_prompts else ""),
+                    key(", shared prompt" if self.shares_prompts else ""),
                     len(dataset),
                     over(lambda batch: self.compute_ref_log_probs(model, batch), "Reference log-probabilities"),
                     description=description,
@@ -506,12 +546,13 @@ class DPOShiftTrainer(DPOTrainer):
         )
         if self.args.per_pair_lambda:
             columns[ALIGNMENT], _ = cached_reference_logps(
-                key(" gradients"),
+                key(", gradients"),
                 len(dataset),
                 over(alignment, "Alignment of gradients"),
                 description={**description, "values": "gradient alignment"},
                 columns=(ALIGNMENT, "chosen_gradient_norm"),
             )
+        model.train(training)
         if self.ref_model is not None:
             model.to("cpu")  # its scores are all that training needs of it
         for column, values in columns.items():
@@ -614,6 +655,20 @@ class DPOShiftTrainer(DPOTrainer):
             append_shift_section(self.args, self.state.log_history)
 
 
+def check_rows_left(rows: Dataset | IterableDataset, name: str, max_length: int | None) -> None:
+    """
+    Refuse rows of which tokenising has left none: TRL drops those whose prompt fills `max_length`, without a word.
+
+    Raises:
+        ValueError: If there is no row.
+    """
+    if next(iter(rows), None) is None:
+        raise ValueError(
+            f"the {name} rows must hold one whose prompt is shorter than `max_length`, got none, with {max_length} "
+            "tokens. Raise `max_length`."
+        )
+
+
 def _precomputes_by_itself(args: DPOShiftConfig, train_dataset, eval_dataset) -> bool:
     """Whether the reference's log-probabilities are worth computing beforehand, and sure to stay true."""
     sets = [train_dataset, *(eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset])]
@@ -630,6 +685,30 @@ def _precomputes_by_itself(args: DPOShiftConfig, train_dataset, eval_dataset) ->
         return False
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     return args.max_steps <= 0 or args.max_steps * batch >= len(train_dataset)
+
+
+def _strict_json(value: Any) -> Any:
+    """What is not finite as text, since JSON has no number for it."""
+    if isinstance(value, dict):
+        return {key: _strict_json(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_strict_json(inner) for inner in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    return value
+
+
+def _dropout_out_of_reach(model: torch.nn.Module) -> list[str]:
+    """Probabilities of dropout that a module holds as a number, as attention does, and not in an `nn.Dropout`."""
+    found = {
+        f"`{type(module).__name__}.{name}={value}`": None
+        for module in model.modules()
+        for name, entry in vars(module).items()
+        if "drop" in name
+        for value in (entry.values() if isinstance(entry, dict) else [entry])
+        if isinstance(value, float) and value > 0
+    }
+    return list(found)
 
 
 def _read_from_device(metrics: dict[str, list[Any]]) -> None:

@@ -171,8 +171,12 @@ def refusal(**settings):
             "`eval_size` must be a number of rows with `streaming`, got 0.1. Write for example `eval_size: 500`.",
         ),
         *(
-            ({"path": "demo", name: 0}, f"`{name}` must be at least 1, got 0. Leave it out to take all rows.")
+            (
+                {"path": "demo", name: size},
+                f"`{name}` must be at least 1, got {size}. Leave it out to take all rows.",
+            )
             for name in ("max_train_rows", "max_eval_rows")
+            for size in (0, -1)
         ),
         *(
             (
@@ -492,8 +496,27 @@ def test_the_seed_alone_determines_the_rows_held_out():
 @pytest.mark.parametrize("size", [10, 11, 0.95, 0.999])
 def test_holding_out_every_row_is_refused(size):
     assert refusal(path=write("rows.jsonl", ROWS), eval_size=size) == (
-        f"`data.eval_size` must be less than the 10 training rows, got {size}."
+        f"`data.eval_size` must be less than the 10 training rows, got {size}. Write for example `eval_size: 1`."
     )
+
+
+def test_the_number_of_rows_to_hold_out_that_an_error_proposes_can_be_held_out():
+    assert refusal(path=write("rows.jsonl", ROWS[:2]), eval_size=2).endswith("Write for example `eval_size: 1`.")
+    train, evaluation = load(path="rows.jsonl", eval_size=1)
+    assert (len(train), len(evaluation)) == (1, 1)
+    assert refusal(path=write("rows.jsonl", ROWS[:1]), eval_size=1) == (
+        "`data.eval_size` must be less than the 1 training rows, got 1. Leave it out."
+    )
+
+
+@pytest.mark.parametrize("size", [10, 11, 2**62])
+def test_holding_out_every_row_of_a_stream_is_refused(size):
+    assert refusal(path=write("rows.jsonl", ROWS), eval_size=size, streaming=True) == (
+        f"`data.eval_size` must be less than the number of training rows, got {size}, with which none is left. Write "
+        "a smaller number."
+    )
+    train, evaluation = load(path="rows.jsonl", eval_size=9, streaming=True)
+    assert (len(train), len(evaluation)) == (1, 9)
 
 
 def test_only_the_first_rows_are_taken_where_a_number_is_set(streaming):

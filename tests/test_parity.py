@@ -10,7 +10,6 @@ At lambda = 1 every weight and every logged number are equal bit for bit, with t
   others under one name for all.
 """
 
-import gc
 import inspect
 import json
 import pickle
@@ -77,15 +76,6 @@ ARCHITECTURES = {
     "mixtral": (transformers.MixtralConfig, {**SIZES, "num_local_experts": 4, "num_experts_per_tok": 2}),
     "qwen3_moe": (transformers.Qwen3MoeConfig, {**SIZES, **EXPERTS}),
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_collection():
-    # Every `train()` ends in a full `gc.collect()`, which walks all of torch and transformers: 0.9 s of 1.2 s a run
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture(scope="module")

@@ -722,3 +722,14 @@ def test_a_model_changed_in_memory_is_its_own_reference(settings, tiny_model, ca
     trainer = shift_trainer(model, settings, make_rows(12))
     trainer.train()
     assert trainer.state.log_history[0]["loss"] == pytest.approx(0.693147, abs=1e-5)
+
+
+def test_a_model_in_training_mode_is_scored_without_its_dropout(tiny_model, settings, cache):
+    scores = []
+    for training in (False, True):
+        model = AutoModelForCausalLM.from_pretrained(tiny_model).train(training)
+        changes = {"precompute_ref_log_probs": True, "disable_dropout": False, "max_length": 60 - training}
+        trainer = shift_trainer(model, settings, make_rows(6), **changes)
+        assert trainer.model.training is training
+        scores.append(torch.tensor(trainer.train_dataset["ref_chosen_logps"][:]))
+    assert torch.equal(*scores)

@@ -31,8 +31,8 @@ STAGE = {"bf16": False, "use_cpu": True, "gradient_checkpointing": False, "per_d
 def command(*arguments, **kwargs):
     return subprocess.run(
         [sys.executable, "-m", "dposhift_trl.run", *map(str, arguments)],
-        env=ENVIRONMENT, capture_output=True, text=True, timeout=180, **kwargs,
-    )  # fmt: skip
+        **{"env": ENVIRONMENT, "capture_output": True, "text": True, "timeout": 180, **kwargs},
+    )
 
 
 def succeed(*arguments, **kwargs):
@@ -211,6 +211,22 @@ def test_sigterm_saves_and_the_same_command_goes_on(recipe, tmp_path):
     assert all(torch.equal(left[key], right[key]) for key in left)
 
 
+def test_sigterm_while_the_audit_reads_a_row_is_no_mistake_of_the_data(recipe, tmp_path):
+    script = (
+        "import signal, sys; from dposhift_trl import data, run; "
+        "data.is_conversational = lambda row: signal.raise_signal(signal.SIGTERM); "
+        "sys.exit(run.main(sys.argv[1:]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(recipe)], env=ENVIRONMENT, capture_output=True, text=True, timeout=180
+    )
+    assert done.returncode == 128 + signal.SIGTERM, done.stderr
+    assert done.stderr.splitlines()[-1] == (
+        "ended by SIGTERM outside of training; the same command goes on from what is saved"
+    )
+    assert "Traceback" not in done.stderr
+
+
 def test_a_full_disk_is_one_line_and_loses_no_checkpoint(recipe, tmp_path):
     """A limit on the size of any file stands for the disk: the model still fits, the optimizer's state does not."""
     succeed(recipe, "dpo=null")
@@ -283,6 +299,12 @@ def test_a_dry_run_prints_steps_and_lambda_and_writes_nothing(recipe, tmp_path, 
     assert not (tmp_path / "run").exists()
 
 
+def test_letters_that_a_terminal_lacks_are_escaped(recipe):
+    done = command(recipe, "run_name=é", "--dry-run", env={**ENVIRONMENT, "PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 0, done.stderr
+    assert "run_name: \\xe9" in done.stdout
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -300,6 +322,25 @@ def test_a_mistake_is_one_line_and_exit_code_2(arguments, said, recipe, here):
     assert said in done.err
     lines = [line for line in done.err.splitlines() if line.strip() and "it/s" not in line]
     assert len(lines) == 1
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["dpo=null"],
+        ["sft=null"],
+        ["sft=null", "dpo.precompute_ref_log_probs=false"],
+        ["sft=null", "data.streaming=true"],
+    ],
+    ids=["sft", "dpo", "online", "streaming"],
+)
+def test_rows_that_are_kept_though_no_answer_is_left_of_any_are_one_line(options, recipe, here):
+    stage = "sft" if options == ["dpo=null"] else "dpo"
+    done = here(recipe, "data.audit={lost: keep}", "sft.max_length=2", "dpo.max_length=2", *options, code=2)
+    assert done.err.splitlines()[-1] == (
+        f"stage `{stage}` cannot start: the train rows must hold one whose prompt is shorter than `max_length`, got "
+        "none, with 2 tokens. Raise `max_length`."
+    )
 
 
 @pytest.mark.parametrize("override", ["dpo.lerning_rate=0.5", "data.path=nowhere.jsonl"], ids=["key", "data"])

@@ -1,13 +1,14 @@
+import copy
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_rows
+from conftest import make_rows, make_tokenizer
 from datasets import Dataset
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from reference import shift_schedule, shifted_loss
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from dposhift_trl import (
@@ -105,6 +106,13 @@ def test_with_trls_own_config_the_trainer_is_dpo_trainer(tiny_model, settings):
     ours = train(DPOShiftTrainer, DPOConfig, tiny_model, settings, eval_strategy="steps", eval_steps=2)
     assert same(weights(stock), weights(ours))
     assert logs(stock) == logs(ours)
+    cards = []
+    for trainer in (stock, ours):
+        trainer.create_model_card("model")
+        cards.append((Path(settings["output_dir"]) / "README.md").read_text())
+        assert set(trainer.model.model_tags) == {"trl", "dpo"}
+    assert sorted(cards[0].splitlines()) == sorted(cards[1].splitlines())  # a card lists its tags in any order
+    assert "shift" not in cards[1].lower()
 
 
 def test_lambda_below_one_changes_the_weights(tiny_model, settings):
@@ -328,6 +336,65 @@ def test_a_policy_that_is_not_its_reference_stops_training_with_the_reason(tiny_
             DPOShiftTrainer, DPOShiftConfig, model, settings,
             options={"processing_class": AutoTokenizer.from_pretrained(tiny_model)},
         )  # fmt: skip
+
+
+@pytest.mark.parametrize("adapter", [None, LoraConfig(task_type="CAUSAL_LM")], ids=["full", "lora"])
+def test_dropout_that_is_no_module_is_named_as_the_reason_and_both_remedies_help(adapter, tmp_path, settings):
+    config = LlamaConfig(
+        vocab_size=42, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        bos_token_id=0, eos_token_id=0, pad_token_id=1, attention_dropout=0.5,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    options = {"processing_class": make_tokenizer(), "peft_config": adapter}
+    with pytest.raises(TrainingStopped) as stopped:
+        train(DPOShiftTrainer, DPOShiftConfig, str(tmp_path), settings, options=options)
+    assert str(stopped.value).endswith(
+        "would not start at log 2. `disable_dropout` does not reach `LlamaAttention.attention_dropout=0.5`. Set it to "
+        "0 in the model's config, or set `disable_dropout=False` to train with all of its dropout."
+    )
+    for remedy in ({"model_init_kwargs": {"attention_dropout": 0.0}}, {"disable_dropout": False}):
+        trainer = train(DPOShiftTrainer, DPOShiftConfig, str(tmp_path), settings, options=options, **remedy)
+        assert trainer.shares_prompts == ("disable_dropout" not in remedy)  # where rows draw masks of their own
+
+
+@pytest.mark.parametrize("start", ["pissa", False], ids=str)
+def test_an_adapter_that_does_not_start_at_zero_is_named_as_the_reason_and_both_remedies_help(
+    start, tiny_model, settings
+):
+    def options(start):
+        return {"peft_config": LoraConfig(task_type="CAUSAL_LM", r=2, init_lora_weights=start)}
+
+    with pytest.raises(TrainingStopped) as stopped:
+        train(DPOShiftTrainer, DPOShiftConfig, tiny_model, settings, options=options(start))
+    assert str(stopped.value).endswith(
+        "would not start at log 2. Without `ref_model`, the reference is the model without its adapter, which does "
+        f"not start at zero (`init_lora_weights={start!r}`). Set `init_lora_weights=True`, or pass the model that the "
+        "adapter was put on, loaded once more, as `ref_model`."
+    )
+    train(DPOShiftTrainer, DPOShiftConfig, tiny_model, settings, options=options(True))
+    reference = AutoModelForCausalLM.from_pretrained(tiny_model)
+    trainer = train(
+        DPOShiftTrainer, DPOShiftConfig, tiny_model, settings, options={**options(start), "ref_model": reference}
+    )
+    assert start is False or trainer.state.log_history[0]["rewards/chosen"] == pytest.approx(0.0, abs=1e-4)
+
+
+def test_an_adapter_of_which_trl_copies_a_part_is_named_as_the_reason_and_the_remedy_helps(tiny_model, settings):
+    torch.manual_seed(0)
+    config = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["wpe"], init_lora_weights=False)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_model), config)
+    merged = copy.deepcopy(model).merge_and_unload()
+    options = {"processing_class": AutoTokenizer.from_pretrained(tiny_model)}
+    with pytest.raises(TrainingStopped) as stopped:
+        train(DPOShiftTrainer, DPOShiftConfig, copy.deepcopy(model), settings, options=options)
+    assert str(stopped.value).endswith(
+        "would not start at log 2. Without `ref_model`, the reference is the copy of the adapter that TRL makes under "
+        "the name `ref`, which does not hold 'base_model.model.transformer.wpe.lora_embedding_A.default'. Pass the "
+        "model with the adapter merged into it (`merge_and_unload()`) as `ref_model`."
+    )
+    trainer = train(DPOShiftTrainer, DPOShiftConfig, model, settings, options={**options, "ref_model": merged})
+    assert trainer.state.log_history[0]["rewards/chosen"] == pytest.approx(0.0, abs=1e-4)
 
 
 def test_a_reference_given_by_the_user_may_differ_from_the_policy(tiny_model, settings):

@@ -5,7 +5,6 @@ A test whose message begins with "TRL changed" says which line of ours to look a
 """
 
 import dataclasses
-import gc
 import inspect
 import json
 import re
@@ -24,7 +23,7 @@ from trl import DPOConfig, DPOTrainer
 
 from dposhift_trl import DPOShiftConfig, DPOShiftTrainer, LambdaScheduleCallback
 from dposhift_trl.collator import ROW_INDEX, with_row_index
-from dposhift_trl.trainer import TRL_WINDOW, TrainingStopped
+from dposhift_trl.trainer import TRL_WINDOW, TrainingStopped, _ShiftedModel
 
 
 ROWS, EVAL_ROWS = make_rows(12), make_rows(8, seed=1)
@@ -32,15 +31,6 @@ SHIFTABLE = ["sigmoid", "hinge", "ipo", "robust", "exo_pair", "discopop", "sigmo
 OTHERS = ["nca_pair", "bco_pair", "sppo_hard", "aot", "aot_unpaired", "apo_zero", "apo_down", "sft"]
 REFERENCES = ("ref_chosen_logps", "ref_rejected_logps")
 STOCK_COMPUTE_LOSS = DPOTrainer._compute_loss
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_collection():
-    # Every `train()` ends in a full `gc.collect()`, which walks all of torch and transformers: 0.9 s of 1.2 s a run
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture(scope="module")
@@ -700,6 +690,28 @@ def test_the_check_is_made_once_and_leaves_no_trace_in_metrics_or_token_count(fo
     assert all(torch.equal(a, b) for a, b in zip(*(t.model.parameters() for t in trainers), strict=True))
 
 
+@pytest.mark.parametrize("precomputed", [False, True], ids=["online", "precomputed"])
+@pytest.mark.parametrize("shift_lambda", [1.0, 0.95])
+def test_at_lambda_one_and_nowhere_else_trl_is_handed_the_reference_itself(
+    shift_lambda, precomputed, folder, settings, monkeypatch
+):
+    handed = []
+
+    def compute_loss(self, model, inputs, return_outputs):
+        result = STOCK_COMPUTE_LOSS(self, model, inputs, return_outputs)
+        if type(model) is _ShiftedModel:  # and not the check of the first batch
+            handed.append((model.scores, inputs))
+        return result
+
+    monkeypatch.setattr(DPOTrainer, "_compute_loss", compute_loss)
+    changes = {"shift_lambda": shift_lambda, "precompute_ref_log_probs": precomputed}
+    make(DPOShiftTrainer, folder, settings, changes).train()
+    assert len(handed) == 2
+    for scores, inputs in handed:
+        assert inputs["ref_chosen_logps"] is scores.ref_chosen_logps
+        assert (inputs["ref_rejected_logps"] is scores.ref_rejected_logps) == (shift_lambda == 1.0)
+
+
 # --- Scores that are not finite --------------------------------------------------------------------------------------
 
 POISON = "w39"
@@ -731,7 +743,11 @@ def stopped(action):
     message = str(caught.value)
     path = Path(re.search(r"are in (\S+rows\.json)", message).group(1))
     named = json.loads(re.search(r"rows (\[[^]]*\])", message).group(1))
-    return named, message, json.loads(path.read_text(encoding="utf-8")), path
+    return named, message, json.loads(path.read_text(encoding="utf-8"), parse_constant=no_json), path
+
+
+def no_json(constant):
+    raise ValueError(f"{constant} is not JSON")
 
 
 def test_training_stops_at_a_score_that_is_not_finite_with_the_step_the_rows_and_their_texts(poisoned, settings):
@@ -746,7 +762,7 @@ def test_training_stops_at_a_score_that_is_not_finite_with_the_step_the_rows_and
     [row] = [entry for entry in report["rows"] if entry["row_index"] == 6]
     assert row["row"]["prompt"] == rows[6]["prompt"]
     assert POISON in row["row"]["chosen"]
-    assert row["chosen_logps"] != row["chosen_logps"]  # not a number
+    assert row["chosen_logps"] == "NaN"
     assert row["rejected_logps"] < 0
     assert trainer.state.global_step == 1
     assert all(torch.isfinite(p).all() for n, p in trainer.model.named_parameters() if "embed_tokens" not in n)
@@ -772,7 +788,7 @@ def test_a_reference_that_is_not_finite_stops_training_too(folder, poisoned, set
     named, _, report, _ = stopped(trainer.train)
     assert 6 in named
     [row] = [entry for entry in report["rows"] if entry["row_index"] == 6]
-    assert row["ref_chosen_logps"] != row["ref_chosen_logps"]
+    assert row["ref_chosen_logps"] == "NaN"
     assert row["chosen_logps"] < 0
 
 
@@ -782,6 +798,18 @@ def test_rows_given_to_evaluate_are_named_too(poisoned, settings):
     assert 5 in named
     assert "not finite at step 0 (eval)" in message
     assert report["learning_rate"] is None
+
+
+@pytest.mark.parametrize(
+    ("bias", "said"), [(float("inf"), "Infinity"), (-float("inf"), "-Infinity")], ids=["above", "below"]
+)
+def test_an_infinite_score_is_written_as_text_that_every_json_parser_reads(bias, said, folder, settings):
+    trainer = make(DPOShiftTrainer, folder, settings, {"precompute_ref_log_probs": False})
+    references = trainer.compute_ref_log_probs
+    trainer.compute_ref_log_probs = lambda *args: tuple(logps + bias for logps in references(*args))
+    _, _, report, _ = stopped(trainer.train)
+    assert {row["ref_rejected_logps"] for row in report["rows"]} == {said}
+    assert report["rows"][0]["chosen_logps"] < 0
 
 
 def test_a_stream_names_the_row_though_it_has_no_text_to_show(poisoned, settings):
