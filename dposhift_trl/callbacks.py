@@ -1,9 +1,15 @@
 """The one writer of lambda."""
 
 import math
+from dataclasses import asdict
+from typing import Any
 
+import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
 
+from .adaptive import LambdaController
+from .metrics import PairScores
 from .schedules import LambdaSchedule
 
 
@@ -55,6 +61,9 @@ class LambdaScheduleCallback(TrainerCallback):
             )
         self.shift_lambda = shift_lambda
 
+    def observe(self, matrix: torch.Tensor) -> None:
+        """Take the scores of a batch in training, of all processes, as of [`~metrics.PairScores.as_matrix`]."""
+
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
         self._update(args, state)
 
@@ -63,3 +72,64 @@ class LambdaScheduleCallback(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
         self._update(args, state)
+
+
+class AdaptiveLambdaCallback(LambdaScheduleCallback, ExportableState):
+    r"""
+    Sets lambda after each optimizer step from what the step's pairs say, by a [`~adaptive.LambdaController`].
+
+    Its state is part of each checkpoint (`trainer_state.json`), so that a resumed run takes the same lambdas. Reading
+    the measurement is one wait for the device at each optimizer step.
+
+    Args:
+        target (`float`):
+            What to hold: nats, or a share.
+        metric (`str`):
+            `"displacement/chosen"`, the mean log-ratio of the chosen answers, or `"displacement/chosen_fell"`, the
+            share of them below the reference.
+        beta (`float`):
+            Factor from log-ratio to reward, per nat.
+        lambda_min (`float`), lambda_max (`float`):
+            Bounds of lambda.
+    """
+
+    def __init__(self, target: float, metric: str, beta: float, lambda_min: float, lambda_max: float):
+        self.arguments = {
+            "target": target, "metric": metric, "beta": beta, "lambda_min": lambda_min, "lambda_max": lambda_max
+        }  # fmt: skip
+        self.metric = metric
+        unit = beta if metric == "displacement/chosen" else -1.0
+        self.controller = LambdaController(target, unit, lambda_min, lambda_max, integral_steps=10)
+        self._observed: list[torch.Tensor] = []
+        super().__init__(lambda progress: self.controller.shift_lambda)
+
+    def observe(self, matrix: torch.Tensor) -> None:
+        self._observed.append(matrix)
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
+        self._observed.clear()
+        if state.global_step == 0:
+            self.controller.integral_steps = max(10, state.max_steps / 10)
+            state.stateful_callbacks[type(self).__name__] = self.state()
+        saved: Any = state.stateful_callbacks[type(self).__name__]
+        self.controller_state = saved["attributes"]["controller_state"]
+        super().on_train_begin(args, state, control, **kwargs)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
+        if self._observed:
+            chosen = PairScores.from_matrices(self._observed).chosen_logratios
+            self._observed.clear()
+            measured = chosen if self.metric == "displacement/chosen" else (chosen < 0).double()
+            self.controller.update(measured.mean().item())
+        super().on_step_end(args, state, control, **kwargs)
+
+    @property
+    def controller_state(self) -> dict[str, float]:
+        return asdict(self.controller)
+
+    @controller_state.setter
+    def controller_state(self, values: dict[str, float]) -> None:
+        self.controller = LambdaController(**values)
+
+    def state(self) -> dict[str, Any]:
+        return {"args": self.arguments, "attributes": {"controller_state": self.controller_state}}

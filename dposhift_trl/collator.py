@@ -6,13 +6,16 @@ from typing import Any
 import torch
 from datasets import Dataset, IterableDataset
 
+from .alignment import ALIGNMENT
+
 
 ROW_INDEX = "dposhift_row_index"  # a name that no data set uses for a column of its own
 
 
 class PairCollator:
     """
-    Wraps a collator of preference rows and adds the indices of their rows, so that a score can name its row.
+    Wraps a collator of preference rows and adds the indices of their rows, so that a score can name its row, and the
+    alignment of their gradients where it was measured.
 
     Args:
         collator (`Callable`):
@@ -26,6 +29,8 @@ class PairCollator:
         rows = [example.get(ROW_INDEX, -1) for example in examples]
         batch = self.collator(examples)
         batch[ROW_INDEX] = torch.tensor(rows)
+        if ALIGNMENT in examples[0]:
+            batch[ALIGNMENT] = torch.tensor([example[ALIGNMENT] for example in examples])
         return batch
 
 

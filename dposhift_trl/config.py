@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from trl import DPOConfig
 
-from .schedules import LAMBDA_SCHEDULE_ALIASES, LAMBDA_SCHEDULES, check_knots
+from .schedules import ADAPTIVE, LAMBDA_SCHEDULE_ALIASES, LAMBDA_SCHEDULES, check_knots
 
 
 if TYPE_CHECKING:
@@ -22,6 +22,8 @@ else:
 
 # Loss types that see the two answers only through the difference of their log-ratios
 SHIFTABLE_LOSS_TYPES = frozenset({"sigmoid", "hinge", "ipo", "robust", "exo_pair", "discopop", "sigmoid_norm"})
+
+TARGET_METRICS = ("displacement/chosen", "displacement/chosen_fell")
 
 # Logged names of which a smaller value is the better model; accuracies, margins and log-probabilities grow
 LOWER_IS_BETTER = re.compile(r"loss$|entropy$|runtime$|perplexity|fell$|rejected")
@@ -39,13 +41,24 @@ class DPOShiftConfig(DPOConfig):
         lambda_schedule (`str` or `list[list[float]]`, *optional*, defaults to `"fixed"`):
             How lambda moves over the optimizer steps: `"fixed"`, `"linear_increase"`, `"linear_decrease"`,
             `"cosine_increase"`, `"cosine_decrease"`, or a list of `[progress, lambda]` knots joined by straight
-            lines, progress being the share of the optimizer steps that are completed.
+            lines, progress being the share of the optimizer steps that are completed; or `"adaptive"`, which moves
+            lambda between `lambda_min` and `lambda_max` so that the chosen answers stay at `lambda_target`.
         shift_lambda (`float`, *optional*, defaults to `0.95`):
             Lambda of the `"fixed"` schedule, in (0, 1]. `1.0` is plain DPO.
         lambda_min (`float`, *optional*, defaults to `0.75`):
-            Lower end of the linear and cosine schedules, in (0, 1].
+            Lower end of the linear, cosine and adaptive schedules, in (0, 1].
         lambda_max (`float`, *optional*, defaults to `1.0`):
-            Upper end of the linear and cosine schedules, in (0, 1].
+            Upper end of the linear, cosine and adaptive schedules, in (0, 1].
+        lambda_target (`float`, *optional*, defaults to `0.0`):
+            What the adaptive schedule holds: the mean chosen log-ratio, in nats an answer, where `0.0` says that the
+            chosen answers are not to fall; or, by `lambda_target_metric`, the share of them that fell.
+        lambda_target_metric (`str`, *optional*, defaults to `"displacement/chosen"`):
+            Which of the logged metrics `lambda_target` is of: `"displacement/chosen"` or
+            `"displacement/chosen_fell"`.
+        per_pair_lambda (`bool`, *optional*, defaults to `False`):
+            Whether lambda is only for the pairs whose two answers' gradients point the same way, in the last layer of
+            the reference, and 1 for the others. Measured before training and kept on disk, at the cost of one more
+            pass of the reference over both rows of every pair.
         allow_lambda_above_one (`bool`, *optional*, defaults to `False`):
             Whether lambda may exceed 1. Above 1 the rejected answers are pushed down harder than in DPO; the paper
             reports unreadable text at 1.05.
@@ -76,7 +89,8 @@ class DPOShiftConfig(DPOConfig):
         metadata={
             "help": "How lambda moves over the optimizer steps: `'fixed'`, `'linear_increase'`, `'linear_decrease'`, "
             "`'cosine_increase'`, `'cosine_decrease'`, or a list of `[progress, lambda]` knots joined by straight "
-            "lines, progress being the share of the optimizer steps that are completed.",
+            "lines, progress being the share of the optimizer steps that are completed; or `'adaptive'`, which moves "
+            "lambda between `lambda_min` and `lambda_max` so that the chosen answers stay at `lambda_target`.",
         },
     )
     shift_lambda: float = field(
@@ -85,11 +99,33 @@ class DPOShiftConfig(DPOConfig):
     )
     lambda_min: float = field(
         default=0.75,
-        metadata={"help": "Lower end of the linear and cosine schedules, in (0, 1]."},
+        metadata={"help": "Lower end of the linear, cosine and adaptive schedules, in (0, 1]."},
     )
     lambda_max: float = field(
         default=1.0,
-        metadata={"help": "Upper end of the linear and cosine schedules, in (0, 1]."},
+        metadata={"help": "Upper end of the linear, cosine and adaptive schedules, in (0, 1]."},
+    )
+    lambda_target: float = field(
+        default=0.0,
+        metadata={
+            "help": "What the adaptive schedule holds: the mean chosen log-ratio, in nats an answer, where `0.0` says "
+            "that the chosen answers are not to fall; or, by `lambda_target_metric`, the share of them that fell."
+        },
+    )
+    lambda_target_metric: str = field(
+        default="displacement/chosen",
+        metadata={
+            "help": "Which of the logged metrics `lambda_target` is of: `'displacement/chosen'` or "
+            "`'displacement/chosen_fell'`."
+        },
+    )
+    per_pair_lambda: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether lambda is only for the pairs whose two answers' gradients point the same way, in the "
+            "last layer of the reference, and 1 for the others. Measured before training and kept on disk, at the "
+            "cost of one more pass of the reference over both rows of every pair."
+        },
     )
     allow_lambda_above_one: bool = field(
         default=False,
@@ -146,12 +182,20 @@ class DPOShiftConfig(DPOConfig):
                 "lambda over training keep min <= max and set `lambda_schedule: linear_decrease`."
             )
         self.lambda_schedule = self._checked_schedule(self.lambda_schedule)
+        self._check_target()
         choices: dict[str, str | bool] = {"auto": "auto", "true": True, "false": False}
         for name in ("shared_prompt", "precompute_ref_log_probs"):
             value = str(getattr(self, name)).lower()
             if value not in choices:
                 raise ValueError(f"`{name}` must be auto, true or false, got {getattr(self, name)!r}.")
             setattr(self, name, choices[value])
+        if not isinstance(self.per_pair_lambda, bool):
+            raise TypeError(f"`per_pair_lambda` must be true or false, got {self.per_pair_lambda!r}.")
+        if self.per_pair_lambda and self.precompute_ref_log_probs is False:
+            raise ValueError(
+                "`per_pair_lambda` must be left out with `precompute_ref_log_probs: false`, got True: the pairs' "
+                "gradients are measured with the reference's scores. Leave `precompute_ref_log_probs` out."
+            )
         if self.max_tokens_per_batch is not None and (
             isinstance(self.max_tokens_per_batch, bool)
             or not isinstance(self.max_tokens_per_batch, int)
@@ -205,6 +249,27 @@ class DPOShiftConfig(DPOConfig):
             )
         return float(value)
 
+    def _check_target(self) -> None:
+        if self.lambda_target_metric not in TARGET_METRICS:
+            raise ValueError(
+                f"`lambda_target_metric` must be one of {', '.join(TARGET_METRICS)}, got "
+                f"{self.lambda_target_metric!r}."
+            )
+        target = self.lambda_target
+        if isinstance(target, bool) or not isinstance(target, (int, float)):
+            raise TypeError(
+                f"`lambda_target` must be a number, got {target!r}. Write for example `lambda_target: 0.0`."
+            )
+        if not abs(target) <= sys.float_info.max:
+            raise ValueError(
+                f"`lambda_target` must be finite, got {target!r}. Write for example `lambda_target: 0.0`."
+            )
+        if self.lambda_target_metric.endswith("fell") and not 0 <= target <= 1:
+            raise ValueError(
+                f"`lambda_target` must lie in [0, 1] as the share of chosen answers that fell, got {target!r}. Write "
+                "for example `lambda_target: 0.5`."
+            )
+
     def _checked_schedule(self, schedule: Any) -> str | list[list[float]]:
         if isinstance(schedule, str) and schedule.lstrip().startswith("["):
             try:
@@ -216,12 +281,12 @@ class DPOShiftConfig(DPOConfig):
                 ) from None
         if isinstance(schedule, str):
             schedule = LAMBDA_SCHEDULE_ALIASES.get(schedule, schedule)
-            if schedule not in LAMBDA_SCHEDULES:
-                known = [*LAMBDA_SCHEDULES, *LAMBDA_SCHEDULE_ALIASES]
+            if schedule not in (*LAMBDA_SCHEDULES, ADAPTIVE):
+                known = [*LAMBDA_SCHEDULES, ADAPTIVE, *LAMBDA_SCHEDULE_ALIASES]
                 nearest = difflib.get_close_matches(schedule, known, n=1)
                 raise ValueError(
-                    f"`lambda_schedule` must be one of {', '.join(LAMBDA_SCHEDULES)} or a list of [progress, lambda] "
-                    f"knots, got {schedule!r}."
+                    f"`lambda_schedule` must be one of {', '.join([*LAMBDA_SCHEDULES, ADAPTIVE])} or a list of "
+                    f"[progress, lambda] knots, got {schedule!r}."
                     + (f" Did you mean `{LAMBDA_SCHEDULE_ALIASES.get(nearest[0], nearest[0])}`?" if nearest else "")
                 )
             return schedule

@@ -65,7 +65,7 @@ class _TokenScores(torch.autograd.Function):
         top = torch.zeros_like(targets)
         mean_weight = torch.zeros(hidden.shape, **sums) if ctx.needs_input_grad[0] else None
 
-        for start, tile, logits in _tiles(hidden, weight, bias, sums["dtype"], scale, softcap):
+        for start, tile, logits in vocabulary_tiles(hidden, weight, bias, sums["dtype"], scale, softcap):
             inside = ((targets >= start) & (targets < start + len(tile))).nonzero()[:, 0]
             target[inside] = logits[inside, targets[inside] - start]
             if "mean_logits" in outputs:
@@ -85,7 +85,7 @@ class _TokenScores(torch.autograd.Function):
             if "log_sum_sq_probs" in outputs:
                 total_squares.mul_(shrink**2).add_(torch.linalg.vecdot(exps, exps))
             if mean_weight is not None:
-                exps = _through(exps, logits, scale, softcap)
+                exps = through_transform(exps, logits, scale, softcap)
                 mean_weight.mul_(shrink[:, None]).addmm_(exps, tile.to(exps.dtype))
 
         log_total = peak + total.log()
@@ -109,7 +109,7 @@ class _TokenScores(torch.autograd.Function):
         hidden, weight, bias, targets, target, log_total, mean_weight = ctx.saved_tensors
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         grad_hidden = grad_weight = grad_bias = None
-        at_target = _through(grad, target, *ctx.transform)[:, None]
+        at_target = through_transform(grad, target, *ctx.transform)[:, None]
         if needs_hidden:
             grad_hidden = at_target * weight[targets].to(grad.dtype) - grad[:, None] * mean_weight
             grad_hidden = grad_hidden.to(hidden.dtype)
@@ -118,8 +118,8 @@ class _TokenScores(torch.autograd.Function):
             rows = hidden.to(grad.dtype)
             grad_weight = torch.empty(weight.shape, dtype=grad.dtype, device=weight.device)
             grad_bias = torch.empty(len(weight), 1, dtype=grad.dtype, device=weight.device) if needs_bias else None
-            for start, tile, logits in _tiles(hidden, weight, bias, grad.dtype, *ctx.transform):
-                probs = _through((logits - log_total[:, None]).exp_(), logits, *ctx.transform).t()
+            for start, tile, logits in vocabulary_tiles(hidden, weight, bias, grad.dtype, *ctx.transform):
+                probs = through_transform((logits - log_total[:, None]).exp_(), logits, *ctx.transform).t()
                 torch.mm(probs, rows * -grad[:, None], out=grad_weight[start : start + len(tile)])
                 if grad_bias is not None:
                     torch.mm(probs, -grad[:, None], out=grad_bias[start : start + len(tile)])
@@ -129,7 +129,7 @@ class _TokenScores(torch.autograd.Function):
         return grad_hidden, grad_weight, grad_bias, None, None, None, None
 
 
-def _tiles(hidden, weight, bias, dtype, scale, softcap) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+def vocabulary_tiles(hidden, weight, bias, dtype, scale, softcap) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
     width = max(256, TILE // max(1, len(hidden)))
     for start in range(0, len(weight), width):
         tile = weight[start : start + width].to(hidden.dtype)
@@ -144,7 +144,7 @@ def _tiles(hidden, weight, bias, dtype, scale, softcap) -> Iterator[tuple[int, t
         yield start, tile, logits
 
 
-def _through(grad, logits, scale, softcap) -> torch.Tensor:
+def through_transform(grad, logits, scale, softcap) -> torch.Tensor:
     """A gradient with respect to the logits, taken back through the cap and the factor."""
     if softcap is not None:
         grad = grad * (1 - (logits / softcap) ** 2)

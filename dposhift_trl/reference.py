@@ -61,6 +61,7 @@ def cached_reference_logps(
     score: Callable[[range], tuple[torch.Tensor, torch.Tensor]],
     *,
     description: dict[str, Any],
+    columns: tuple[str, str] = COLUMNS,
     folder: str | Path | None = None,
     chunk_rows: int = 1024,
 ) -> Scores:
@@ -83,6 +84,8 @@ def cached_reference_logps(
             nats, each of shape `(len(rows),)`. Every process calls it with the same ranges and gets all values.
         description (`dict`):
             What a person wants to know of the file, such as the model's path; stored in it, without effect.
+        columns (`tuple[str, str]`, *optional*):
+            Names of the two values in the file, where they are others than the log-probabilities.
         folder (`str` or `Path`, *optional*):
             Defaults to [`default_folder`].
         chunk_rows (`int`, *optional*, defaults to `1024`):
@@ -98,7 +101,7 @@ def cached_reference_logps(
     """
     if len(set(gather_object([key]))) > 1:
         raise ValueError("`key` must be the same on every process: they hold different references or rows.")
-    store, all_rows = _Store(Path(folder or default_folder()), key, num_rows, description), range(num_rows)
+    store, all_rows = _Store(Path(folder or default_folder()), key, num_rows, description, columns), range(num_rows)
     if (values := store.on_main(store.read, all_rows)) is not None:
         return values
     lock, seconds = filelock.FileLock(store.folder / f"{key}.lock"), 0
@@ -127,6 +130,7 @@ class _Store:
     key: str
     num_rows: int
     description: dict[str, Any]
+    columns: tuple[str, str] = COLUMNS
 
     def on_main(self, function: Callable[..., Any], *args: Any) -> Any:
         """Call on the main process; what it returns or raises reaches every process, so that none waits in vain."""
@@ -193,7 +197,7 @@ class _Store:
         }
         text = json.dumps(header, default=str)
         metadata = {HEADER: text, CHECKSUM: _checksum(text, values)}
-        table = pa.table(dict(zip(COLUMNS, values, strict=True))).replace_schema_metadata(metadata)
+        table = pa.table(dict(zip(self.columns, values, strict=True))).replace_schema_metadata(metadata)
         buffer = pa.BufferOutputStream()
         pq.write_table(table, buffer, compression="none", use_dictionary=False)
         temporary = self.folder / f"{self.key}.{uuid.uuid4().hex}.tmp"
@@ -241,7 +245,7 @@ def _load(path: Path) -> tuple[dict[str, Any], Scores]:
         # Without Arrow's thread pools, which now and then abort at exit: https://github.com/apache/arrow/issues/34314
         table = pq.ParquetFile(pa.BufferReader(data), pre_buffer=False).read(use_threads=False)
         text, checksum = (table.schema.metadata[name].decode() for name in (HEADER, CHECKSUM))
-        chosen, rejected = (table[column].to_numpy() for column in COLUMNS)
+        chosen, rejected = (column.to_numpy() for column in table.columns)
     except Exception as error:  # whatever a parser makes of stray bytes
         raise ValueError("is damaged, or no file of ours") from error
     if checksum != _checksum(text, (chosen, rejected)):

@@ -47,7 +47,7 @@ from .demo import save_demo_model
 from .metrics import save_table
 from .model_card import append_recipe_section
 from .recipe import Recipe, RecipeError, changed_keys, dump_yaml, load_recipe, parse_yaml
-from .schedules import make_lambda_schedule
+from .schedules import ADAPTIVE, make_lambda_schedule
 from .trainer import ChosenSFTTrainer, DPOShiftTrainer, TrainingStopped
 
 
@@ -172,7 +172,9 @@ def describe(recipe: Recipe) -> None:
     for name, args in recipe.stages.items():
         steps = _optimizer_steps(args, rows)
         _say(f"{name}: {steps if steps is not None else 'unknown number of'} optimizer steps")
-        if isinstance(args, DPOShiftConfig):
+        if isinstance(args, DPOShiftConfig) and args.lambda_schedule == ADAPTIVE:
+            _say("lambda: {:.4g} to {:.4g}, found in training".format(*args.lambda_range))
+        elif isinstance(args, DPOShiftConfig):
             schedule = make_lambda_schedule(args)
             _say(
                 "lambda: {:.4g} at the start, {:.4g} in the middle, {:.4g} at the end".format(

@@ -11,6 +11,9 @@ LambdaSchedule = Callable[[float], float]
 
 LAMBDA_SCHEDULES = ("fixed", "linear_increase", "linear_decrease", "cosine_increase", "cosine_decrease")
 
+# No function of progress: callbacks.py takes it from what training measures
+ADAPTIVE = "adaptive"
+
 # The spelling of the paper's authors
 LAMBDA_SCHEDULE_ALIASES = {"increase_linear": "linear_increase", "decrease_linear": "linear_decrease"}
 

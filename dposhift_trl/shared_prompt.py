@@ -354,13 +354,13 @@ class _Hooks:
         hidden, self.hidden = self.hidden, None
         head = causal_lm.get_output_embeddings()
         outputs = tuple(name for name in OPTIONAL_OUTPUTS if getattr(output, name) is not None)
-        transform = _logit_transform(causal_lm.config)
+        transform = logit_transform(causal_lm.config)
         with torch.autocast(hidden.device.type, enabled=False):
             scores = token_scores(hidden, head.weight, head.bias, layout.labels[0], outputs, *transform)
         return FusedCausalLMOutput(**{name: values[None] for name, values in scores.items()})
 
 
-def _logit_transform(config) -> tuple[float, float | None]:
+def logit_transform(config) -> tuple[float, float | None]:
     """Factor and bound of a model's logits, from the fields in which TRL's fused head looks for them."""
     names = ("logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
     scale, name = next(((x, name) for name in names if (x := getattr(config, name, None)) is not None), (1.0, None))

@@ -17,11 +17,12 @@ from datasets import Dataset, IterableDataset
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from trl import DPOTrainer, SFTTrainer, extract_prompt
-from trl.trainer.utils import add_fused_lm_head, create_model_from_path, get_config_model_id
+from trl.trainer.utils import add_fused_lm_head, create_model_from_path, get_config_model_id, use_adapter
 
 from . import __version__
+from .alignment import ALIGNMENT, gradient_alignment
 from .batching import TokenBudgetSampler, pair_lengths
-from .callbacks import LambdaScheduleCallback
+from .callbacks import AdaptiveLambdaCallback, LambdaScheduleCallback
 from .collator import ROW_INDEX, PairCollator, with_row_index
 from .config import DPOShiftConfig
 from .deferred import GatherLater
@@ -29,7 +30,7 @@ from .losses import dpo_shift_loss, sequence_logps
 from .metrics import PairScores, evaluation_metrics, pair_metrics, save_table, widest_float
 from .model_card import append_shift_section
 from .reference import cached_reference_logps, reference_fingerprint, reference_key
-from .schedules import make_lambda_schedule
+from .schedules import ADAPTIVE, make_lambda_schedule
 from .shared_prompt import (
     PairLayout,
     SharedPromptCollator,
@@ -117,6 +118,11 @@ class DPOShiftTrainer(DPOTrainer):
         asked = args.precompute_ref_log_probs
         if asked == "auto":
             args.precompute_ref_log_probs = _precomputes_by_itself(args, train_dataset, eval_dataset)
+        if self._shifts and args.per_pair_lambda and not args.precompute_ref_log_probs:
+            raise ValueError(
+                "`per_pair_lambda` must be left out with streams, images, sharded models, `sync_ref_model` or "
+                "dropout, got True: the pairs' gradients are measured once, before training."
+            )
         try:
             super().__init__(model, ref_model, args, data_collator, train_dataset, eval_dataset, *positional, **kwargs)
         finally:
@@ -133,13 +139,14 @@ class DPOShiftTrainer(DPOTrainer):
         self._evaluated = self.eval_dataset
         self._reference_is_policy = ref_model is None
         self._seam_is_checked = False
-        given = [cb for cb in self.callback_handler.callbacks if isinstance(cb, LambdaScheduleCallback)]
-        if given:
+        if any(isinstance(callback, LambdaScheduleCallback) for callback in self.callback_handler.callbacks):
             args.check_shift_has_meaning()
+        elif args.lambda_schedule == ADAPTIVE:
+            bounds = args.lambda_min, args.lambda_max
+            target = args.lambda_target, args.lambda_target_metric
+            self.add_callback(AdaptiveLambdaCallback(*target, args.beta, *bounds))
         else:
-            given = [LambdaScheduleCallback(make_lambda_schedule(args))]
-            self.add_callback(given[0])
-        self.lambda_callback = given[0]
+            self.add_callback(LambdaScheduleCallback(make_lambda_schedule(args)))
 
     def _prepare_pairs(self) -> None:
         """How pairs are collated and scored; the reference is scored so too, before `DPOTrainer.__init__` ends."""
@@ -191,6 +198,11 @@ class DPOShiftTrainer(DPOTrainer):
         return next(filter(None, map(shared_prompt_obstacle, models)), None)
 
     @property
+    def lambda_callback(self) -> LambdaScheduleCallback:
+        """The one writer of lambda."""
+        return next(cb for cb in self.callback_handler.callbacks if isinstance(cb, LambdaScheduleCallback))
+
+    @property
     def shift_lambda(self) -> float:
         """Lambda in force; its one writer is the [`LambdaScheduleCallback`]."""
         return self.lambda_callback.shift_lambda
@@ -200,9 +212,8 @@ class DPOShiftTrainer(DPOTrainer):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         inputs = dict(inputs)
         row_index, layout = inputs.pop(ROW_INDEX, None), inputs.pop("shared_prompt", None)
-        inputs.pop(self.args.length_column_name, None)
         training = self.model.training
-        scored = _ShiftedModel(self, model, inputs, layout)
+        scored = _ShiftedModel(self, model, inputs, layout, inputs.pop(ALIGNMENT, None))
         accelerator = self.accelerator
         later = GatherLater(accelerator) if training else None
         try:
@@ -234,6 +245,8 @@ class DPOShiftTrainer(DPOTrainer):
             self._stop_on_non_finite()
         if not self._seam_is_checked:
             self._check_seam(scored)
+        if training:
+            self.lambda_callback.observe(matrix)
         if training and self._reference_is_policy:
             self._check_reference_is_policy(matrix)
         if training and self._pairs_per_batch is not None:
@@ -428,7 +441,7 @@ class DPOShiftTrainer(DPOTrainer):
                 )
 
     def compute_ref_log_probs(self, model, inputs):
-        inputs = {key: value for key, value in inputs.items() if key != ROW_INDEX}
+        inputs = {key: value for key, value in inputs.items() if key not in (ROW_INDEX, ALIGNMENT)}
         layout = inputs.pop("shared_prompt", None)
         scored = model if layout is None else (lambda **kwargs: shared_prompt_scores(model, layout))
         return super().compute_ref_log_probs(scored, inputs)
@@ -444,35 +457,66 @@ class DPOShiftTrainer(DPOTrainer):
         device = self.accelerator.device
         model.to(device)
 
-        def score(rows: range) -> tuple[torch.Tensor, torch.Tensor]:
-            loader = DataLoader(dataset.select(rows), batch_size, collate_fn=self.data_collator)
-            progress = tqdm(
-                prepare_data_loader(loader, device, put_on_device=True),
-                desc=f"Reference log-probabilities ({name}, rows {rows.start} to {rows.stop} of {len(dataset)})",
-                disable=self.args.disable_tqdm or not self.is_world_process_zero(),
-            )
+        def over(measure, what: str):
+            """A function of a range of rows that calls `measure` batch by batch."""
             gather = self.accelerator.gather_for_metrics
-            chosen, rejected = zip(
-                *(gather(self.compute_ref_log_probs(model, batch)) for batch in progress), strict=True
+
+            def score(rows: range) -> tuple[torch.Tensor, torch.Tensor]:
+                loader = DataLoader(dataset.select(rows), batch_size, collate_fn=self.data_collator)
+                progress = tqdm(
+                    prepare_data_loader(loader, device, put_on_device=True),
+                    desc=f"{what} ({name}, rows {rows.start} to {rows.stop} of {len(dataset)})",
+                    disable=self.args.disable_tqdm or not self.is_world_process_zero(),
+                )
+                chosen, rejected = zip(*(gather(measure(batch)) for batch in progress), strict=True)
+                return torch.cat(chosen), torch.cat(rejected)
+
+            return score
+
+        def key(kind: str) -> str:
+            return reference_key(
+                dataset,
+                fingerprint,
+                max_length=self.args.max_length,
+                truncation_mode=self.args.truncation_mode,
+                ld_alpha=self.ld_alpha,
+                precision=self.accelerator.mixed_precision + kind,
             )
-            return torch.cat(chosen), torch.cat(rejected)
+
+        def alignment(batch):
+            whole = self.accelerator.unwrap_model(model)
+            with self.accelerator.autocast(), use_adapter(whole, adapter) if adapters else contextlib.nullcontext():
+                return gradient_alignment(whole.get_base_model() if adapters else whole, batch)
 
         fingerprint = self._reference_fingerprint = reference_fingerprint(
             self.accelerator.unwrap_model(model), adapter
         )
-        key = reference_key(
-            dataset,
-            fingerprint,
-            max_length=self.args.max_length,
-            truncation_mode=self.args.truncation_mode,
-            ld_alpha=self.ld_alpha,
-            precision=self.accelerator.mixed_precision + (" shared prompt" if self.shares_prompts else ""),
-        )
         description = {"model": model.config._name_or_path, "adapter": adapter, "rows": name}
-        chosen, rejected = cached_reference_logps(key, len(dataset), score, description=description)
+        columns = dict(
+            zip(
+                ("ref_chosen_logps", "ref_rejected_logps"),
+                cached_reference_logps(
+                    key(" shared prompt" if self.shares_prompts else ""),
+                    len(dataset),
+                    over(lambda batch: self.compute_ref_log_probs(model, batch), "Reference log-probabilities"),
+                    description=description,
+                ),
+                strict=True,
+            )
+        )
+        if self.args.per_pair_lambda:
+            columns[ALIGNMENT], _ = cached_reference_logps(
+                key(" gradients"),
+                len(dataset),
+                over(alignment, "Alignment of gradients"),
+                description={**description, "values": "gradient alignment"},
+                columns=(ALIGNMENT, "chosen_gradient_norm"),
+            )
         if self.ref_model is not None:
             model.to("cpu")  # its scores are all that training needs of it
-        return dataset.add_column("ref_chosen_logps", chosen).add_column("ref_rejected_logps", rejected)
+        for column, values in columns.items():
+            dataset = dataset.add_column(column, values)
+        return dataset
 
     @property
     def _is_sharded(self) -> bool:
@@ -481,7 +525,7 @@ class DPOShiftTrainer(DPOTrainer):
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
         if self._shifts and ROW_INDEX not in self._signature_columns:
-            self._signature_columns += [ROW_INDEX, self.args.length_column_name]
+            self._signature_columns += [ROW_INDEX, ALIGNMENT, self.args.length_column_name]
 
     def evaluate(self, eval_dataset=None, *args, **kwargs):
         if not self._shifts:
@@ -578,7 +622,11 @@ def _precomputes_by_itself(args: DPOShiftConfig, train_dataset, eval_dataset) ->
         return False
     images = any({"image", "images"} & set(dataset.column_names) for dataset in rows)
     sharded = args.fsdp or args.deepspeed or any(map(parse_flag_from_env, LAUNCHED_SHARDED))
-    if images or sharded or args.sync_ref_model or not args.disable_dropout or args.shared_prompt is False:
+    if images or sharded or args.sync_ref_model or not args.disable_dropout:
+        return False
+    if args.per_pair_lambda:
+        return True
+    if args.shared_prompt is False:
         return False
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     return args.max_steps <= 0 or args.max_steps * batch >= len(train_dataset)
@@ -608,11 +656,13 @@ class _ShiftedModel:
         model: torch.nn.Module,
         inputs: dict[str, Any],
         layout: PairLayout | None = None,
+        alignment: torch.Tensor | None = None,
     ):
         self.trainer = trainer
         self.model = model
         self.inputs = inputs
         self.layout = layout
+        self.alignment = alignment
         self.precomputed = trainer.precompute_ref_logps
         self.calls = 0
 
@@ -633,8 +683,9 @@ class _ShiftedModel:
         reference = self.trainer.model if self.trainer.ref_model is None else self.trainer.ref_model
         return self.trainer.compute_ref_log_probs(reference, {**self.inputs, "shared_prompt": self.layout})
 
-    def _lambda(self) -> float:
-        return self.trainer.shift_lambda
+    def _lambda(self) -> float | torch.Tensor:
+        shift_lambda = self.trainer.shift_lambda
+        return shift_lambda if self.alignment is None else torch.where(self.alignment > 0, shift_lambda, 1.0)
 
     def _score(self, log_probs: torch.Tensor) -> PairScores:
         inputs, shift_lambda = self.inputs, self._lambda()
@@ -644,7 +695,7 @@ class _ShiftedModel:
         chosen_logps, rejected_logps = logps.chunk(2)
         ref_chosen_logps, ref_rejected_logps = self._references()
         inputs["ref_chosen_logps"], inputs["ref_rejected_logps"] = ref_chosen_logps, ref_rejected_logps
-        if shift_lambda != 1.0:
+        if isinstance(shift_lambda, torch.Tensor) or shift_lambda != 1.0:
             inputs["ref_rejected_logps"] = rejected_logps - shift_lambda * (rejected_logps - ref_rejected_logps)
         chosen_tokens, rejected_tokens = mask.sum(dim=1).chunk(2)
         unknown = torch.full_like(chosen_tokens, -1)
@@ -655,7 +706,9 @@ class _ShiftedModel:
             ref_rejected_logps=ref_rejected_logps,
             chosen_tokens=chosen_tokens,
             rejected_tokens=rejected_tokens,
-            shift_lambda=torch.full_like(chosen_logps, shift_lambda, dtype=widest_float(chosen_logps.device)),
+            shift_lambda=torch.as_tensor(
+                shift_lambda, dtype=widest_float(chosen_logps.device), device=chosen_logps.device
+            ).expand_as(chosen_logps),
             batch_loss=unknown,
             row_index=unknown,
         )

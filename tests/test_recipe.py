@@ -1,6 +1,7 @@
 """Recipes: what is read, what is refused, and in which words."""
 
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -76,7 +77,7 @@ def test_the_repository_has_recipes():
 def test_the_header_of_a_recipe_ends_with_the_command_that_runs_it(path):
     header = path.read_text(encoding="utf-8").split("\n\n")[0].splitlines()
     assert all(line.startswith("#") for line in header)
-    assert header[-1].endswith(f"-m dposhift_trl.run recipes/{path.name}")
+    assert re.search(rf"-m dposhift_trl\.(run|sweep) recipes/{re.escape(path.name)}( |$)", header[-1])
 
 
 # What a recipe becomes

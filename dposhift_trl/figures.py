@@ -1,0 +1,470 @@
+"""The report's figures: curves, histograms, densities, scatters; as PNG, SVG and SVG for inlining."""
+
+import io
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+from scipy.stats import gaussian_kde
+
+
+# Name: (on light, on dark). A figure is drawn in the light ones; inlined, each becomes the page's variable of its name
+COLORS = {
+    "ink": ("#1b1f24", "#e8eaed"),
+    "muted": ("#57606a", "#a3adb8"),
+    "grid": ("#d8dee4", "#3a424b"),
+    "chosen": ("#0067a6", "#62b7ee"),
+    "rejected": ("#b34700", "#f29a52"),
+    "accent": ("#00704d", "#4fcaa3"),
+    "purple": ("#8b3f80", "#dd9fd2"),
+    "brown": ("#7a5c00", "#d9b84a"),
+    "red": ("#b3263b", "#ff8a98"),
+    "slate": ("#4a5a8a", "#a5b4e8"),
+}
+SERIES = ("purple", "accent", "slate", "brown", "red", "muted")  # of runs: blue and orange are answers
+DASHES = ("-", "--", ":", "-.")
+PAPER = "#ffffff"
+MOST_VECTOR_DOTS = 500
+RASTER_DOT = "#3585c6"  # a raster has no variables: a blue that can be seen on both pages
+SIZE = (5.2, 3.5)
+
+STYLE: Any = {  # its keys are literals to a type checker, and differ between releases
+    "text.parse_math": False,  # a run's name may hold a dollar
+    "svg.fonttype": "none",  # text stays text, in the page's own font
+    "font.family": "DejaVu Sans",  # shipped with matplotlib
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": COLORS["muted"][0],
+    "axes.labelcolor": COLORS["ink"][0],
+    "axes.titlelocation": "left",
+    "axes.titlesize": 11,
+    "axes.titleweight": "bold",
+    "axes.titlecolor": COLORS["ink"][0],
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.unicode_minus": True,
+    "grid.color": COLORS["grid"][0],
+    "grid.linewidth": 0.8,
+    "text.color": COLORS["ink"][0],
+    "xtick.color": COLORS["muted"][0],
+    "ytick.color": COLORS["muted"][0],
+    "xtick.labelsize": 9,
+    "ytick.labelsize": 9,
+    "lines.linewidth": 2,
+    "lines.markersize": 4.5,
+    "lines.solid_capstyle": "round",
+    "legend.frameon": False,
+    "legend.fontsize": 9,
+    "figure.facecolor": PAPER,
+    "axes.facecolor": PAPER,
+    "savefig.facecolor": PAPER,
+}
+
+
+@dataclass
+class Drawing:
+    """A figure, drawn: two files, the SVG that goes into the page, and what it shows in words."""
+
+    name: str
+    title: str
+    alt: str
+    png: bytes
+    svg: bytes
+    inline: str
+
+
+@dataclass
+class Line:
+    """One curve; `low` and `high` are ends of an interval, `faint` marks training beside evaluation."""
+
+    label: str
+    color: str
+    steps: Sequence[float]
+    values: Sequence[float]
+    low: Sequence[float] = ()
+    high: Sequence[float] = ()
+    faint: bool = False
+    dash: str = "-"
+
+    @property
+    def end(self) -> float | None:
+        finite = [value for value in self.values if np.isfinite(value)]
+        return finite[-1] if finite else None
+
+
+@dataclass
+class Dot:
+    """One run of a trade-off; `front` marks those that no other run beats in both directions."""
+
+    label: str
+    x: float
+    y: float
+    color: str = SERIES[0]
+    low: float | None = None
+    high: float | None = None
+    reference: bool = False
+    front: bool = field(default=False, init=False)
+
+
+def pareto_front(points: Sequence[tuple[float, float]]) -> list[bool]:
+    """Which points no other one beats: at least as large in both coordinates and larger in one. NaN is never among."""
+    return [
+        bool(np.isfinite([x, y]).all()) and not any(a >= x and b >= y and (a > x or b > y) for a, b in points)
+        for x, y in points
+    ]
+
+
+def curves(
+    name: str,
+    title: str,
+    ylabel: str,
+    lines: Iterable[Line],
+    level: tuple[float, str] | None = None,
+    percent: bool = False,
+) -> Drawing | None:
+    """Curves against optimizer step, labeled at their ends; None where no line has a number."""
+    lines = [line for line in lines if line.end is not None]
+    if not lines:
+        return None
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _axes(title, "Optimizer step", ylabel)
+        for line in lines:
+            color = COLORS[line.color][0]
+            axes.plot(
+                line.steps,
+                line.values,
+                color=color,
+                alpha=0.45 if line.faint else 1,
+                linewidth=1.2 if line.faint else 2,
+                linestyle=line.dash,
+                marker=None if line.faint and len(line.steps) > 1 else "o",
+            )
+            if len(line.low):
+                axes.fill_between(line.steps, line.low, line.high, color=color, alpha=0.18, linewidth=0)
+        if level:
+            axes.axhline(level[0], color=COLORS["muted"][0], linewidth=1, linestyle=":")
+            axes.annotate(
+                level[1],
+                (0.99, level[0]),
+                (0, 3),
+                xycoords=("axes fraction", "data"),
+                textcoords="offset points",
+                ha="right",
+                color=COLORS["muted"][0],
+                fontsize=8.5,
+            )
+        if np.ptp([value for line in lines for value in line.values if np.isfinite(value)]) == 0:
+            ends = [_first(lines[0].values), *([level[0]] if level else [])]
+            axes.set_ylim(min(ends) - 0.1, max(ends) + 0.1)
+        axes.margins(x=0.02)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+        if percent:
+            axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        _label_ends(axes, [line for line in lines if not line.faint] or lines)
+        said = "; ".join(
+            f"{line.label} from {_first(line.values):.3g} to {line.end:.3g}" for line in lines if not line.faint
+        )
+        return _draw(name, title, f"Line chart against optimizer step, {ylabel}. {said}.", figure)
+
+
+def histogram(name: str, title: str, xlabel: str, color: str, before: np.ndarray, after: np.ndarray) -> Drawing | None:
+    """The paper's histogram of an answer's log-probability, SFT model and final model over each other."""
+    before, after = before[np.isfinite(before)], after[np.isfinite(after)]
+    if not len(before) or not len(after):
+        return None
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _axes(title, xlabel, "Pairs")
+        both = np.concatenate([before, after])
+        bins = np.histogram_bin_edges(both, bins=40 if _spreads(both) else 1).tolist()
+        axes.hist(
+            before, bins, color=COLORS["muted"][0], alpha=0.4, label=f"SFT model (reference), mean {before.mean():.1f}"
+        )
+        axes.hist(
+            after,
+            bins,
+            color=COLORS[color][0],
+            histtype="step",
+            linewidth=2,
+            label=f"Final model, mean {after.mean():.1f}",
+        )
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+        _legend(figure)
+        alt = (
+            f"Histogram of {len(after)} pairs. Mean {before.mean():.2f} with the SFT model, {after.mean():.2f} with "
+            "the final model."
+        )
+        return _draw(name, title, alt, figure)
+
+
+def density(name: str, title: str, xlabel: str, margins: np.ndarray) -> Drawing | None:
+    """Kernel density of the margin; a stroke a pair where there are too few or all are alike."""
+    margins = margins[np.isfinite(margins)]
+    if not len(margins):
+        return None
+    with matplotlib.rc_context(STYLE):
+        smooth = len(margins) >= 5 and _spreads(margins)
+        figure, axes = _axes(title, xlabel, "Density (1 / nat)" if smooth else "One stroke a pair")
+        if smooth:
+            estimate = gaussian_kde(margins)
+            pad = 0.08 * np.ptp(margins)
+            low, high = min(0.0, margins.min()) - pad, max(0.0, margins.max()) + pad
+            room = 0.3 * (high - low)  # for what is written beside the two lines
+            low, high = (
+                min(low, -room) if margins.mean() >= 0 else low,
+                high if margins.mean() >= 0 else max(high, room),
+            )
+            grid = np.linspace(low, high, 300)
+            heights = estimate(grid)
+            axes.plot(grid, heights, color=COLORS["accent"][0])
+            axes.fill_between(grid, heights, color=COLORS["accent"][0], alpha=0.15, linewidth=0)
+            axes.set_ylim(0, 1.2 * heights.max())
+            axes.set_xlim(low, high)
+        else:
+            axes.vlines(margins, 0, 1, color=COLORS["accent"][0], linewidth=2)
+            axes.set_yticks([])
+            pad = 0.4 * (np.ptp([0.0, *margins]) or 1.0)
+            axes.set_xlim(min(0.0, margins.min()) - pad, max(0.0, margins.max()) + pad)
+        axes.axvline(0, color=COLORS["muted"][0], linewidth=1.2, linestyle="--")
+        mean, positive = margins.mean(), (margins > 0).mean()
+        axes.axvline(mean, color=COLORS["accent"][0], linewidth=1.2)
+        top = axes.get_xaxis_transform()
+        at_left = mean >= 0
+        axes.text(0, 1.0, " SFT: all at 0 ", ha="right" if at_left else "left", transform=top, va="top", fontsize=8.5)
+        axes.text(
+            mean,
+            1.0,
+            f" mean {mean:.2f}; {positive:.0%} above 0 ",
+            ha="left" if at_left else "right",
+            transform=top,
+            va="top",
+            color=COLORS["accent"][0],
+            fontsize=8.5,
+        )
+        alt = f"Density over {len(margins)} pairs: mean {mean:.3g}, {positive:.0%} of the pairs above 0."
+        return _draw(name, title, alt, figure)
+
+
+def scatter(name: str, title: str, chosen: np.ndarray, rejected: np.ndarray) -> Drawing | None:
+    """One dot a pair, the four quadrants with their shares, and the line at which the margin is 0."""
+    finite = np.isfinite(chosen) & np.isfinite(rejected)
+    chosen, rejected = chosen[finite], rejected[finite]
+    if not len(chosen):
+        return None
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _axes(title, "Rejected log-ratio (nats an answer)", "Chosen log-ratio (nats an answer)")
+        many = len(chosen) > MOST_VECTOR_DOTS
+        axes.scatter(
+            rejected,
+            chosen,
+            s=10 if many else 16,
+            color=RASTER_DOT if many else COLORS["chosen"][0],
+            alpha=0.5,
+            linewidths=0,
+            rasterized=many,
+        )
+        for limits, values in ((axes.set_xlim, rejected), (axes.set_ylim, chosen)):
+            low, high = min(values.min(), 0.0), max(values.max(), 0.0)
+            pad = 0.3 * ((high - low) or 1.0)  # room for the quadrants' names
+            limits(low - pad, high + pad)
+        axes.axhline(0, color=COLORS["ink"][0], linewidth=1.2)
+        axes.axvline(0, color=COLORS["ink"][0], linewidth=1.2)
+        axes.axline((0, 0), slope=1, color=COLORS["muted"][0], linewidth=1, linestyle=":")
+        shares = {
+            "only chosen rose": (0.01, 0.985, ((chosen > 0) & (rejected < 0)).mean()),
+            "both rose": (0.99, 0.985, ((chosen > 0) & (rejected > 0)).mean()),
+            "both fell": (0.01, 0.015, ((chosen < 0) & (rejected < 0)).mean()),
+            "only rejected rose": (0.99, 0.015, ((chosen < 0) & (rejected > 0)).mean()),
+        }
+        for label, (x, y, share) in shares.items():
+            axes.text(
+                x,
+                y,
+                "\n".join(label.rsplit(" ", 1)) + f" {share:.0%}",
+                transform=axes.transAxes,
+                ha="left" if x < 0.5 else "right",
+                va="bottom" if y < 0.5 else "top",
+                fontsize=8.5,
+                weight="bold",
+            )
+        said = ", ".join(f"{label} {share:.0%}" for label, (_, _, share) in shares.items())
+        alt = f"Scatter of {len(chosen)} pairs, chosen against rejected log-ratio; {said}. Dotted: margin 0."
+        return _draw(name, title, alt, figure)
+
+
+def trade_off(name: str, title: str, ylabel: str, dots: Sequence[Dot], percent: bool = False) -> Drawing | None:
+    """One dot a run, better to the upper right; the Pareto front joined, DPO at lambda 1 as a diamond."""
+    dots = [dot for dot in dots if np.isfinite([dot.x, dot.y]).all()]
+    if not dots:
+        return None
+    for dot, front in zip(dots, pareto_front([(dot.x, dot.y) for dot in dots]), strict=True):
+        dot.front = front
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _axes(title, "Chosen log-ratio (nats an answer; right is better)", ylabel)
+        edge = sorted((dot for dot in dots if dot.front), key=lambda dot: dot.x)
+        axes.plot(
+            [dot.x for dot in edge],
+            [dot.y for dot in edge],
+            color=COLORS["accent"][0],
+            linestyle="--",
+            linewidth=1.5,
+            label="Pareto front",
+            zorder=1,
+        )
+        for dot in dots:
+            color = COLORS[dot.color][0]
+            if dot.low is not None and dot.high is not None:
+                axes.vlines(dot.x, dot.low, dot.high, color=color, alpha=0.45, linewidth=1.5)
+            axes.scatter(dot.x, dot.y, s=46, marker="D" if dot.reference else "o", color=color, zorder=3)
+        if any(dot.reference for dot in dots):
+            axes.plot([], [], color=COLORS["muted"][0], marker="D", linestyle="", label="DPO, λ = 1 (reference)")
+        axes.margins(0.14, 0.18)
+        _label_dots(axes, dots, edge)
+        if percent:
+            axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        _legend(figure)
+        said = "; ".join(f"{dot.label} at {dot.x:.3g}, {dot.y:.3g}{' (front)' if dot.front else ''}" for dot in dots)
+        return _draw(name, title, f"Trade-off of chosen log-ratio against {ylabel}. {said}.", figure)
+
+
+def _spreads(values: np.ndarray) -> bool:
+    """Whether values differ by more than rounding, so that there is something to bin or smooth."""
+    return bool(np.ptp(values) > 1e-9 * max(1.0, np.abs(values).max()))
+
+
+def _first(values: Sequence[float]) -> float:
+    return next(value for value in values if np.isfinite(value))
+
+
+def _axes(title: str, xlabel: str, ylabel: str) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=SIZE, layout="constrained")
+    axes = figure.add_subplot()
+    axes.set_title(title)
+    axes.set_xlabel(xlabel)
+    axes.set_ylabel(ylabel)
+    return figure, axes
+
+
+def _legend(figure: Figure) -> None:
+    figure.legend(loc="outside lower left", ncols=2, columnspacing=1.2, handlelength=1.6, borderaxespad=0)
+
+
+def _label_ends(axes: Axes, lines: Sequence[Line]) -> None:
+    """Names right of the axes at the height of each line's end, pushed apart where they would overlap."""
+    gap = 0.075
+    ends = []
+    axes.get_ylim()  # limits are set late, and the transforms below need them
+    for line in lines:
+        assert line.end is not None
+        height = axes.transAxes.inverted().transform(axes.transData.transform((0, line.end)))[1]
+        ends.append((float(height), line))
+    ends.sort(key=lambda end: end[0])
+    heights = spread([height for height, _ in ends], gap)
+    for height, (_, line) in zip(heights, ends, strict=True):
+        axes.text(
+            1.015,
+            height,
+            shortened(line.label),
+            transform=axes.transAxes,
+            color=COLORS[line.color][0],
+            va="center",
+            fontsize=9,
+            weight="bold",
+        )
+
+
+def shortened(label: str, length: int = 26) -> str:
+    """A label without its middle where it is too long for a figure."""
+    return label if len(label) <= length else f"{label[: length // 2]}…{label[1 + length // 2 - length :]}"
+
+
+def spread(heights: Sequence[float], gap: float) -> list[float]:
+    """Sorted heights, moved as little as needed to stand `gap` apart and, where there is room, within [0, 1]."""
+    placed: list[float] = []
+    for height in heights:
+        placed.append(max(height, placed[-1] + gap) if placed else max(height, 0.0))
+    ceiling = 1.0
+    for index in range(len(placed) - 1, -1, -1):
+        placed[index] = min(placed[index], ceiling)
+        ceiling = placed[index] - gap
+    return placed
+
+
+def _label_dots(axes: Axes, dots: Sequence[Dot], edge: Sequence[Dot]) -> None:
+    """Each name on the side of its dot where the least lies: dots, names, the front and the intervals."""
+    axes.get_xlim(), axes.get_ylim()  # limits are set late, and the transforms below need them
+    to_axes = axes.transData + axes.transAxes.inverted()
+    places = [tuple(to_axes.transform((dot.x, dot.y))) for dot in dots]
+    taken: list[tuple[float, float]] = list(places)
+    strokes = [(*a, *b) for a, b in pairwise([(dot.x, dot.y) for dot in edge])]
+    strokes += [(dot.x, dot.low, dot.x, dot.high) for dot in dots if dot.low is not None and dot.high is not None]
+    for x0, y0, x1, y1 in strokes:
+        xs, ys = np.linspace(x0, x1, 30), np.linspace(y0, y1, 30)
+        taken += [tuple(place) for place in to_axes.transform(np.column_stack([xs, ys]))]
+    for dot, (x, y) in zip(dots, places, strict=True):
+        half, best = 0.011 * len(shortened(dot.label)), None
+        for dx, dy, align in (
+            (0.03, 0, "left"),
+            (-0.03, 0, "right"),
+            (0.02, 0.06, "left"),
+            (0.02, -0.06, "left"),
+            (-0.02, 0.06, "right"),
+            (-0.02, -0.06, "right"),
+        ):
+            middle = x + dx + half * (1 if align == "left" else -1)
+            outside = 5 * (middle - half < 0 or middle + half > 1)
+            crowd = sum(
+                abs(a - middle) < half + 0.01 and abs(b - (y + dy)) < 0.04 for a, b in taken if (a, b) != (x, y)
+            )
+            if best is None or crowd + outside < best[0]:
+                best = (crowd + outside, dx, dy, align, middle)
+        assert best is not None
+        _, dx, dy, align, middle = best
+        taken += [(middle - half, y + dy), (middle, y + dy), (middle + half, y + dy)]
+        axes.text(
+            x + dx,
+            y + dy,
+            shortened(dot.label),
+            transform=axes.transAxes,
+            ha=align,
+            va="center",
+            fontsize=9,
+            color=COLORS[dot.color][0],
+        )
+
+
+def _draw(name: str, title: str, alt: str, figure: Figure) -> Drawing:
+    png, svg = io.BytesIO(), io.BytesIO()
+    figure.savefig(png, format="png", dpi=160, metadata={"Software": None})
+    figure.set_layout_engine("none")  # it is laid out by now, which takes half of the time
+    salt: Any = {"svg.hashsalt": name}
+    with matplotlib.rc_context(salt):
+        # Without metadata there is no date in it: the same run gives the same file
+        figure.savefig(svg, format="svg", dpi=160, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+    return Drawing(name, title, alt, png.getvalue(), svg.getvalue(), _inlined(name, svg.getvalue().decode("utf-8")))
+
+
+def _inlined(name: str, svg: str) -> str:
+    """An SVG as part of the page: its colors the page's, its ids its own, and nothing that looks like an address."""
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'<svg [^>]*viewBox="([^"]*)"[^>]*>', r'<svg viewBox="\1" aria-hidden="true">', svg, count=1)
+    svg = re.sub(r'\bid="([^"]+)"', rf'id="{name}-\1"', svg)
+    svg = re.sub(r"url\(#([^)]+)\)", rf"url(#{name}-\1)", svg)
+    svg = re.sub(r'xlink:href="#([^"]+)"', rf'href="#{name}-\1"', svg).replace("xlink:href", "href")
+    for variable, (light, _) in COLORS.items():
+        svg = svg.replace(light, f"var(--{variable})")
+    svg = svg.replace(f"fill: {PAPER}", "fill: none").replace("'DejaVu Sans'", "system-ui, 'DejaVu Sans'")
+    return svg.strip()
+
+
+def color_variables(dark: bool) -> Mapping[str, str]:
+    """Each color's hexadecimal value, for the style sheet."""
+    return {name: pair[dark] for name, pair in COLORS.items()}

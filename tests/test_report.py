@@ -1,0 +1,538 @@
+"""The report shows what a run folder holds, says what it lacks, and opens in a browser without a complaint."""
+
+import html.parser
+import json
+import math
+import re
+import shutil
+import subprocess
+import zlib
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from dposhift_trl import figures
+from dposhift_trl.figures import color_variables, curves, pareto_front, spread
+from dposhift_trl.report import ReportError, as_text, main, write_report
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+HOSTILE = "<script>alert(1)</script> & \"quotes\" <img src='https://example.org/x.png'> {{ 7 * 7 }} $x$ end"
+
+
+def evaluation(step, chosen, rejected, shift_lambda, beta=0.1):
+    """An evaluation's log entry, by the same rules as the metrics but for the intervals."""
+    margin, accuracy = beta * (chosen - rejected).mean(), (chosen > rejected).mean()
+    values = {
+        "loss": 0.69 - 0.002 * step,
+        "dpo_loss": 0.69 - 0.003 * step,
+        "shift/lambda": shift_lambda,
+        "logps/chosen": -20 + chosen.mean(),
+        "logps/rejected": -40 + rejected.mean(),
+        "displacement/chosen": chosen.mean(),
+        "displacement/rejected": rejected.mean(),
+        "displacement/chosen_per_token": chosen.mean() / 10,
+        "displacement/chosen_fell": (chosen < 0).mean(),
+        "perplexity/chosen": math.exp(2 - chosen.mean() / 10),
+        "rewards/margins": margin,
+        "rewards/margins_low": margin - 0.1 * (step > 0),
+        "rewards/margins_high": margin + 0.1 * (step > 0),
+        "rewards/accuracies": accuracy,
+        "rewards/accuracies_low": max(accuracy - 0.03, 0.0),
+        "rewards/accuracies_high": min(accuracy + 0.03, 1.0),
+    }
+    return {"step": step, **{f"eval_{name}": float(value) for name, value in values.items()}}
+
+
+def make_run(folder: Path, shift_lambda=0.75, pairs=40, fall=1.0, steps=(0, 10, 20), text="answer") -> Path:
+    """A run folder as `dposhift_trl.run` leaves it, of made-up numbers."""
+    rng = np.random.default_rng(3)
+    chosen, rejected = rng.normal(-1, 1, pairs), rng.normal(-20, 8, pairs)
+    history = []
+    for step in steps:
+        share = step / max(steps) if max(steps) else 0
+        history.append(evaluation(step, fall * share * chosen, share * rejected, shift_lambda))
+        entry = {name.removeprefix("eval_"): value for name, value in history[-1].items() if "_low" not in name}
+        history.append({**entry, "step": step + 5, "num_tokens": 100.0 * (step + 5)})
+        columns = {
+            "row_index": np.arange(pairs),
+            "chosen_logps": -20 + fall * share * chosen,
+            "rejected_logps": -40 + share * rejected,
+            "ref_chosen_logps": np.full(pairs, -20.0),
+            "ref_rejected_logps": np.full(pairs, -40.0),
+            "chosen_tokens": np.full(pairs, 10),
+            "rejected_tokens": np.full(pairs, 12),
+            "shift_lambda": np.full(pairs, shift_lambda),
+            "chosen_logratios": fall * share * chosen,
+            "rejected_logratios": share * rejected,
+        }
+        (folder / "dpo" / "pairs").mkdir(parents=True, exist_ok=True)
+        pq.write_table(pa.table(columns), folder / "dpo" / "pairs" / f"eval-{step:06d}.parquet")
+    history.append({"step": max(steps), "train_runtime": 4.0})
+    (folder / "sft").mkdir()
+    losses = [{"step": 5, "loss": 3.0}, {"step": 10, "loss": 2.0, "eval_loss": 2.1}]
+    for stage, log in (("sft", losses), ("dpo", history)):
+        state = {"log_history": log, "global_step": 20, "max_steps": 20}
+        (folder / stage / "trainer_state.json").write_text(json.dumps(state))
+        versions = {"dposhift_trl": "0.1.0", "trl": "1.16.0"}
+        finished = {"step": 20, "seconds": 12.5, "device": "cpu", "processes": 1, "versions": versions}
+        (folder / stage / "finished.json").write_text(json.dumps(finished))
+    findings = {
+        "empty": {"policy": "drop", "count": 2, "examples": [{"row": 4}, {"row": 9}]},
+        "cut": {"policy": "keep", "count": 0, "examples": []},
+    }
+    (folder / "audit.json").write_text(json.dumps({"train": {"rows": 50, "kept": 48, "findings": findings}}))
+    (folder / "recipe.yaml").write_text(f"seed: 1\nrun_name: {text!r}\n")
+    rows = [{"prompt": f"question {i}", "chosen": text, "rejected": "no", "row_index": i} for i in range(pairs)]
+    pq.write_table(pa.Table.from_pylist(rows), folder / "eval_rows.parquet")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory) -> Path:
+    """The report of a complete run whose texts are hostile."""
+    folder = make_run(tmp_path_factory.mktemp("one") / "run", text=HOSTILE)
+    assert main([str(folder)]) == 0
+    return folder / "report" / "report.html"
+
+
+@pytest.fixture(scope="module")
+def several(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("several")
+    settings = {"dpo": (1.0, 9.0), "mild": (0.95, 5.0), "low $\\frac": (0.5, 1.0)}
+    folders = [make_run(root / name, shift_lambda, fall=fall) for name, (shift_lambda, fall) in settings.items()]
+    assert main([*map(str, folders), "--output", str(root / "out")]) == 0
+    return root / "out" / "report.html"
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Figures are composed, but not rendered, which is what takes the time."""
+
+    def draw(name, title, alt, figure):
+        return figures.Drawing(name, title, alt, b"png", b"svg", "<svg></svg>")
+
+    monkeypatch.setattr(figures, "_draw", draw)
+
+
+class Page(html.parser.HTMLParser):
+    """Every tag with its attributes, in order, and the text outside of scripts and styles."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.tags, self.text, self._skipping = [], "", False
+        self.feed(Path(path).read_text(encoding="utf-8"))
+        self.text = " ".join(self.text.split())
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        self._skipping = tag in ("script", "style")
+
+    def handle_endtag(self, tag):
+        self._skipping = False
+
+    def handle_data(self, data):
+        if not self._skipping:
+            self.text += data + " "
+
+
+def test_a_run_has_its_verdict_figures_pairs_audit_recipe_and_versions(one):
+    page = Page(one)
+    for text in (
+        "The log-probability of the chosen answers fell by",
+        "48 of 50 rows kept.",
+        "empty 2 drop 4, 9",
+        "seed: 1",
+        "trl 1.16.0",
+        "cpu, 1 process(es)",
+        "12.5",
+        "625",  # tokens per second
+        "Nothing: every file of the run was there and could be read.",
+    ):
+        assert text in page.text, text
+    names = "logps logratios margin accuracy lambda loss sft_loss "
+    names += "histogram_chosen histogram_rejected margin_density scatter"
+    written = sorted(path.name for path in (one.parent / "figures").iterdir())
+    assert written == sorted(f"{name}.{kind}" for name in names.split() for kind in ("png", "svg"))
+    assert all((one.parent / "figures" / name).stat().st_size > 2000 for name in written)
+
+
+def test_the_pairs_that_fell_and_rose_most_are_listed_in_order(one):
+    ratios = re.findall(r"Row \d+: chosen ([+-][\d.]+)", Page(one).text)
+    values = [float(value) for value in ratios]
+    fell, rose = [v for v in values if v < 0], [v for v in values if v > 0]
+    assert fell == sorted(fell)
+    assert len(fell) == 5
+    assert rose == sorted(rose, reverse=True)
+    assert 1 <= len(rose) <= 5
+
+
+@pytest.mark.parametrize("which", ["one", "several"])
+def test_the_page_loads_nothing_and_is_small(which, request):
+    path = request.getfixturevalue(which)
+    source = path.read_text(encoding="utf-8")
+    assert len(source.encode()) < 3_000_000
+    for tag, attributes in Page(path).tags:
+        for name in ("src", "href", "xlink:href", "srcset", "action", "data", "poster"):
+            assert (attributes.get(name) or "#").startswith(("#", "data:")), (tag, attributes)
+        assert not any(name.startswith("on") for name in attributes), (tag, attributes)
+    style = re.search(r"<style>(.*?)</style>", source, re.DOTALL)[1]
+    assert "url(" not in style
+    assert "@import" not in style
+    assert "default-src 'none'" in source
+
+
+def test_texts_of_pairs_are_text_and_nothing_else(one):
+    source, page = one.read_text(encoding="utf-8"), Page(one)
+    assert "<script>alert" not in source
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in source
+    assert " ".join(HOSTILE.split()) in page.text
+    assert [tag for tag, _ in page.tags].count("script") == 1
+    assert "img" not in [tag for tag, _ in page.tags]
+
+
+@pytest.mark.parametrize("which", ["one", "several"])
+def test_the_page_is_accessible(which, request):
+    page = Page(request.getfixturevalue(which))
+    assert ("html", {"lang": "en"}) in page.tags
+    levels = [int(tag[1]) for tag, _ in page.tags if re.fullmatch(r"h[1-6]", tag)]
+    assert levels[0] == 1
+    assert levels.count(1) == 1
+    assert all(after <= before + 1 for before, after in pairwise(levels))
+    images = [attributes for _, attributes in page.tags if attributes.get("role") == "img"]
+    drawn = [attributes for tag, attributes in page.tags if tag == "svg"]
+    assert len(images) == len(drawn) > 0
+    assert all(len(image["aria-label"]) > 40 for image in images)
+    assert all(svg["aria-hidden"] == "true" for svg in drawn)
+    identities = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
+    assert len(identities) == len(set(identities))
+    used = {reference for _, a in page.tags for v in a.values() for reference in re.findall(r"url\(#(.+?)\)", v or "")}
+    used |= {attributes["href"][1:] for tag, attributes in page.tags if tag == "use"}
+    assert used <= set(identities)
+    scrolled = [attributes for _, attributes in page.tags if attributes.get("class") == "scroll"]
+    assert all(region["tabindex"] == "0" and region["aria-label"] for region in scrolled)
+
+
+def luminance(color):
+    channels = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+def test_every_text_color_has_a_contrast_of_4_5_on_page_and_card(dark, one):
+    source = one.read_text(encoding="utf-8")
+    backgrounds = re.findall(r"--page: (#\w{6}); --card: (#\w{6});", source)[dark]
+    colors = {name: color for name, color in color_variables(dark).items() if name != "grid"}
+    for name, color in colors.items():
+        assert f"--{name}: {color};" in source
+        for background in backgrounds:
+            light, dim = sorted([luminance(color), luminance(background)], reverse=True)
+            assert (light + 0.05) / (dim + 0.05) >= 4.5, (name, background)
+
+
+def test_no_color_of_a_drawing_is_left_fixed_on_the_page(one):
+    body = one.read_text(encoding="utf-8").split("</style>")[1]
+    assert set(re.findall(r"#[0-9a-f]{6}\b", body)) <= set()
+
+
+def test_several_runs_are_compared_with_a_recommendation_and_its_rule(several):
+    page = Page(several)
+    assert "low $\\frac: of 3 runs that keep up with dpo" in page.text
+    assert "One seed and one evaluation set" in page.text
+    assert "it keeps at least half of the reference's margin" in page.text
+    rows = re.findall(r'<th scope="row" data-value="([^"]*)"', several.read_text(encoding="utf-8"))
+    assert rows == ["low $\\frac", "mild", "dpo"]
+    sorts = [attributes["aria-sort"] for tag, attributes in page.tags if "aria-sort" in attributes]
+    assert sorts.count("descending") == 1
+    assert len(sorts) == 9 == [tag for tag, _ in page.tags].count("button")
+    written = {path.stem for path in (several.parent / "figures").iterdir()}
+    assert {"trade_off_margin", "trade_off_accuracy", "curves_chosen", "curves_rejected"} <= written
+
+
+def test_without_a_run_at_lambda_1_there_is_no_recommendation(tmp_path, undrawn):
+    folders = [make_run(tmp_path / "a", 0.9), make_run(tmp_path / "b" / "a", 0.8)]
+    page = Page(write_report(folders, tmp_path / "out"))
+    assert "no DPO to compare with" in page.text
+    assert "b/a" in page.text
+
+
+@pytest.mark.parametrize(
+    ("gone", "says"),
+    [
+        pytest.param(["audit.json"], "There is no record of a row audit", id="audit"),
+        pytest.param(["eval_rows.parquet"], "The text of this row is not in the run folder", id="rows"),
+        pytest.param(["recipe.yaml"], "recipe.yaml is missing", id="recipe"),
+        pytest.param(["sft"], "There is no SFT stage", id="sft"),
+        pytest.param(["dpo"], "There is no DPO stage", id="dpo"),
+        pytest.param(["dpo/pairs"], "No scores of pairs are saved", id="pairs"),
+        pytest.param(["dpo/finished.json"], "not recorded: no finished.json in dpo/", id="finished"),
+        pytest.param(["dpo/trainer_state.json"], "dpo: no trainer_state.json can be read", id="state"),
+        pytest.param(
+            ["audit.json", "recipe.yaml", "sft", "dpo/pairs", "dpo/trainer_state.json", "dpo/finished.json"],
+            "Whether the chosen answers fell cannot be said",
+            id="nearly-all",
+        ),
+    ],
+)
+def test_what_is_missing_is_said_and_the_rest_is_shown(tmp_path, gone, says, undrawn):
+    folder = make_run(tmp_path / "run", pairs=3, steps=(0, 20))
+    for name in gone:
+        shutil.rmtree(folder / name) if (folder / name).is_dir() else (folder / name).unlink()
+    assert says in Page(write_report([folder], folder / "report")).text
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["audit.json", "eval_rows.parquet", "recipe.yaml", "dpo/trainer_state.json", "dpo/pairs/eval-000020.parquet"],
+)
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe{", b"[1, {}]"], ids=["empty", "binary", "other"])
+def test_a_broken_file_is_as_good_as_none(tmp_path, name, content, undrawn):
+    folder = make_run(tmp_path / "run", pairs=3, steps=(0, 20))
+    (folder / name).write_bytes(content)
+    assert main([str(folder)]) == 0
+
+
+@pytest.mark.parametrize(
+    "audit",
+    [{"train": None}, {"train": {"findings": {"empty": 3}}}, {"train": {"rows": None, "kept": None, "findings": {}}}],
+)
+def test_an_audit_of_another_shape_does_not_stop_it(tmp_path, audit, undrawn):
+    folder = make_run(tmp_path / "run", pairs=3, steps=(0, 20))
+    (folder / "audit.json").write_text(json.dumps(audit))
+    assert main([str(folder)]) == 0
+
+
+def test_numbers_that_are_none_leave_gaps_and_a_note(tmp_path, undrawn):
+    folder = make_run(tmp_path / "run", pairs=6, steps=(0, 20))
+    path = folder / "dpo" / "pairs" / "eval-000020.parquet"
+    table = pq.read_table(path).to_pydict()
+    table["chosen_logratios"][:2] = [math.nan, math.inf]
+    pq.write_table(pa.table(table), path)
+    state = json.loads((folder / "dpo" / "trainer_state.json").read_text())
+    state["log_history"] += ["junk", {"loss": 1.0}, {"step": None}, {"step": 20, "eval_loss": math.nan, "loss": "x"}]
+    (folder / "dpo" / "trainer_state.json").write_text(json.dumps(state))
+    text = Page(write_report([folder], folder / "report")).text
+    assert "2 of 6 evaluated pairs have a score that is not a number" in text
+
+
+@pytest.mark.filterwarnings("error")
+def test_one_pair_is_drawn_without_a_density(tmp_path):
+    page = write_report([make_run(tmp_path / "run", pairs=1, steps=(0,))], tmp_path / "out")
+    assert "One stroke a pair" in page.read_text(encoding="utf-8")
+
+
+def test_an_interrupted_run_is_read_from_its_newest_checkpoint(tmp_path, undrawn):
+    folder = make_run(tmp_path / "run", pairs=3)
+    for step in (5, 10):
+        (folder / "dpo" / f"checkpoint-{step}").mkdir()
+        shutil.copy(folder / "dpo" / "trainer_state.json", folder / "dpo" / f"checkpoint-{step}")
+    (folder / "dpo" / "trainer_state.json").unlink()
+    assert "the log is that of checkpoint-10" in Page(write_report([folder], folder / "report")).text
+
+
+def test_the_output_folder_of_a_plain_trainer_is_a_run(tmp_path, undrawn):
+    folder = make_run(tmp_path / "run", pairs=8) / "dpo"
+    text = Page(write_report([folder], folder / "report")).text
+    assert "The log-probability of the chosen answers fell by" in text
+    assert "audit.json is missing" in text
+
+
+def test_a_named_evaluation_set_is_found(tmp_path, undrawn):
+    folder = make_run(tmp_path / "run", pairs=8)
+    state = (folder / "dpo" / "trainer_state.json").read_text().replace('"eval_', '"eval_test_')
+    (folder / "dpo" / "trainer_state.json").write_text(state)
+    for path in (folder / "dpo" / "pairs").iterdir():
+        path.rename(path.with_name(path.name.replace("eval-", "eval_test-")))
+    page = write_report([folder], folder / "report")
+    assert "chosen answers fell by" in Page(page).text
+    assert (page.parent / "figures" / "scatter.svg").is_file()
+
+
+def test_many_pairs_and_long_texts_stay_below_3_megabytes(tmp_path):
+    folder = make_run(tmp_path / "run", pairs=4000, steps=(0, 20), text="long " * 1000)
+    page = write_report([folder], folder / "report")
+    assert page.stat().st_size < 1_000_000
+    assert "more characters are not shown" in Page(page).text
+    assert "data:image/png;base64" in page.read_text(encoding="utf-8")
+
+
+def test_the_same_run_gives_the_same_files(tmp_path):
+    folder = make_run(tmp_path / "run", pairs=8)
+    sums = []
+    for name in ("a", "b"):
+        write_report([folder], tmp_path / name)
+        files = sorted(path for path in (tmp_path / name).rglob("*") if path.is_file())
+        sums.append([zlib.crc32(path.read_bytes()) for path in files])
+    assert sums[0] == sums[1]
+
+
+def test_our_own_report_is_written_anew_and_others_are_left_alone(tmp_path, capsys, undrawn):
+    folder = make_run(tmp_path / "run", pairs=3, steps=(0, 20))
+    assert main([str(folder)]) == main([str(folder)]) == 0
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "report.html").write_text("<p>mine</p>")
+    capsys.readouterr()
+    assert main([str(folder), "--output", str(foreign)]) == 2
+    assert (
+        capsys.readouterr().err
+        == f"{foreign} holds other files (report.html) and no report of ours. Choose a new folder.\n"
+    )
+    assert (foreign / "report.html").read_text() == "<p>mine</p>"
+    assert main([str(folder), "--output", str(folder)]) == 2
+    assert main([str(folder), "--output", str(foreign / "report.html")]) == 2
+    assert "is a file" in capsys.readouterr().err
+
+
+def test_a_folder_that_holds_no_run_is_a_mistake_in_one_line(tmp_path, capsys):
+    assert main([str(tmp_path / "none")]) == 2
+    assert "is no folder" in capsys.readouterr().err
+    assert main([str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert f"{tmp_path} holds no run" in error
+    assert error.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(ReportError, match="at least one run"):
+        write_report([], tmp_path / "out")
+
+
+def test_a_conversation_becomes_lines():
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": [{"type": "text", "text": "yo"}]}]
+    assert as_text(messages) == "user: hi\nassistant: yo"
+    assert as_text(None) == "(missing)"
+    assert as_text({"a": 1}) == '{"a": 1}'
+
+
+def test_the_pareto_front_is_what_no_other_run_beats():
+    points = [(0, 0), (1, 3), (2, 2), (2, 1), (3, 0), (math.nan, 9), (1, 3)]
+    assert pareto_front(points) == [False, True, True, False, True, False, True]
+
+
+def test_labels_are_pushed_apart_and_stay_on_the_figure():
+    assert spread([0.2, 0.8], 0.1) == [0.2, 0.8]
+    assert spread([0.5, 0.5, 0.5], 0.1) == pytest.approx([0.5, 0.6, 0.7])
+    assert spread([0.95, 0.99], 0.1) == pytest.approx([0.9, 1.0])
+
+
+@pytest.mark.filterwarnings("error")
+def test_long_names_leave_room_for_the_figure():
+    name = "a run whose folder has a very long name, as those of sweeps often do"
+    assert figures.trade_off("x", "t", "y", [figures.Dot(name, 1.0, 1.0), figures.Dot(name, 1.0, 1.0)])
+    assert curves("x", "t", "y", [figures.Line(name, "chosen", [1, 2], [1.0, 2.0])])
+    assert len(figures.shortened(name)) == 26
+    assert figures.shortened("short") == "short"
+
+
+def test_a_figure_without_numbers_is_none():
+    nothing = np.array([math.nan])
+    assert curves("x", "t", "y", [figures.Line("a", "chosen", [1], [math.nan])]) is None
+    assert figures.histogram("x", "t", "x", "chosen", nothing, nothing) is None
+    assert figures.density("x", "t", "x", nothing) is None
+    assert figures.scatter("x", "t", nothing, nothing) is None
+    assert figures.trade_off("x", "t", "y", [figures.Dot("a", math.nan, 1.0)]) is None
+
+
+def browse(page: Path, width: int, tmp_path: Path, script="", *flags: str) -> tuple[str, str]:
+    """
+    The page in a frame of a width, since a headless window is never narrower than 500: what `script` says, and what
+    the console says. `page` is the frame's document there.
+    """
+    frame = tmp_path / "frame.html"
+    frame.write_text(
+        f'<iframe src="{page.as_uri()}" style="width: {width}px; height: 900px; border: 0"></iframe><script>'
+        "onload = () => { const page = document.querySelector('iframe').contentDocument;"
+        f"document.title = JSON.stringify((() => {{ {script} }})()); }}</script>"
+    )
+    command = [
+        str(CHROMIUM),
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--allow-file-access-from-files",  # for the frame alone: the page itself reads no file
+        f"--user-data-dir={tmp_path / 'profile'}",
+        "--enable-logging=stderr",
+        "--v=0",
+        f"--window-size={max(width, 500)},900",
+        "--dump-dom",
+        *flags,
+        frame.as_uri(),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    title = re.search(r"<title>(.*?)</title>", done.stdout, re.DOTALL)
+    assert title, done.stderr[-2000:]
+    console = "\n".join(line for line in done.stderr.splitlines() if ":CONSOLE" in line)
+    return json.loads(html.unescape(title[1])), console
+
+
+in_a_browser = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine: apt-get install chromium")
+
+
+@in_a_browser
+@pytest.mark.parametrize("width", [1280, 390], ids=["wide", "phone"])
+@pytest.mark.parametrize("which", ["one", "several"])
+def test_in_a_browser_nothing_overflows_and_the_console_is_silent(which, width, request, tmp_path):
+    script = """
+        const root = page.documentElement;
+        const drawn = [...page.querySelectorAll("figure svg")].map(svg => svg.getBoundingClientRect());
+        for (const element of page.querySelectorAll("details")) element.open = true;
+        return [root.scrollWidth, drawn.length, drawn.every(box => box.width > 250 && box.height > 150),
+                getComputedStyle(page.body).backgroundColor];
+    """
+    (scroll_width, drawn, visible, background), console = browse(
+        request.getfixturevalue(which), width, tmp_path, script
+    )
+    assert scroll_width <= width
+    assert drawn > 3
+    assert visible
+    assert background == "rgb(255, 255, 255)"
+    assert console == ""
+
+
+@in_a_browser
+def test_in_a_browser_a_click_on_a_heading_sorts_the_table(several, tmp_path):
+    script = """
+        const names = () => [...page.querySelectorAll("#runs tbody th")].map(cell => cell.dataset.value);
+        const buttons = page.querySelectorAll("#runs th button"), found = [names()];
+        for (const index of [1, 1, 0]) {
+            buttons[index].focus();
+            buttons[index].click();
+            found.push(names(), buttons[index].parentElement.getAttribute("aria-sort"));
+        }
+        return [...found, page.activeElement === buttons[0]];
+    """
+    found, console = browse(several, 1280, tmp_path, script)
+    low, mild, dpo = "low $\\frac", "mild", "dpo"
+    down, up = [dpo, mild, low], [low, mild, dpo]
+    assert found == [up, down, "descending", up, "ascending", [mild, low, dpo], "descending", True]
+    assert console == ""
+
+
+@in_a_browser
+def test_in_a_browser_a_dark_page_has_dark_colors_in_its_drawings_too(one, tmp_path):
+    script = """
+        const text = page.querySelector("figure svg text");
+        return [getComputedStyle(page.body).backgroundColor, getComputedStyle(text).fill];
+    """
+    (background, ink), console = browse(one, 390, tmp_path, script, "--blink-settings=preferredColorScheme=0")
+    assert background == "rgb(20, 24, 29)"
+    assert ink.startswith("rgb(1") or ink.startswith("rgb(2")
+    assert console == ""
+
+
+@in_a_browser
+def test_in_a_browser_the_page_prints(one, tmp_path):
+    out = tmp_path / "page.pdf"
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
+    subprocess.run(
+        [str(CHROMIUM), *flags, "--no-pdf-header-footer", f"--print-to-pdf={out}", one.as_uri()],
+        capture_output=True,
+        timeout=60,
+        check=True,
+    )
+    assert out.read_bytes().startswith(b"%PDF")
+    assert out.stat().st_size > 20_000

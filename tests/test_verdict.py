@@ -1,0 +1,240 @@
+"""The paragraph says what the figures say, and advises nothing that they do not support."""
+
+import math
+
+import pytest
+
+from dposhift_trl.verdict import Outcome, recommend_lambda, verdict
+
+
+SFT = {"displacement/chosen": 0.0, "displacement/rejected": 0.0, "rewards/margins": 0.0, "perplexity/chosen": 2.0}
+
+
+def metrics(chosen=-10.0, rejected=-40.0, growth=2.0, shift_lambda=1.0, **others):
+    """A last evaluation that has learned the preference, unless told otherwise; names with `__` for the slash."""
+    values = {
+        "displacement/chosen": chosen,
+        "displacement/rejected": rejected,
+        "displacement/chosen_per_token": -math.log(growth),
+        "displacement/chosen_fell": 0.9 if chosen < 0 else 0.2,
+        "logps/chosen": -30.0 + chosen,
+        "logps/rejected": -32.0 + rejected,
+        "perplexity/chosen": 2.0 * growth,
+        "rewards/margins": 3.0,
+        "rewards/margins_low": 2.5,
+        "rewards/margins_high": 3.5,
+        "rewards/accuracies": 0.8,
+        "rewards/accuracies_low": 0.75,
+        "rewards/accuracies_high": 0.85,
+        "shift/lambda": shift_lambda,
+    }
+    return values | {name.replace("__", "/"): value for name, value in others.items()}
+
+
+def at(shift_lambda):
+    return {**SFT, "shift/lambda": shift_lambda}
+
+
+def test_it_says_how_far_chosen_fell_for_how_many_and_what_rejected_did():
+    text = verdict(at(1.0), metrics())
+    assert "chosen answers fell by 10.00 nats an answer (from -30.00 to -40.00)" in text
+    assert "multiplies their perplexity by 2; 90% of them became less likely" in text
+    assert "rejected answers fell by 40.00 nats (from -32.00 to -72.00)" in text
+    assert "margin 3, accuracy 0.800 (95 % interval 0.750 to 0.850)" in text
+
+
+@pytest.mark.parametrize(
+    ("growth", "says"),
+    [
+        pytest.param(1.05, "slight fall", id="slight"),
+        pytest.param(1.3, "clear fall", id="clear"),
+        pytest.param(1.5, "likelihood displacement", id="large"),
+        pytest.param(9.5, "likelihood displacement", id="huge"),
+    ],
+)
+def test_a_fall_is_scaled_by_perplexity_and_not_by_nats_an_answer(growth, says):
+    for nats in (-0.5, -500.0):
+        assert says in verdict(at(1.0), metrics(chosen=nats, growth=growth))
+
+
+@pytest.mark.parametrize(
+    ("start", "end", "says"),
+    [
+        pytest.param(1.0, 1.0, "this is DPO. Try `shift_lambda: 0.95`", id="dpo"),
+        pytest.param(1.05, 1.05, "this is DPO or beyond", id="beyond"),
+        pytest.param(0.95, 0.95, "Lambda was 0.95. Try a lower one", id="below-1"),
+        pytest.param(0.75, 0.75, "0.75, is already low", id="low"),
+        pytest.param(0.5, 0.5, "Try a smaller learning rate", id="lowest"),
+        pytest.param(1.0, 0.85, "from 1 to 0.85. Try it fixed at 0.85", id="decrease"),
+        pytest.param(0.75, 1.0, "from 0.75 to 1. Try it fixed at 0.75", id="increase-ends-at-1-and-is-not-dpo"),
+        pytest.param(1.0, 0.5, "already low in part", id="decrease-to-low"),
+    ],
+)
+def test_the_advice_depends_on_lambda(start, end, says):
+    assert says in verdict(at(start), metrics(shift_lambda=end))
+
+
+@pytest.mark.parametrize("shift_lambda", [1.0, 0.95, 0.5])
+def test_a_slight_fall_or_a_rise_asks_for_nothing(shift_lambda):
+    slight = verdict(at(shift_lambda), metrics(chosen=-1.0, growth=1.02, shift_lambda=shift_lambda))
+    risen = verdict(at(shift_lambda), metrics(chosen=4.0, growth=0.8, shift_lambda=shift_lambda))
+    assert "ask for no other lambda" in slight
+    assert "mitigates it, it does not abolish it" in slight
+    assert "rose by 4.00 nats" in risen
+    assert "ask for no other lambda" in risen
+    assert "Try" not in slight + risen
+
+
+def test_chosen_answers_that_stay_on_average_are_neither_risen_nor_fallen():
+    text = verdict(at(1.0), metrics(chosen=0.0, growth=1.0))
+    assert "did not move (from -30.00 to -30.00)" in text
+    assert "Try" not in text
+
+
+def test_rejected_answers_that_rose_are_called_unusual():
+    both = verdict(at(0.5), metrics(chosen=3.0, growth=0.9, rejected=3.0, shift_lambda=0.5))
+    crossed = verdict(at(0.5), metrics(rejected=3.0, shift_lambda=0.5))
+    dpo = verdict(at(1.0), metrics(chosen=3.0, growth=0.9, rejected=3.0))
+    for text in (both, crossed, dpo):
+        assert "rejected answers rose by 3.00 nats" in text
+        assert "unusual" in text
+    assert "closer to 1" in both
+    for text in (crossed, dpo):
+        assert "Read the pairs" in text
+        assert "lambda" not in text
+
+
+def test_the_share_of_pairs_in_which_both_fell_is_named_where_it_is_known():
+    assert "; in 42% of the pairs both answers fell." in verdict(at(1.0), metrics(displacement__both_fell=0.42))
+    assert "both answers" not in verdict(at(1.0), metrics())
+
+
+@pytest.mark.parametrize(
+    ("others", "says"),
+    [
+        pytest.param({"rewards__margins": -0.2, "rewards__margins_low": -0.3}, "did not grow", id="margin-fell"),
+        pytest.param({"rewards__margins_low": -0.1}, "cannot be told from 0", id="margin-interval"),
+        pytest.param({"rewards__accuracies_low": 0.5}, "cannot be told from chance", id="accuracy-interval"),
+        pytest.param({"rewards__accuracies": 0.2, "rewards__accuracies_high": 0.3}, "not swapped", id="wrong-way"),
+        pytest.param({"rewards__accuracies_low": None}, "without an interval", id="no-interval"),
+        pytest.param({"rewards__margins": math.nan}, "no advice follows", id="nan-margin"),
+    ],
+)
+def test_where_nothing_was_learned_no_lambda_is_advised(others, says):
+    text = verdict(at(1.0), metrics(**others))
+    assert says in text
+    assert "shift_lambda" not in text
+    assert "was learned" not in text
+
+
+@pytest.mark.parametrize(
+    "last",
+    [
+        pytest.param({}, id="nothing"),
+        pytest.param(metrics(chosen=math.nan), id="nan"),
+        pytest.param(metrics(rejected=math.inf), id="infinite"),
+    ],
+)
+def test_without_figures_it_says_that_it_cannot_say(last):
+    assert "cannot be said" in verdict(SFT, last)
+
+
+def test_a_policy_that_is_the_reference_is_said_to_be():
+    assert "still is the reference" in verdict(at(1.0), metrics(chosen=0.0, rejected=0.0))
+
+
+def test_without_a_first_evaluation_the_scale_is_nats_a_token():
+    last = metrics(growth=3.0, perplexity__chosen=500.0)
+    assert "perplexity by 3;" in verdict({}, last)
+    late = {"displacement/chosen": -5.0, "perplexity/chosen": 400.0}
+    assert "perplexity by 3;" in verdict(late, last)
+
+
+def test_without_lengths_or_lambda_no_advice_is_given():
+    last = {n: v for n, v in metrics().items() if n not in ("perplexity/chosen", "displacement/chosen_per_token")}
+    assert "no advice follows" in verdict(SFT, last)
+    last = {n: v for n, v in metrics().items() if n != "shift/lambda"}
+    assert "Lambda was not logged" in verdict(SFT, last)
+
+
+def test_it_is_one_paragraph_that_reads_the_same_twice():
+    text = verdict(at(1.0), metrics())
+    assert "\n" not in text
+    assert text.endswith(".")
+    assert text == verdict(at(1.0), metrics())
+
+
+@pytest.mark.parametrize("growth", [1e-300, 1e300])
+def test_absurd_figures_do_not_stop_it(growth):
+    assert verdict({}, metrics(growth=growth, perplexity__chosen=math.inf))
+
+
+def outcome(name, shift_lambda, chosen, accuracy=0.8, margin=3.0, start=-30.0, **others):
+    last = metrics(
+        chosen=chosen,
+        shift_lambda=shift_lambda,
+        logps__chosen=start + chosen,
+        rewards__accuracies=accuracy,
+        rewards__accuracies_low=accuracy - 0.05,
+        rewards__accuracies_high=accuracy + 0.05,
+        rewards__margins=margin,
+        rewards__margins_low=margin - 0.5,
+        **others,
+    )
+    return Outcome.of(name, at(shift_lambda), last)
+
+
+DPO = outcome("dpo", 1.0, -12.0)
+
+
+def test_of_the_runs_that_keep_up_the_one_with_the_most_likely_chosen_answers_is_recommended():
+    runs = [
+        DPO,
+        outcome("a", 0.9, -8.0),
+        outcome("b", 0.75, -3.0, accuracy=0.74),
+        outcome("c", 0.5, -1.0, accuracy=0.6),
+    ]
+    name, reason = recommend_lambda(runs)
+    assert name == "b"
+    assert "-3.00 nats against -12.00" in reason
+    assert "another seed" in reason
+
+
+def test_a_run_that_lost_half_the_margin_is_not_recommended():
+    assert recommend_lambda([DPO, outcome("a", 0.9, -8.0), outcome("b", 0.5, -1.0, margin=1.4)])[0] == "a"
+
+
+def test_dpo_itself_is_recommended_where_no_lower_lambda_is_better():
+    name, reason = recommend_lambda([DPO, outcome("a", 0.9, -13.0)])
+    assert name == "dpo"
+    assert "no lower lambda" in reason
+
+
+def test_of_several_runs_at_lambda_1_the_most_accurate_is_the_reference():
+    better = outcome("better dpo", 1.0, -14.0, accuracy=0.95)
+    assert recommend_lambda([DPO, better, outcome("a", 0.9, -3.0, accuracy=0.84)])[0] == "better dpo"
+
+
+@pytest.mark.parametrize(
+    ("runs", "says"),
+    [
+        pytest.param([], "takes two", id="none"),
+        pytest.param([DPO], "1 of 1 runs", id="one"),
+        pytest.param([DPO, Outcome("empty")], "1 of 2 runs", id="no-evaluation"),
+        pytest.param([DPO, outcome("nan", 0.9, math.nan)], "1 of 2 runs", id="nan"),
+        pytest.param([outcome("a", 0.9, -3.0), outcome("b", 0.8, -2.0)], "no DPO to compare with", id="no-dpo"),
+        pytest.param([DPO, outcome("a", 0.9, -3.0, start=-35.0)], "different models", id="other-pairs"),
+        pytest.param(
+            [outcome("dpo", 1.0, -12.0, accuracy=0.52), outcome("a", 0.9, -3.0)], "has not learned", id="no-signal"
+        ),
+    ],
+)
+def test_where_the_figures_support_no_recommendation_the_reason_is_given(runs, says):
+    name, reason = recommend_lambda(runs)
+    assert name is None
+    assert says in reason
+
+
+def test_a_schedule_that_ends_at_1_is_not_dpo():
+    last = {**metrics(chosen=-3.0), "shift/lambda": 1.0}
+    assert not Outcome.of("increase", at(0.75), last).is_dpo
