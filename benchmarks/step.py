@@ -1,23 +1,35 @@
 """
 Time of a DPO step against stock TRL, and against the matrix products it cannot do without.
 
-    python benchmarks/step.py --model gpt2 qwen2 --shape long short ragged --steps 5
+    python benchmarks/step.py --memory
+    python benchmarks/step.py --device cuda --dtype bf16 --model llama-0.5b qwen-1.5b --shape 512 1280 4096 --memory
 
-Each step is scored, back-propagated and applied by AdamW, in float32 and on the CPU. Stock is the `compute_loss` of
-`trl.DPOTrainer`, untouched, on a model and a reference of its own. The levers hand it scores they make otherwise:
+A step is what training runs: `training_step` on a collated batch, clipping, AdamW. Stock is `trl.DPOTrainer` with
+TRL's defaults but for the precision: gradients are checkpointed, in every kind of step, unless
+`--no-gradient-checkpointing` is given. `DPOShiftTrainer` is the product with its defaults (`shared_prompt` is forced
+on a GPU), its reference log-probabilities precomputed through a fresh cache; lambda is 1, so that losses compare,
+which costs what any lambda does. `+ reference` adds to each step the scoring of its pairs by the reference, as the
+first epoch of the first run pays it. The levers are stock TRL handed scores that are made otherwise, one change after
+the other:
 
 - rows: padded rows, of which only those that predict a completion token are projected;
 - shared: shared prompts;
 - shared + cached: shared prompts, with the log-probabilities of the reference at hand.
 
-Steps of stock and of the levers alternate on the same batches; times are medians. Peak memory is the largest resident
-set of a process that takes no other steps. The limit is the time of the matrix products that must be done, measured at
-the model's shapes: unique tokens through the layers and rows that predict a completion token through the head, forward
-and backward, and forward once more for the reference unless cached; attention is counted at the rate of those.
+Each kind of step has its turn on each batch, one after the other; seconds are medians, and `times faster` is the
+median of the ratios on the same batch. Before the first step, the losses of all kinds must agree to rounding. Peak
+memory is that of a process that takes no other steps: its largest resident set, or what CUDA allocated. The limit is
+the time of the matrix products that must be done, measured at the model's shapes: unique tokens through the layers and
+rows that predict a completion token through the head, forward and backward, through the layers forward once more where
+gradients are checkpointed, and through all once more for the reference unless cached; attention is counted at the rate
+of those.
 """
 
 import argparse
+import contextlib
 import copy
+import functools
+import gc
 import math
 import os
 import resource
@@ -30,17 +42,23 @@ import warnings
 
 import torch
 import transformers
+import trl
+from accelerate.utils import send_to_device
 from datasets import Dataset, disable_progress_bars
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers.utils import logging
 from trl import DPOConfig, DPOTrainer
 from trl.trainer.utils import FusedCausalLMOutput
 
+from dposhift_trl import DPOShiftConfig, DPOShiftTrainer
 from dposhift_trl.head import token_scores
 from dposhift_trl.shared_prompt import PairLayout, SharedPromptCollator, enable_shared_prompt, shared_prompt_scores
 
 
-LEVERS = ("stock", "rows", "shared", "shared + cached")
+LEVERS = ("rows", "shared", "shared + cached")
+PRODUCT, PRODUCT_AND_REFERENCE = "DPOShiftTrainer", "DPOShiftTrainer + reference"
+KINDS = ("stock", *LEVERS, PRODUCT, PRODUCT_AND_REFERENCE)
+CACHED = ("shared + cached", PRODUCT)
 MODELS = {
     "gpt2": transformers.GPT2Config(),
     "qwen2": transformers.Qwen2Config(
@@ -63,9 +81,37 @@ MODELS = {
         max_position_embeddings=2048,
         tie_word_embeddings=True,
     ),
+    "llama-0.5b": transformers.LlamaConfig(
+        vocab_size=32_000,
+        hidden_size=1280,
+        intermediate_size=3456,
+        num_hidden_layers=22,
+        num_attention_heads=20,
+        num_key_value_heads=20,
+        max_position_embeddings=8192,
+    ),
+    "qwen-1.5b": transformers.Qwen2Config(
+        vocab_size=151_936,
+        hidden_size=1536,
+        intermediate_size=8960,
+        num_hidden_layers=28,
+        num_attention_heads=12,
+        num_key_value_heads=2,
+        max_position_embeddings=8192,
+        tie_word_embeddings=True,
+    ),
 }
 # Tokens of prompt and answer, and the standard deviation of their logarithm
-SHAPES = {"long": (256, 64, 0.0), "short": (64, 128, 0.0), "ragged": (45, 90, 0.8)}
+SHAPES = {
+    "long": (256, 64, 0.0),
+    "short": (64, 128, 0.0),
+    "ragged": (45, 90, 0.8),
+    "512": (448, 64, 0.0),
+    "1280": (1024, 256, 0.0),
+    "4096": (3584, 512, 0.0),
+}
+# Largest difference of two first losses, in nats: sums over an answer are rounded by its length
+TOLERANCE = {"float32": 1e-4, "bf16": 0.1}
 SCORED = ("log_probs", "entropy", "mean_logits", "is_top1")
 
 
@@ -79,20 +125,25 @@ class LeverTrainer(DPOTrainer):
             return shared_prompt_scores(model, inputs["shared_prompt"])
         scored = inputs["completion_mask"][:, 1:].bool()
         rows = {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"]}
-        hidden = model.base_model(**rows, use_cache=False).last_hidden_state[:, :-1][scored]
+        with self.accelerator.autocast():
+            hidden = model.base_model(**rows, use_cache=False).last_hidden_state[:, :-1][scored]
         head, labels = model.get_output_embeddings(), inputs["input_ids"][:, 1:][scored]
+        hidden = hidden.to(torch.bfloat16) if self.args.bf16 else hidden
         outputs = SCORED[1:] if model is self.model else ()
         scores = token_scores(hidden, head.weight, head.bias, labels, outputs)
         return FusedCausalLMOutput(
             **{k: v.new_zeros(scored.shape).masked_scatter(scored, v) for k, v in scores.items()}
         )
 
+    @torch.no_grad()
+    def score_reference(self, inputs):
+        reference = self.scores(self.ref_model, inputs).log_probs.sum(1).chunk(2)
+        inputs["ref_chosen_logps"], inputs["ref_rejected_logps"] = reference
+
     def compute_loss(self, model, inputs, *args, **kwargs):
         self.precompute_ref_logps = True
-        if self.lever != "shared + cached" or "ref_chosen_logps" not in inputs:
-            with torch.no_grad():
-                reference = self.scores(self.ref_model, inputs).log_probs.sum(1).chunk(2)
-            inputs["ref_chosen_logps"], inputs["ref_rejected_logps"] = reference
+        if self.lever != "shared + cached":
+            self.score_reference(inputs)
         return super().compute_loss(lambda **_: self.scores(model, inputs), inputs, *args, **kwargs)
 
 
@@ -107,11 +158,11 @@ def make_tokenizer(vocab_size):
 
 def make_examples(shape, batch_size, batches, vocab_size, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    prompt, answer, sigma = SHAPES[shape]
+    prompt, answer, sigma = shape
 
     def words(mean, least):
         scale = math.exp(sigma * torch.randn((), generator=generator).item() - sigma**2 / 2)
-        length = min(max(least, round(mean * scale)), 480)
+        length = min(max(least, round(mean * scale)), 480) if sigma else mean
         return " ".join(map(str, torch.randint(3, vocab_size, (length,), generator=generator).tolist()))
 
     # TRL appends the end-of-sequence token to each answer
@@ -121,34 +172,42 @@ def make_examples(shape, batch_size, batches, vocab_size, seed=0):
     ]
 
 
-def make_trainer(lever, args, name, shape):
+def make_trainer(kind, args, config, shape):
+    """A trainer of this kind as `train` has it before the first step, on a model with random weights."""
     torch.manual_seed(0)
-    config = MODELS[name]
-    model, reference = (transformers.AutoModelForCausalLM.from_config(copy.deepcopy(config)) for _ in range(2))
-    settings = DPOConfig(
-        output_dir=tempfile.mkdtemp(),
-        per_device_train_batch_size=args.batch_size,
-        gradient_checkpointing=args.gradient_checkpointing,
-        learning_rate=1e-6,
-        bf16=False,
-        use_cpu=True,
-        report_to="none",
-        disable_tqdm=True,
-    )
-    trainer = (DPOTrainer if lever == "stock" else LeverTrainer)(
+    with torch.device(args.device):
+        model, reference = (transformers.AutoModelForCausalLM.from_config(copy.deepcopy(config)) for _ in range(2))
+    settings = {
+        "output_dir": tempfile.mkdtemp(),
+        "per_device_train_batch_size": args.batch_size,
+        "gradient_checkpointing": args.gradient_checkpointing,
+        "max_length": max(1024, shape[0] + shape[1]),
+        "bf16": args.dtype == "bf16",
+        "use_cpu": args.device == "cpu",
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
+    if kind.startswith(PRODUCT):
+        shared = "auto" if args.device == "cpu" else True
+        trainer_class, settings = DPOShiftTrainer, DPOShiftConfig(**settings, shift_lambda=1.0, shared_prompt=shared)
+    else:
+        trainer_class, settings = LeverTrainer if kind in LEVERS else DPOTrainer, DPOConfig(**settings)
+    trainer = trainer_class(
         model=model,
         ref_model=reference,
         args=settings,
         train_dataset=Dataset.from_list(make_examples(shape, args.batch_size, args.steps + 1, config.vocab_size)),
         processing_class=make_tokenizer(config.vocab_size),
     )
-    if lever != "stock":
+    if kind in LEVERS:
         for each in (model, reference):
             enable_shared_prompt(each)
         trainer.data_collator = SharedPromptCollator(trainer.data_collator)
+    reference.to(args.device)  # the product has put it aside
     if args.gradient_checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})
-    trainer.create_optimizer()
+        model.activation_checkpointing_enable(settings.activation_checkpointing_kwargs)
+    trainer._prepare_for_training(args.steps + 1, None, None)
+    trainer.current_gradient_accumulation_steps = 1
     model.train()
     return trainer
 
@@ -158,20 +217,55 @@ def make_batches(trainer, args):
     return [trainer.data_collator(rows[i : i + args.batch_size]) for i in range(0, len(rows), args.batch_size)]
 
 
-def run_step(trainer, batch, lever, clock=time.perf_counter):
-    """Seconds and loss of one step."""
-    if lever != "stock":
-        trainer.lever = lever
-    if lever == "shared + cached" and "ref_chosen_logps" not in batch:
-        trainer.compute_loss(trainer.model, batch)  # fills the references in
-    inputs = trainer._prepare_inputs(batch if lever == "shared + cached" else dict(batch))
+def make_clock(args):
+    tick = time.process_time if args.cpu_time else time.perf_counter
+    if args.device == "cpu":
+        return tick
+
+    def clock():
+        torch.cuda.synchronize()
+        return tick()
+
+    return clock
+
+
+def prepared(trainer, batch, kind):
+    """The inputs of a step of this kind, on the device."""
+    if kind in LEVERS:
+        trainer.lever = kind
+    inputs = send_to_device(batch, trainer.accelerator.device)
+    if kind == "shared + cached" and "ref_chosen_logps" not in inputs:
+        trainer.score_reference(inputs)
+    return inputs
+
+
+def run_step(trainer, batch, kind, clock=time.perf_counter):
+    """Seconds of one step."""
+    inputs, model = prepared(trainer, batch, kind), trainer.model_wrapped
     start = clock()
-    loss = trainer.compute_loss(trainer.model, inputs)
-    loss.backward()
-    torch.nn.utils.clip_grad_norm_(trainer.model.parameters(), trainer.args.max_grad_norm)
+    if kind == PRODUCT_AND_REFERENCE:
+        trainer.compute_ref_log_probs(trainer.ref_model, inputs)
+    trainer.training_step(model, inputs)
+    trainer.accelerator.clip_grad_norm_(model.parameters(), trainer.args.max_grad_norm)
     trainer.optimizer.step()
-    trainer.optimizer.zero_grad()
-    return clock() - start, loss.item()
+    model.zero_grad()
+    return clock() - start
+
+
+def compare_losses(trainers, batches, tolerance):
+    """
+    Losses of one batch by every kind, before any step.
+
+    Raises:
+        RuntimeError: If one of them is not stock's.
+    """
+    losses = {}
+    for kind, trainer in trainers.items():
+        inputs = prepared(trainer, batches[kind][0], kind)
+        losses[kind] = trainer.compute_loss(trainer.model_wrapped, inputs).item()
+    if not all(abs(loss - losses["stock"]) <= tolerance for loss in losses.values()):
+        raise RuntimeError(f"The losses of the first batch differ by more than {tolerance} nats: {losses}")
+    return losses
 
 
 def seconds(function, clock, repeats=3):
@@ -183,7 +277,7 @@ def seconds(function, clock, repeats=3):
     return min(times[1:])
 
 
-def limit_of(model, batches, clock):
+def limit_of(model, batches, args, clock):
     """
     Floor of a step.
 
@@ -198,103 +292,173 @@ def limit_of(model, batches, clock):
     ]
     layers = model.config.num_hidden_layers
     heads = model.config.num_attention_heads
-    width = heads * getattr(model.config, "head_dim", model.config.hidden_size // heads)
+    width = heads * (getattr(model.config, "head_dim", None) or model.config.hidden_size // heads)
+    kind = {"device": args.device, "dtype": torch.bfloat16 if args.dtype == "bf16" else torch.float32}
     seen_shapes, totals = {}, torch.zeros(3)
 
-    def product(rows, inner, outer):
-        """Seconds of the forward product of a layer, and of its two backward ones."""
-        rows = max(1, rows)
-        if (rows, inner, outer) not in seen_shapes:
-            x, w, y = torch.randn(rows, inner), torch.randn(outer, inner), torch.randn(rows, outer)
-            forward = seconds(lambda: x @ w.t(), clock)
-            seen_shapes[rows, inner, outer] = forward, seconds(lambda: (y @ w, y.t() @ x), clock)
-        return seen_shapes[rows, inner, outer]
+    def products(shapes):
+        """Seconds of the forward products, and of the two backward ones of each."""
+        times = torch.zeros(2)
+        for rows, inner, outer in shapes:
+            shape = max(1, rows), inner, outer
+            if shape not in seen_shapes:
+                x, w, y = (torch.randn(*size, **kind) for size in (shape[:2], (outer, inner), shape[::2]))
+                forward = seconds(functools.partial(lambda x, w: x @ w.t(), x, w), clock)
+                backward = seconds(functools.partial(lambda x, w, y: (y @ w, y.t() @ x), x, w, y), clock)
+                seen_shapes[shape] = torch.tensor((forward, backward))
+            times += seen_shapes[shape]
+        return times
 
     for batch in batches:
         layout = PairLayout.from_batch(batch)
         tokens, rows = len(layout), len(layout.rows)
-        used = [(tokens, *sorted(p.shape)) for p in matrices] + [(rows, head.shape[1], head.shape[0])]
-        forward, backward = (sum(times) for times in zip(*(product(*shape) for shape in used), strict=True))
-        flops = sum(2 * math.prod(shape) for shape in used)
-        rate = 3 * flops / (forward + backward)
+        in_layers, in_head = [(tokens, *sorted(p.shape)) for p in matrices], [(rows, head.shape[1], head.shape[0])]
+        layer_times, head_times = products(in_layers), products(in_head)
+        rate = 6 * sum(map(math.prod, in_layers + in_head)) / (layer_times + head_times).sum()
         visible = sum(p * (p + 1) / 2 + sum(n * p + n * (n + 1) / 2 for n in rest) for p, *rest in layout.lengths)
         attention = 4 * layers * width * visible / rate
-        totals += torch.tensor([2 * forward + backward + 4 * attention, forward + backward + 3 * attention, rate])
+        layer_times += torch.tensor((attention, 2 * attention))
+        step = layer_times.sum() + head_times.sum() + args.gradient_checkpointing * layer_times[0]
+        totals += torch.tensor((step + layer_times[0] + head_times[0], step, rate))
     return (totals / len(batches)).tolist()
 
 
-def peak_memory(lever, args, name, shape):
-    """Largest resident set, in GiB, of a process that takes two steps."""
-    command = [sys.executable, __file__, "--model", name, "--shape", shape, "--child", lever, "--steps", "1"]
-    command += ["--batch-size", str(args.batch_size), "--threads", str(args.threads)]
-    command += ["--gradient-checkpointing"] * args.gradient_checkpointing
-    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
+def peak_memory(kind, args, name, shape):
+    """Peak memory, in GiB, of a process that takes two steps."""
+    command = [sys.executable, __file__, "--model", name, "--shape", shape, "--child", kind, "--steps", "1"]
+    for option in ("batch_size", "threads", "device", "dtype"):
+        command += [f"--{option.replace('_', '-')}", str(getattr(args, option))]
+    command += ["--no-gradient-checkpointing"] * (not args.gradient_checkpointing)
+    return float(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.split()[-1])
+
+
+def print_peak_memory(kind, args, config, shape):
+    trainer = make_trainer(kind, args, config, shape)
+    if kind in CACHED:
+        trainer.ref_model = None
+    for batch in make_batches(trainer, args):
+        if kind == "shared + cached":
+            batch["ref_chosen_logps"] = batch["ref_rejected_logps"] = torch.zeros(args.batch_size)
+        run_step(trainer, batch, kind)
+    if args.device == "cpu":
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+    else:
+        print(torch.cuda.max_memory_allocated() / 2**30)
+
+
+def time_steps(kinds, args, config, shape):
+    """
+    Take interleaved steps of every kind.
+
+    Returns:
+        `tuple`: Trainers, batches, seconds of each step but the first, and the first losses, each by kind.
+    """
+    clock, trainers, batches, made = make_clock(args), {}, {}, {}
+    for kind in kinds:
+        name = "lever" if kind in LEVERS else kind.removesuffix(" + reference")  # those that differ in the step alone
+        if name not in made:
+            trainer = make_trainer(kind, args, config, shape)
+            made[name] = trainer, make_batches(trainer, args)
+        trainers[kind], batches[kind] = made[name]
+    losses = compare_losses(trainers, batches, TOLERANCE[args.dtype])
+    times = {kind: [] for kind in kinds}
+    for step in range(args.steps + 1):
+        for kind in kinds:
+            times[kind].append(run_step(trainers[kind], batches[kind][step], kind, clock))
+    return trainers, batches, {kind: values[1:] for kind, values in times.items()}, losses
+
+
+def release(trainers, args):
+    """Give the memory of trainers back, whose parts refer to each other."""
+    trainers.clear()
+    gc.collect()
+    if args.device == "cuda":
+        torch.cuda.empty_cache()
+
+
+def median_ratio(times, others):
+    return statistics.median(a / b for a, b in zip(times, others, strict=True))
 
 
 def measure(args, name, shape):
-    clock = time.process_time if args.cpu_time else time.perf_counter
-    stock, ours = make_trainer("stock", args, name, shape), make_trainer("shared", args, name, shape)
-    batches = {lever: make_batches(stock if lever == "stock" else ours, args) for lever in LEVERS}
-    times, losses = ({lever: [] for lever in LEVERS} for _ in range(2))
-    for step in range(args.steps + 1):
-        for lever in LEVERS:
-            elapsed, loss = run_step(stock if lever == "stock" else ours, batches[lever][step], lever, clock)
-            times[lever].append(elapsed)
-            losses[lever].append(loss)
-    with_reference, without, rate = limit_of(stock.model, batches["stock"][1:], clock)
-    limits = {lever: without if "cached" in lever else with_reference for lever in LEVERS}
-    medians = {lever: statistics.median(values[1:]) for lever, values in times.items()}
-    ratios = {
-        lever: statistics.median(a / b for a, b in zip(times["stock"][1:], values[1:], strict=True))
-        for lever, values in times.items()
-    }
-    for lever in LEVERS:
-        memory = f"{peak_memory(lever, args, name, shape):.2f}" if args.memory else "-"
+    config, size = MODELS[name], SHAPES[shape]
+    trainers, batches, times, losses = time_steps(args.kind, args, config, size)
+    *limits, rate = limit_of(trainers["stock"].model, batches["stock"][1:], args, make_clock(args))
+    release(trainers, args)
+    for kind in args.kind:
+        median, limit = statistics.median(times[kind]), limits[kind in CACHED]
+        memory = f"{peak_memory(kind, args, name, shape):.2f}" if args.memory else "-"
         print(
-            f"| {name} | {shape} | {lever} | {medians[lever]:.3f} | {ratios[lever]:.2f} | {limits[lever]:.3f} | "
-            f"{limits[lever] / medians[lever]:.0%} | {memory} |",
+            f"| {name} | {shape} | {kind} | {median:.3f} | {median_ratio(times['stock'], times[kind]):.2f} | "
+            f"{limit:.3f} | {limit / median:.0%} | {memory} |",
             flush=True,
         )
-    first = " ".join(f"{values[0]:.7f}" for values in losses.values())
+    first = " ".join(f"{loss:.7f}" for loss in losses.values())
     print(f"<!-- {name}, {shape}: first losses {first}; {rate / 1e9:.0f} GFLOP/s -->", flush=True)
+
+
+def add_arguments(parser):
+    """What every measurement of steps can be told."""
+    parser.add_argument("--batch-size", type=int, default=4, help="pairs a step")
+    parser.add_argument("--steps", type=int, default=5, help="steps of each kind, after one that is not counted")
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument(
+        "--dtype", choices=TOLERANCE, default="float32", help="bf16 is mixed precision, with weights in float32"
+    )
+    parser.add_argument(
+        "--cpu-time", action="store_true", help="seconds of the processor: for a machine shared with others"
+    )
+    parser.add_argument(
+        "--gradient-checkpointing", action=argparse.BooleanOptionalAction, default=True, help="TRL's default is on"
+    )
+
+
+@contextlib.contextmanager
+def quiet(args):
+    """Threads as asked for, no warnings or progress bars, and every file, the reference cache too, in a new folder."""
+    torch.set_num_threads(args.threads)
+    logging.set_verbosity_error()
+    disable_progress_bars()
+    warnings.simplefilter("ignore")
+    with tempfile.TemporaryDirectory() as folder:
+        tempfile.tempdir = os.environ["DPOSHIFT_CACHE"] = folder
+        yield
+        tempfile.tempdir = None
+
+
+def conditions(args):
+    """What was measured, in one line."""
+    versions = ", ".join(f"{module.__name__} {module.__version__}" for module in (torch, transformers, trl))
+    device = f"{args.threads} threads" if args.device == "cpu" else torch.cuda.get_device_name()
+    checkpointing = "with" if args.gradient_checkpointing else "without"
+    clock = "processor" if args.cpu_time else "wall-clock"
+    return (
+        f"{versions}; {device}; {args.dtype}; {checkpointing} gradient checkpointing; medians of {args.steps}; "
+        f"{clock} seconds"
+    )
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", nargs="+", choices=MODELS, default=["gpt2", "qwen2"])
-    parser.add_argument("--shape", nargs="+", choices=SHAPES, default=list(SHAPES))
-    parser.add_argument("--batch-size", type=int, default=4, help="pairs a step")
-    parser.add_argument("--steps", type=int, default=5, help="steps of each kind, after one that is not counted")
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument(
-        "--cpu-time", action="store_true", help="seconds of the processor: for a machine shared with others"
-    )
-    parser.add_argument("--gradient-checkpointing", action="store_true", help="as TRL does by default")
+    parser.add_argument("--shape", nargs="+", choices=SHAPES, default=["long", "short", "ragged"])
+    parser.add_argument("--kind", nargs="+", choices=KINDS, default=KINDS, help="kinds of step, beside stock")
     parser.add_argument("--memory", action="store_true", help="measure peak memory too, in a process for each kind")
-    parser.add_argument("--child", choices=LEVERS, help=argparse.SUPPRESS)
+    parser.add_argument("--child", choices=KINDS, help=argparse.SUPPRESS)
+    add_arguments(parser)
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    logging.set_verbosity_error()
-    disable_progress_bars()
-    warnings.simplefilter("ignore")
-    if args.child:
-        trainer = make_trainer(args.child, args, args.model[0], args.shape[0])
-        if args.child == "shared + cached":
-            trainer.ref_model = None
-        for batch in make_batches(trainer, args):
-            if args.child == "shared + cached":
-                batch["ref_chosen_logps"] = batch["ref_rejected_logps"] = torch.zeros(args.batch_size)
-            run_step(trainer, batch, args.child)
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
-        return
-    versions = ", ".join(f"{module.__name__} {module.__version__}" for module in (torch, transformers))
-    clock = "processor" if args.cpu_time else "wall-clock"
-    print(f"{versions}; {args.threads} threads; {args.batch_size} pairs; medians of {args.steps}; {clock} seconds\n")
-    print("| model | shape | step | seconds | times faster | limit | reached | peak GiB |")
-    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
-    for name in args.model:
-        for shape in args.shape:
-            measure(args, name, shape)
+    args.kind = [kind for kind in KINDS if kind in {"stock", *args.kind}]
+    with quiet(args):
+        if args.child:
+            print_peak_memory(args.child, args, MODELS[args.model[0]], SHAPES[args.shape[0]])
+            return
+        print(f"{conditions(args)}; {args.batch_size} pairs\n")
+        print("| model | shape | step | seconds | times faster | limit | reached | peak GiB |")
+        print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+        for name in args.model:
+            for shape in args.shape:
+                measure(args, name, shape)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,8 @@ import torch
 
 # Logits in one tile, rows times vocabulary: enough for the matrix product, few enough for the cache
 TILE = 2**20
+# Logits up to which their exponentials stay in memory until the gradient of the weight has been taken, 256 MiB
+KEPT = 2**26
 OPTIONAL_OUTPUTS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 
 
@@ -23,13 +25,14 @@ def token_scores(
     Log-probability of one token a row, and statistics of the distribution it is drawn from.
 
     The logits, `scale * (hidden @ weight.T + bias)`, capped by `softcap * tanh(logits / softcap)`, are made in tiles
-    and folded into running sums: at no time do those of the whole vocabulary exist. The gradient of a log-probability
+    and folded into running sums: no more than `KEPT` of them stay in memory. The gradient of a log-probability
     with respect to its row,
 
     $$ \nabla_h \log p_t = w_t - \sum_v p_v w_v, $$
 
-    is folded in the same pass, so that a frozen head (LoRA) needs no second one. Sums are kept in float32, those of
-    float64 rows in float64. Gradients flow through the log-probabilities alone.
+    is folded in the same pass, so that a frozen head (LoRA) needs no second one; a trained one needs a second where
+    there are more than `KEPT` logits. Sums are kept in float32, those of float64 rows in float64. Gradients flow
+    through the log-probabilities alone.
 
     Args:
         hidden (`torch.Tensor`):
@@ -64,6 +67,8 @@ class _TokenScores(torch.autograd.Function):
         total, total_logits, total_squares, logits_sum, target = torch.zeros(5, len(hidden), **sums)
         top = torch.zeros_like(targets)
         mean_weight = torch.zeros(hidden.shape, **sums) if ctx.needs_input_grad[0] else None
+        keep = any(ctx.needs_input_grad[1:3]) and len(hidden) * len(weight) <= KEPT
+        ctx.kept = []
 
         for start, tile, logits in vocabulary_tiles(hidden, weight, bias, sums["dtype"], scale, softcap):
             inside = ((targets >= start) & (targets < start + len(tile))).nonzero()[:, 0]
@@ -84,9 +89,12 @@ class _TokenScores(torch.autograd.Function):
                 total_logits.mul_(shrink).add_(torch.linalg.vecdot(exps, logits))
             if "log_sum_sq_probs" in outputs:
                 total_squares.mul_(shrink**2).add_(torch.linalg.vecdot(exps, exps))
-            if mean_weight is not None:
+            if mean_weight is not None or keep:
                 exps = through_transform(exps, logits, scale, softcap)
+            if mean_weight is not None:
                 mean_weight.mul_(shrink[:, None]).addmm_(exps, tile.to(exps.dtype))
+            if keep:
+                ctx.kept.append((start, exps, peak))
 
         log_total = peak + total.log()
         if mean_weight is not None:
@@ -118,15 +126,21 @@ class _TokenScores(torch.autograd.Function):
             rows = hidden.to(grad.dtype)
             grad_weight = torch.empty(weight.shape, dtype=grad.dtype, device=weight.device)
             grad_bias = torch.empty(len(weight), 1, dtype=grad.dtype, device=weight.device) if needs_bias else None
-            for start, tile, logits in vocabulary_tiles(hidden, weight, bias, grad.dtype, *ctx.transform):
-                probs = through_transform((logits - log_total[:, None]).exp_(), logits, *ctx.transform).t()
-                torch.mm(probs, rows * -grad[:, None], out=grad_weight[start : start + len(tile)])
+            for start, exps, peak in ctx.kept or _exps(hidden, weight, bias, log_total, ctx.transform):
+                end, factor = start + exps.shape[1], -grad * torch.exp(peak - log_total)
+                torch.mm(exps.t(), rows * factor[:, None], out=grad_weight[start:end])
                 if grad_bias is not None:
-                    torch.mm(probs, -grad[:, None], out=grad_bias[start : start + len(tile)])
+                    torch.mm(exps.t(), factor[:, None], out=grad_bias[start:end])
             grad_weight = grad_weight.index_add_(0, targets, at_target * rows).to(weight.dtype)
             if grad_bias is not None:
                 grad_bias = grad_bias.index_add_(0, targets, at_target)[:, 0].to(bias.dtype)
         return grad_hidden, grad_weight, grad_bias, None, None, None, None
+
+
+def _exps(hidden, weight, bias, log_total, transform) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+    """What `_TokenScores` keeps of each tile where there is room, made again: relative to the total, not to a peak."""
+    for start, _, logits in vocabulary_tiles(hidden, weight, bias, log_total.dtype, *transform):
+        yield start, through_transform((logits - log_total[:, None]).exp_(), logits, *transform), log_total
 
 
 def vocabulary_tiles(hidden, weight, bias, dtype, scale, softcap) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:

@@ -589,8 +589,10 @@ def test_a_layout_in_the_inputs_of_padded_rows_does_no_harm():
 @pytest.mark.parametrize("outputs", [(), OPTIONAL_OUTPUTS], ids=["log-probabilities", "everything"])
 @pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
 @pytest.mark.parametrize("softcap", [None, 3.0], ids=["uncapped", "capped"])
-def test_the_tiled_head_agrees_with_trl_and_with_autograd(outputs, bias, softcap, monkeypatch):
+@pytest.mark.parametrize("kept", [0, 7 * 700], ids=["made twice", "kept"])
+def test_the_tiled_head_agrees_with_trl_and_with_autograd(outputs, bias, softcap, kept, monkeypatch):
     monkeypatch.setattr("dposhift_trl.head.TILE", 1)
+    monkeypatch.setattr("dposhift_trl.head.KEPT", kept)
     torch.manual_seed(0)
     hidden, weight = torch.randn(7, 8, dtype=torch.float64), torch.randn(700, 8, dtype=torch.float64)
     offset = torch.randn(700, dtype=torch.float64) if bias else None
