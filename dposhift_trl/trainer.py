@@ -247,8 +247,8 @@ class DPOShiftTrainer(DPOTrainer):
                 values[-1] = value_of(values[-1])
             self._total_train_tokens = value_of(self._total_train_tokens)
         self._pair_scores[self._mode].append((self.state.global_step, matrix))
-        if matrix.device.type == "cpu" or not training:
-            self._stop_on_non_finite()
+        if matrix.device.type == "cpu":
+            self._stop_on_non_finite(newest=True)
         if not self._seam_is_checked:
             self._check_seam(scored)
         if training:
@@ -379,12 +379,12 @@ class DPOShiftTrainer(DPOTrainer):
     def _mode(self) -> str:
         return "train" if self.model.training else "eval"
 
-    def _stop_on_non_finite(self) -> None:
-        """Stop if a score that was recorded since the last log is not finite; reads from the device."""
+    def _stop_on_non_finite(self, newest: bool = False) -> None:
+        """Stop if a score recorded since the last log, or the newest, is not finite; waits for the device."""
         recorded, mode = self._pair_scores[self._mode], self._mode
-        if recorded and not all(torch.stack([torch.isfinite(matrix).all() for _, matrix in recorded]).tolist()):
-            step, matrix = next((s, matrix) for s, matrix in recorded if not torch.isfinite(matrix).all())
-            self._report_non_finite(PairScores.from_matrices([matrix]), mode, step)
+        for step, matrix in recorded[-1:] if newest else recorded:
+            if not torch.isfinite(matrix).all():
+                self._report_non_finite(PairScores.from_matrices([matrix]), mode, step)
 
     def _report_non_finite(self, scores: PairScores, mode: str, step: int) -> None:
         columns = {field.name: torch.isfinite(getattr(scores, field.name)) for field in fields(scores)}

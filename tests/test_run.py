@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from ast import literal_eval
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -448,3 +449,38 @@ def test_two_processes_see_the_same_lambda_and_the_same_metrics_as_one(recipe, t
     for left, right in zip(two, one, strict=True):
         for name in [n for n in right if n.removeprefix("eval_") in metrics]:
             assert left[name] == pytest.approx(right[name], rel=1e-6, abs=1e-6)
+
+
+def test_two_processes_fill_batches_by_tokens_and_share_one_measurement(recipe, tmp_path):
+    """Rank by rank the same lambda: the adaptive controller sees the pairs of both."""
+    options = [
+        "sft=null", "dpo.num_train_epochs=2", "dpo.max_steps=-1", "dpo.max_tokens_per_batch=60", "dpo.report_to=none",
+        "dpo.gradient_accumulation_steps=2", "dpo.lambda_schedule=adaptive", "dpo.per_pair_lambda=true",
+    ]  # fmt: skip
+    code = (
+        "import sys; from dposhift_trl import run, trainer; from torch import distributed\n"
+        "observed = []\n"
+        "observe = trainer.AdaptiveLambdaCallback.observe\n"
+        "def spy(self, matrix):\n"
+        "    observed.append((self.shift_lambda, matrix[:, 8].tolist()))\n"
+        "    observe(self, matrix)\n"
+        "trainer.AdaptiveLambdaCallback.observe = spy\n"
+        "code = run.main(sys.argv[1:])\n"
+        "print('SEEN', observed)\n"
+        "sys.exit(code)\n"
+    )
+    (tmp_path / "spy.py").write_text(code)
+    done = subprocess.run(
+        [*TWO, str(tmp_path / "spy.py"), str(recipe), *options],
+        env=ENVIRONMENT, capture_output=True, text=True, timeout=180,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    ranks = [literal_eval(line.removeprefix("SEEN ")) for line in done.stdout.splitlines() if line.startswith("SEEN ")]
+    assert len(ranks) == 2
+    assert ranks[0] == ranks[1]
+    steps = json.loads((tmp_path / "run" / "dpo" / "finished.json").read_text())["step"]
+    assert len(ranks[0]) == 2 * steps
+    for epoch in (ranks[0][:steps], ranks[0][steps:]):
+        rows = sorted(int(row) for _, rows in epoch for row in rows)
+        assert len(rows) == 20
+        assert len(set(rows)) == 19  # one appears twice, so that both have as many
