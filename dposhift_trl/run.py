@@ -394,6 +394,7 @@ def _run_stage(
         _say(
             f"{name}: "
             + ("reading shared tokens once" if trainer.shares_prompts else "reading both rows of each pair")
+            + (", the reference scored beforehand" if trainer.precompute_ref_logps else ", the reference at each step")
         )
     with _wandb_run(name, recipe):
         state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME)) if checkpoint else None
