@@ -6,6 +6,7 @@ import math
 import pytest
 
 from dposhift_trl import DPOShiftConfig
+from dposhift_trl.model_card import append_shift_section
 from dposhift_trl.verdict import LAMBDA_DEFAULTS, LambdaPlan, Outcome, degeneration, recommend_lambda, verdict
 
 
@@ -282,7 +283,7 @@ def test_the_plan_of_lambda_is_read_from_the_settings(settings, expected):
     ("plan", "end", "says"),
     [
         pytest.param(LambdaPlan(adaptive=True, low=0.8), 0.8, "Try a lower `lambda_min`", id="at-its-bound"),
-        pytest.param(LambdaPlan(adaptive=True, low=0.25), 0.25, "already low; a lower one can cost", id="at-a-low-bound"),
+        pytest.param(LambdaPlan(adaptive=True, low=0.25), 0.25, "already low; a lower one can", id="at-a-low-one"),
         pytest.param(
             LambdaPlan(adaptive=True, low=0.25, target=-5.0), 0.6, "at -5; evaluation pairs may lie elsewhere. Try a "
             "higher `lambda_target`", id="above-its-bound",
@@ -308,6 +309,25 @@ def test_with_a_lambda_for_each_pair_the_advice_is_on_that_of_the_shifted_pairs(
     assert "Try it for all pairs" in verdict(at(0.85), last, LambdaPlan(0.5, 0.5, per_pair=True))
     assert "of the shifted pairs went from 1 to 0.8" in verdict(at(1.0), last, LambdaPlan(1.0, 0.8, per_pair=True))
     assert "is not recorded" in verdict(at(1.0), last, LambdaPlan(per_pair=True))
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        pytest.param(
+            {"lambda_schedule": "adaptive", "lambda_target": -2.0}, "| lambda target | -2.0 (", id="adaptive"
+        ),
+        pytest.param({"per_pair_lambda": True}, "| lambda per pair | only where", id="per-pair"),
+        pytest.param({}, "| lambda | 0.95 |", id="fixed"),
+    ],
+)
+def test_the_model_card_says_how_lambda_was_set(settings, says, tmp_path):
+    (tmp_path / "README.md").write_text("# Card\n")
+    append_shift_section(DPOShiftConfig(str(tmp_path), bf16=False, use_cpu=True, **settings), [])
+    card = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert says in card
+    assert ("lambda target" in card) == ("lambda_target" in settings)
+    assert ("per pair" in card) == ("per_pair_lambda" in settings)
 
 
 def answered(**figures):
