@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from trl import DPOConfig
 
 from .schedules import ADAPTIVE, LAMBDA_SCHEDULE_ALIASES, LAMBDA_SCHEDULES, check_knots
+from .verdict import LambdaPlan
 
 
 if TYPE_CHECKING:
@@ -228,6 +229,11 @@ class DPOShiftConfig(DPOConfig):
             return self.lambda_min, self.lambda_max
         values = [value for _, value in self.lambda_schedule]
         return min(values), max(values)
+
+    @property
+    def lambda_plan(self) -> LambdaPlan:
+        """What the verdict must know of lambda beside the metrics."""
+        return LambdaPlan.of(vars(self))
 
     @property
     def always_dpo(self) -> bool:

@@ -66,12 +66,10 @@ from trl import get_quantization_config, maybe_extract_prompt
 
 from .data import one_line
 from .recipe import STAGES, RecipeModelConfig, parse_yaml
-from .run import EVAL_ROWS, FINISHED, RECIPE
+from .run import EVAL_ROWS, FINISHED, RECIPE, REPORT
+from .run_folder import GENERATIONS, SIDE_BY_SIDE, STATISTICS
 
 
-GENERATIONS = "generations"
-STATISTICS = "statistics.json"
-SIDE_BY_SIDE = "side_by_side.jsonl"
 MODES = ("greedy", "sampled")
 ANSWER_FILES = (".jsonl", ".alpaca_eval.json", ".mt_bench.jsonl")
 LOADING_ERRORS = (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError)
@@ -227,6 +225,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--overwrite", action="store_true", help="write even beside other files, or over answers of other settings"
     )
+    parser.add_argument(
+        "--no-report", action="store_true", help=f"leave RUN_DIR/{REPORT} as it is; by default it is written anew"
+    )
     options = parser.parse_args(argv)
     try:
         settings = GenerationSettings(
@@ -239,7 +240,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 2
     print(_table(report))
+    if not options.no_report and options.output is None:
+        _renew_report(Path(options.run_dir))
     return 0
+
+
+def _renew_report(folder: Path) -> None:
+    """Write the run's report anew, with the answers, where it has one."""
+    if not (folder / REPORT / "report.html").is_file():
+        return
+    from .report import ReportError, write_report  # draws, and takes seconds to import
+
+    try:
+        print(f"The report is {write_report([folder], folder / REPORT)}")
+    except ReportError as error:
+        print(f"The report is as it was: {error}", file=sys.stderr)
 
 
 def generate_answers(

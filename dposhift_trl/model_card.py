@@ -37,9 +37,12 @@ def append_shift_section(args: DPOShiftConfig, log_history: list[dict[str, Any]]
     latest: dict[str, float] = {}
     for entry in log_history:
         latest.update(entry)
+    plan = args.lambda_plan
     settings = {
         "lambda schedule": args.lambda_schedule,
         "lambda": "{} to {}".format(*args.lambda_range) if args.lambda_schedule != "fixed" else args.shift_lambda,
+        **({"lambda target": f"{args.lambda_target} ({args.lambda_target_metric})"} if plan.adaptive else {}),
+        **({"lambda per pair": "only where both answers' gradients agree, else 1"} if plan.per_pair else {}),
         "beta": args.beta,
         "loss type": ", ".join(args.loss_type),
         "learning rate": args.learning_rate,
@@ -59,7 +62,7 @@ def append_shift_section(args: DPOShiftConfig, log_history: list[dict[str, Any]]
         "| --- | --- |",
         *(f"| {name} | {value} |" for name, value in settings.items()),
     ]
-    if paragraph := verdict_of(log_history):
+    if paragraph := verdict_of(log_history, plan):
         lines += ["", paragraph]
     metrics = [(name, latest[name]) for name in CARD_METRICS if name in latest]
     if metrics:

@@ -27,13 +27,27 @@ from .figures import (
     scatter,
     trade_off,
 )
-from .run_folder import ReportError, Run, Stage, as_columns, number, read_file, read_run
-from .verdict import RULE, recommend_lambda
+from .run_folder import (
+    FIGURES,
+    GENERATIONS,
+    STATISTICS,
+    ReportError,
+    Run,
+    Stage,
+    as_columns,
+    number,
+    read_examples,
+    read_file,
+    read_run,
+)
+from .verdict import RULE, degeneration, recommend_lambda
 
 
 PAGE = "report.html"
 MARK = f'<meta name="generator" content="{__package__}'  # by which a page is known as ours
 SHOWN_PAIRS = 5  # that fell most, and that rose most
+SHOWN_QUESTIONS = 6  # whose answers differ most
+LONGEST_OPENING = 90  # characters of a prompt by which a question is told
 LONGEST_TEXT = 4_000  # characters of a prompt or answer
 
 
@@ -146,6 +160,9 @@ def _page_of_one(run: Run) -> tuple[str, list[Drawing]]:
         facts=_facts(run),
         summary=_summary(run),
         audit=_audit(run),
+        answers=_answers(run),
+        answers_lie=(run.folder / GENERATIONS / STATISTICS).exists(),
+        generations=GENERATIONS,
         several=False,
     )
     return page, drawings
@@ -187,6 +204,16 @@ def _curves_of(run: Run) -> list[Drawing | None]:
         training = Line(f"{label} (train)" if steps else label, color, *stage.series(name), faint=bool(steps))
         return [training, Line(label, color, steps, values, *band)]
 
+    plan = run.plan
+    target = []
+    if plan.adaptive and plan.metric == "displacement/chosen" and plan.target:
+        steps = stage.series("shift/lambda")[0]
+        target = [Line("target", "muted", steps, [plan.target] * len(steps), faint=True, dash="--")]
+    bound = None
+    if plan.adaptive:
+        bound = (plan.low, "lower bound")
+    elif plan.per_pair and plan.start is not None and plan.start == plan.end:
+        bound = (plan.end, "shifted pairs")
     lambdas = stage.series("shift/lambda") if stage.series("shift/lambda")[0] else _series(stage, "shift/lambda")
     at_t, at_1 = both("loss", "at λ(t)", "slate"), both("dpo_loss", "at λ = 1", "accent")
     at_1[-1].dash = "--"  # with lambda 1 throughout it lies on the other
@@ -201,7 +228,11 @@ def _curves_of(run: Run) -> list[Drawing | None]:
             "logratios",
             "Log-ratio to the SFT model",
             "nats an answer",
-            [*both("displacement/chosen", "chosen", "chosen"), *both("displacement/rejected", "rejected", "rejected")],
+            [
+                *both("displacement/chosen", "chosen", "chosen"),
+                *both("displacement/rejected", "rejected", "rejected"),
+                *target,
+            ],
             (0, "SFT model"),
         ),
         curves(
@@ -215,7 +246,13 @@ def _curves_of(run: Run) -> list[Drawing | None]:
             (0.5, "chance"),
             percent=True,
         ),
-        curves("lambda", "Lambda", "lambda (no unit)", [Line("λ", "purple", *lambdas)]),
+        curves(
+            "lambda",
+            "Lambda, mean over the pairs" if plan.per_pair else "Lambda",
+            "lambda (no unit)",
+            [Line("mean λ" if plan.per_pair else "λ", "purple", *lambdas)],
+            bound,
+        ),
         curves("loss", "Loss at lambda(t) and at lambda 1", "nats", [*at_t, *at_1]),
         curves(
             "sft_loss",
@@ -330,6 +367,7 @@ def _summary(run: Run) -> list[tuple[str, str]]:
         "Reward accuracy": "rewards/accuracies",
         "Perplexity of the chosen answers": "perplexity/chosen",
         "Loss at lambda 1, nats": "dpo_loss",
+        "Lambda, mean over the pairs" if run.plan.per_pair else "Lambda": "shift/lambda",
     }
     found = []
     for label, name in names.items():
@@ -338,6 +376,51 @@ def _summary(run: Run) -> list[tuple[str, str]]:
             interval = f" (95 % {low:.3f} to {high:.3f})" if math.isfinite(low + high) else ""
             found.append((label, f"{last[name]:.3f}{interval}"))
     return found
+
+
+def _answers(run: Run) -> dict[str, Any] | None:
+    """The table, the sentence and the examples of generated answers; None where there are none to be read."""
+    answers = run.answers
+    if answers is None:
+        return None
+    rows = {**answers.figures, **({"chosen in the data": answers.chosen} if answers.chosen else {})}
+    examples, count, same = read_examples(run, SHOWN_QUESTIONS)
+    return {
+        "questions": answers.questions,
+        "prompts": answers.settings.get("prompts"),
+        "limit": answers.settings.get("max_new_tokens"),
+        "rows": [(name, [_figure(key, values[key]) for key in FIGURES]) for name, values in rows.items()],
+        "sentence": degeneration(answers.figures, answers.chosen),
+        "count": count,
+        "same": same,
+        "examples": [_example(line, answers.models) for line in examples],
+    }
+
+
+def _figure(name: str, value: float) -> str:
+    if not math.isfinite(value):
+        return "–"
+    forms = {"count": ".0f", "mean_tokens": ".1f", "median_tokens": ".1f", "empty": ".0%", "cut": ".0%"}
+    return format(value, forms.get(name, ".3f"))
+
+
+def _example(line: Mapping[str, Any], models: Sequence[str]) -> dict[str, Any]:
+    """One question: its opening words, and each turn with both models' greedy answers."""
+    answers = {model: line["answers"][model]["greedy"] for model in (models[0], models[-1])}
+    prompts = [line.get("prompt"), *line["follow_ups"]]
+    opening = " ".join(as_text(prompts[0]).split())
+    turns = [
+        (as_text(prompt), [(model, as_text(texts[turn])) for model, texts in answers.items() if turn < len(texts)])
+        for turn, prompt in enumerate(prompts)
+    ]
+    if line["chosen"] is not None:
+        turns[0][1].append(("chosen in the data", as_text(line["chosen"])))
+    return {
+        "id": line["question_id"],
+        "category": line["category"],
+        "opening": opening if len(opening) <= LONGEST_OPENING else f"{opening[:LONGEST_OPENING]} …",
+        "turns": turns,
+    }
 
 
 def _audit(run: Run) -> list[dict[str, Any]]:
@@ -407,16 +490,30 @@ COLUMNS = (
 )
 
 
+ANSWER_COLUMNS = (("Repetition", "answers/repetition"), ("Empty answers, share", "answers/empty"))
+
+
+def _compared(run: Run, name: str) -> float:
+    """A figure of the table that compares runs."""
+    if name.startswith("answers/"):
+        return math.nan if run.answers is None else run.answers.final_greedy.get(name.split("/")[1], math.nan)
+    if name == "shift/lambda" and run.outcome.lambdas is not None:
+        return run.outcome.lambdas[1]
+    return run.ends[1].get(name, math.nan)
+
+
 def _page_of_several(runs: Sequence[Run]) -> tuple[str, list[Drawing]]:
     outcomes = [run.outcome for run in runs]
     recommended, reason = recommend_lambda(outcomes)
     drawings = [drawing for drawing in [*_trade_offs(runs), *_overlays(runs)] if drawing]
+    answered = [run.answers for run in runs if run.answers is not None]
+    columns = [*COLUMNS, *(ANSWER_COLUMNS if answered else ())]
     table: list[dict[str, Any]] = [
         {
             "name": run.name,
             "lambda_text": run.lambda_text,
             "recommended": run.name == recommended,
-            "values": [run.ends[1].get(name, math.nan) for _, name in COLUMNS],
+            "values": [_compared(run, name) for _, name in columns],
         }
         for run in runs
     ]
@@ -428,7 +525,9 @@ def _page_of_several(runs: Sequence[Run]) -> tuple[str, list[Drawing]]:
         runs=runs,
         drawings=drawings,
         table=table,
-        columns=[label for label, _ in COLUMNS],
+        columns=[label for label, _ in columns],
+        answered=len(answered),
+        other_questions=len({json.dumps(answers.settings, sort_keys=True) for answers in answered}) > 1,
         reason=reason,
         rule=RULE,
         other_betas=bool(betas) and max(betas) > 1.01 * min(betas),

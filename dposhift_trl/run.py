@@ -414,7 +414,7 @@ def _run_stage(
         trainer.create_model_card(model_name=f"{recipe.run_name}-{name}", dataset_name=_hub_name(recipe))
         if PartialState().is_main_process:
             append_recipe_section(folder, dump_yaml(recipe.resolved))
-        if isinstance(trainer, DPOShiftTrainer) and (paragraph := verdict_of(trainer.state.log_history)):
+        if isinstance(args, DPOShiftConfig) and (paragraph := verdict_of(trainer.state.log_history, args.lambda_plan)):
             _say(paragraph)
     if PartialState().is_main_process:
         if is_peft_model(trainer.model):

@@ -3,19 +3,26 @@
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
 
-from .verdict import Outcome, verdict
+from .verdict import LambdaPlan, Outcome, verdict
 
 
 STATE = "trainer_state.json"
+GENERATIONS = "generations"
+STATISTICS = "statistics.json"
+SIDE_BY_SIDE = "side_by_side.jsonl"
+FIGURES = ("count", "mean_tokens", "median_tokens", "empty", "cut", "repetition", "distinct_1", "distinct_2")
 
 
 class ReportError(ValueError):
@@ -52,6 +59,21 @@ class Stage:
 
 
 @dataclass
+class Answers:
+    """Figures of generated answers: `figures` by "<model> <mode>", `chosen` those of the data's chosen answers."""
+
+    models: list[str]
+    settings: dict[str, Any]
+    questions: int
+    figures: dict[str, dict[str, float]]
+    chosen: dict[str, float] | None
+
+    @property
+    def final_greedy(self) -> dict[str, float]:
+        return self.figures.get(f"{self.models[-1]} greedy", {})
+
+
+@dataclass
 class Run:
     """A run folder, as far as it could be read; `notes` says what is not there and why."""
 
@@ -62,6 +84,8 @@ class Run:
     audit: dict[str, Any]
     rows: dict[int, dict[str, Any]]
     notes: list[str]
+    plan: LambdaPlan
+    answers: Answers | None
 
     @property
     def dpo(self) -> Stage:
@@ -75,18 +99,38 @@ class Run:
 
     @property
     def verdict(self) -> str:
-        return verdict(*self.ends)
+        return verdict(*self.ends, self.plan)
 
     @property
     def outcome(self) -> Outcome:
-        return Outcome.of(self.name, *self.ends)
+        return Outcome.of(self.name, *self.ends, self.plan, any(abs(value - 1) > 1e-9 for value in self.lambdas()))
+
+    def lambdas(self, first: float = -math.inf, last: float = math.inf) -> list[float]:
+        """Every logged lambda within two steps, of training and of evaluations; with one for each pair the means."""
+        return [
+            value
+            for name in ("shift/lambda", f"{self.dpo.prefix}shift/lambda")
+            for step, value in zip(*self.dpo.series(name), strict=True)
+            if first <= step <= last and math.isfinite(value)
+        ]
 
     @property
     def lambda_text(self) -> str:
+        pairs = "per pair" if self.plan.per_pair else ""
+        if self.plan.adaptive:
+            return f"λ {self.plan.adaptive_text}{pairs and f', {pairs}'}"
         ends = self.outcome.lambdas
         if ends is None:
-            return "λ unknown"
-        return f"λ {ends[1]:.4g}" if math.isclose(*ends) else f"λ {ends[0]:.4g} to {ends[1]:.4g}"
+            return f"λ {pairs or 'unknown'}"
+        way = [ends[0], ends[1]]
+        logged = [] if pairs else self.lambdas(self.ends[0]["step"], self.ends[1]["step"])
+        if logged:  # knots may lead away and back
+            furthest = max(logged, key=lambda value: max(min(ends) - value, value - max(ends)))
+            if not min(ends) - 1e-3 <= furthest <= max(ends) + 1e-3:
+                way.insert(1, furthest)
+        if len(way) == 2 and math.isclose(*ends):
+            del way[0]
+        return f"λ {' to '.join(f'{value:.4g}' for value in way)}{pairs and f' {pairs}'}"
 
 
 def read_run(folder: Path) -> Run:
@@ -120,7 +164,107 @@ def read_run(folder: Path) -> Run:
             )
         if not stages["dpo"].pairs:
             notes.append("No scores of pairs are saved (`pairs/`), so there are no histograms and no lists of pairs.")
-    return Run(folder, folder.resolve().name, stages, recipe, audit, rows, notes)
+    plan = _read_plan(recipe, stages.get("dpo") or Stage(folder))
+    answers = None
+    if (folder / GENERATIONS / STATISTICS).exists():
+        answers = read_file(folder / GENERATIONS / STATISTICS, _as_answers, None, notes, "the figures of answers")
+    return Run(folder, folder.resolve().name, stages, recipe, audit, rows, notes, plan, answers)
+
+
+def _read_plan(recipe: str | None, stage: Stage) -> LambdaPlan:
+    """From the recipe; else, as for a plain trainer's folder, from the controller's state and the pairs' scores."""
+    steps = [entry["step"] for entry in stage.evaluations()]
+    length = number(stage.state.get("max_steps"))
+    progress = (steps[0] / length, steps[-1] / length) if steps and length > 0 else (0.0, 1.0)
+    plan, known = LambdaPlan(), False
+    try:
+        values = {} if recipe is None else YAML(typ="safe", pure=True).load(recipe)
+        if isinstance(values, dict) and isinstance(values.get("dpo"), dict):
+            plan, known = LambdaPlan.of(values["dpo"], progress), True
+    except (YAMLError, ValueError, TypeError, AttributeError, RecursionError):
+        pass
+    controller = stage.state.get("stateful_callbacks", {})
+    controller = controller.get("AdaptiveLambdaCallback") if isinstance(controller, dict) else None
+    told = controller.get("args") if isinstance(controller, dict) else None
+    if isinstance(told, dict) and not plan.adaptive:
+        low, high, target = (number(told.get(name)) for name in ("lambda_min", "lambda_max", "target"))
+        if 0 < low < high and math.isfinite(target):
+            plan = replace(plan, adaptive=True, low=low, high=high, target=target, metric=str(told.get("metric")))
+    if stage.pairs and (not known or plan.per_pair):
+        ends = [_pair_lambdas(stage.pairs[step]) for step in (min(stage.pairs), max(stage.pairs))]
+        mixed = any(len(found) == 2 and found[1] == 1 for found in ends)
+        if mixed and not known:
+            plan = replace(plan, per_pair=True)
+        if plan.per_pair and (plan.start is None or plan.adaptive) and all(ends):
+            plan = replace(plan, start=ends[0][0], end=ends[1][0])
+    return plan
+
+
+def _pair_lambdas(path: Path) -> list[float]:
+    """The distinct lambdas of an evaluation's pairs, in order."""
+    try:
+        values = pq.read_table(path, columns=["shift_lambda"])["shift_lambda"].unique().to_pylist()
+        return sorted({round(number(value), 9) for value in values if math.isfinite(number(value))})
+    except (OSError, ValueError, KeyError, TypeError, pa.ArrowException):
+        return []
+
+
+def _as_answers(path: Path) -> Answers:
+    content = _as_mapping(path)
+    models, modes = ([str(name) for name in content[key]] for key in ("models", "modes"))
+    if not models or not modes:
+        raise ValueError(models)
+    chosen, settings = content.get("chosen"), content.get("settings")
+    return Answers(
+        models,
+        settings if isinstance(settings, dict) else {},
+        int(content["questions"]),
+        {f"{model} {mode}": _figures(content["statistics"][model][mode]) for model in models for mode in modes},
+        None if chosen is None else _figures(chosen),
+    )
+
+
+def _figures(values: Any) -> dict[str, float]:
+    return {name: number(values.get(name)) for name in FIGURES}
+
+
+def read_examples(run: Run, limit: int) -> tuple[list[dict[str, Any]], int, int]:
+    """
+    The questions whose greedy answers by the two models differ most, that first.
+
+    Returns:
+        `tuple[list[dict[str, Any]], int, int]`: Lines of `side_by_side.jsonl`; how many it holds, and how many of them
+        have the same greedy answer from both models.
+    """
+    assert run.answers is not None
+    models = run.answers.models
+    texts = read_file(run.folder / GENERATIONS / SIDE_BY_SIDE, _as_text, "", run.notes, "answers side by side")
+    found: list[tuple[float, dict[str, Any]]] = []
+    broken = same = 0
+    for line in texts.split("\n"):
+        if not line.strip():
+            continue
+        try:
+            content = json.loads(line)
+            greedy = ["\n".join(content["answers"][model]["greedy"]) for model in (models[0], models[-1])]
+            content = {"question_id": None, "category": None, "chosen": None} | content
+            content["follow_ups"] = [str(turn) for turn in content.get("follow_ups") or []]
+            found.append((difference(*greedy), content))
+            same += greedy[0] == greedy[1]
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            broken += 1
+    if broken:
+        run.notes.append(f"{SIDE_BY_SIDE}: {broken} of {broken + len(found)} lines cannot be read, and are left out.")
+    found.sort(key=lambda item: -item[0])
+    return [content for _, content in found[:limit]], len(found), same
+
+
+def difference(one: str, other: str) -> float:
+    """From 0, the same text, to 1: the share of runs of three characters that only one of two texts has."""
+    if one == other:
+        return 0.0
+    counts = [Counter(text[i : i + 3] for i in range(max(1, len(text) - 2))) for text in (one, other)]
+    return 1 - 2 * (counts[0] & counts[1]).total() / (counts[0].total() + counts[1].total())
 
 
 def _read_stage(folder: Path, notes: list[str]) -> Stage:
@@ -169,7 +313,7 @@ def read_file(path: Path, reader: Callable[[Path], Any], default: Any, notes: li
         return default
     try:
         return reader(path)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, pa.ArrowException) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, pa.ArrowException) as error:
         notes.append(f"{path.name} cannot be read ({type(error).__name__}), so {what} cannot be shown.")
         return default
 

@@ -3,6 +3,10 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+from .schedules import ADAPTIVE, make_lambda_schedule
 
 
 # Perplexity of the chosen answers, last over first. Conventions of ours, not figures of the paper: nats an answer grow
@@ -13,10 +17,79 @@ LARGE_RISE_OF_PERPLEXITY = 1.5
 LOW_LAMBDA = 0.75
 # Of the reference's margin, what a recommended run must keep; ours too
 KEPT_MARGIN = 0.5
+# Of the fields of `DPOShiftConfig`, whose import takes seconds
+LAMBDA_DEFAULTS: dict[str, Any] = {
+    "lambda_schedule": "fixed",
+    "shift_lambda": 0.95,
+    "lambda_min": 0.75,
+    "lambda_max": 1.0,
+    "lambda_target": 0.0,
+    "lambda_target_metric": "displacement/chosen",
+    "per_pair_lambda": False,
+}
 STILL = 1e-3  # nats an answer: float32 sums of log-probabilities agree to about this
 
 
-def verdict(first: Mapping[str, float], last: Mapping[str, float]) -> str:
+@dataclass(frozen=True)
+class LambdaPlan:
+    """
+    What a run was told of lambda, where its logged mean says less.
+
+    Args:
+        start, end (`float`, *optional*):
+            Lambda at both ends of the run, as far as it is known beforehand. With `per_pair` that of the pairs that
+            are shifted, where the logged one is a mean with the others' 1.
+        adaptive (`bool`, *optional*, defaults to `False`):
+            Whether a controller moves lambda between `low` and `high` to hold `metric` at `target`.
+        low, high, target (`float`), metric (`str`):
+            The controller's.
+        per_pair (`bool`, *optional*, defaults to `False`):
+            Whether only the pairs whose gradients point the same way are shifted.
+    """
+
+    start: float | None = None
+    end: float | None = None
+    adaptive: bool = False
+    low: float = 0.75
+    high: float = 1.0
+    target: float = 0.0
+    metric: str = "displacement/chosen"
+    per_pair: bool = False
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any], progress: tuple[float, float] = (0.0, 1.0)) -> "LambdaPlan":
+        """
+        From the fields of a [`DPOShiftConfig`], where missing its defaults; `progress` is that of start and end.
+
+        Raises:
+            TypeError, ValueError: If a field has no value that a run could have had.
+        """
+        fields = LAMBDA_DEFAULTS | {name: settings[name] for name in LAMBDA_DEFAULTS if name in settings}
+        low, high, target = (float(fields[name]) for name in ("lambda_min", "lambda_max", "lambda_target"))
+        adaptive = fields["lambda_schedule"] == ADAPTIVE
+        start: float | None = None
+        end: float | None = None
+        if not adaptive:
+            schedule = make_lambda_schedule(SimpleNamespace(**fields))
+            start, end = (float(schedule(share)) for share in progress)
+        elif low == high:
+            adaptive, start, end = False, low, low
+        per_pair = fields["per_pair_lambda"] is True and (adaptive or (start, end) != (1.0, 1.0))
+        return cls(start, end, adaptive, low, high, target, str(fields["lambda_target_metric"]), per_pair)
+
+    @property
+    def adaptive_text(self) -> str:
+        share = "share " if self.metric == "displacement/chosen_fell" else ""
+        return f"adaptive {self.low:.4g} to {self.high:.4g}, target {share}{self.target:.4g}"
+
+    def lambdas(self, first: Mapping[str, float], last: Mapping[str, float]) -> tuple[float, float] | None:
+        """Lambda at both ends: the logged one, or the plan's where that is a mean with the 1 of other pairs."""
+        if not self.per_pair:
+            return _lambdas(first, last)
+        return None if self.start is None or self.end is None else (self.start, self.end)
+
+
+def verdict(first: Mapping[str, float], last: Mapping[str, float], plan: LambdaPlan | None = None) -> str:
     """
     Say whether the chosen answers became less likely, how far and for how many, what the rejected ones did, what that
     usually means, and what to try.
@@ -25,7 +98,8 @@ def verdict(first: Mapping[str, float], last: Mapping[str, float]) -> str:
     - Margin not above 0, or accuracy not above one half by their intervals: nothing about lambda can be said.
     - The rejected answers rose: lambda may be too low, if it is below 1 and the chosen answers rose too.
     - The chosen answers fell: slightly, clearly or much by what became of their perplexity. Below 1.1 times nothing is
-      to be done; above, a lower lambda is to be tried, unless it is at most 0.75 already.
+      to be done; above, a lower lambda is to be tried, unless it is at most 0.75 already. Of an adaptive lambda, its
+      lower bound is to be tried lower where lambda ended there, and else its target is to be moved.
 
     Args:
         first (`Mapping[str, float]`):
@@ -33,6 +107,8 @@ def verdict(first: Mapping[str, float], last: Mapping[str, float]) -> str:
             `displacement/*` is relative to the reference anyhow.
         last (`Mapping[str, float]`):
             Metrics of the last evaluation, without the prefix.
+        plan ([`LambdaPlan`], *optional*):
+            What the run was told of lambda.
 
     Returns:
         `str`: One paragraph, without markup or line breaks.
@@ -54,16 +130,18 @@ def verdict(first: Mapping[str, float], last: Mapping[str, float]) -> str:
     if doubt:
         return " ".join([*sentences, doubt])
     sentences.append(_what_was_learned(last))
-    return " ".join([*sentences, _meaning_and_advice(chosen, rejected, growth, _lambdas(first, last))])
+    return " ".join([*sentences, _meaning_and_advice(chosen, rejected, growth, first, last, plan or LambdaPlan())])
 
 
-def verdict_of(log_history: Sequence[Mapping[str, float]]) -> str | None:
+def verdict_of(log_history: Sequence[Mapping[str, float]], plan: LambdaPlan | None = None) -> str | None:
     """
     [`verdict`] of the first and the last evaluation in a trainer's log, or `None` if there was none.
 
     Args:
         log_history (`list[dict[str, float]]`):
             `trainer.state.log_history`.
+        plan ([`LambdaPlan`], *optional*):
+            What the run was told of lambda.
     """
     evaluations = [entry for entry in log_history if "eval_displacement/chosen" in entry]
     if not evaluations:
@@ -71,7 +149,7 @@ def verdict_of(log_history: Sequence[Mapping[str, float]]) -> str | None:
     first, last = (
         {name.removeprefix("eval_"): value for name, value in evaluations[place].items()} for place in (0, -1)
     )
-    return verdict(first if evaluations[0].get("step") == 0 else {}, last)
+    return verdict(first if evaluations[0].get("step") == 0 else {}, last, plan)
 
 
 def _number(metrics: Mapping[str, float], name: str) -> float | None:
@@ -161,8 +239,14 @@ def _what_was_learned(last: Mapping[str, float]) -> str:
 
 
 def _meaning_and_advice(
-    chosen: float, rejected: float, growth: float | None, lambdas: tuple[float, float] | None
+    chosen: float,
+    rejected: float,
+    growth: float | None,
+    first: Mapping[str, float],
+    last: Mapping[str, float],
+    plan: LambdaPlan,
 ) -> str:
+    lambdas = plan.lambdas(first, last)
     if rejected >= STILL:
         if lambdas and min(lambdas) < 1 and chosen >= STILL:
             return (
@@ -191,36 +275,55 @@ def _meaning_and_advice(
         if large
         else "That is a clear fall, though not a large one: some probability left the good answers too."
     )
-    return f"{meaning} {_what_to_try(lambdas)}"
+    return f"{meaning} {_what_to_try_adaptive(lambdas, plan) if plan.adaptive else _what_to_try(lambdas, last, plan)}"
 
 
-def _what_to_try(lambdas: tuple[float, float] | None) -> str:
+def _what_to_try_adaptive(lambdas: tuple[float, float] | None, plan: LambdaPlan) -> str:
     if lambdas is None:
-        return "Lambda was not logged, so it cannot be said whether there is room to lower it."
-    start, end = lambdas
-    low = min(lambdas)
-    if not math.isclose(start, end, rel_tol=1e-3):
-        if low < LOW_LAMBDA:
-            return f"Lambda, from {start:.3g} to {end:.3g}, was already low in part; {_MOVE_LESS}"
-        return (
-            f"Lambda went from {start:.3g} to {end:.3g}. Try it fixed at {low:.3g}, and look at margin and "
-            "accuracy on "
-            "the same pairs: a lower lambda can cost both."
-        )
-    if low >= 1:
-        return (
-            f"With lambda {low:.3g} this is DPO{'' if low == 1 else ' or beyond'}. Try `shift_lambda: 0.95`, then "
-            "lower, "
-            "and look at margin and accuracy on the same pairs: a lower lambda can cost both."
-        )
-    if low <= LOW_LAMBDA:
-        return f"Lambda, {low:.3g}, is already low; {_MOVE_LESS}"
+        return "Lambda was not logged, so it cannot be said whether the controller had room to lower it."
+    end, share = lambdas[1], plan.metric == "displacement/chosen_fell"
+    held = "the share of chosen answers that fell" if share else "the mean chosen log-ratio"
+    if end <= 1.01 * plan.low:
+        where = f"Lambda ended at its lower bound, {plan.low:.3g}, so the controller had no room left"
+        if plan.low <= LOW_LAMBDA:
+            return f"{where}, and that is already low; {_MOVE_LESS}"
+        return f"{where}. Try a lower `lambda_min`, {_SAME_PAIRS}"
     return (
-        f"Lambda was {low:.3g}. Try a lower one in small steps, and look at margin and accuracy on the same pairs: a "
-        "lower lambda can cost both."
+        f"Lambda ended at {end:.3g}, above its lower bound, {plan.low:.3g}, with a controller that holds {held} of "
+        f"the training pairs at {plan.target:.3g}; evaluation pairs may lie elsewhere. Try a "
+        f"{'lower' if share else 'higher'} `lambda_target`, {_SAME_PAIRS}"
     )
 
 
+def _what_to_try(lambdas: tuple[float, float] | None, last: Mapping[str, float], plan: LambdaPlan) -> str:
+    if lambdas is None and plan.per_pair:
+        return "Lambda of the shifted pairs is not recorded, so it cannot be said whether there is room to lower it."
+    if lambdas is None:
+        return "Lambda was not logged, so it cannot be said whether there is room to lower it."
+    start, end = lambdas
+    low, whose = min(lambdas), " of the shifted pairs" if plan.per_pair else ""
+    if not math.isclose(start, end, rel_tol=1e-3):
+        if low < LOW_LAMBDA:
+            return f"Lambda{whose}, from {start:.3g} to {end:.3g}, was already low in part; {_MOVE_LESS}"
+        return f"Lambda{whose} went from {start:.3g} to {end:.3g}. Try it fixed at {low:.3g}, {_SAME_PAIRS}"
+    if low >= 1:
+        return (
+            f"With lambda {low:.3g} this is DPO{'' if low == 1 else ' or beyond'}. Try `shift_lambda: 0.95`, then "
+            f"lower, {_SAME_PAIRS}"
+        )
+    if plan.per_pair:
+        mean = _number(last, "shift/lambda")
+        remedy = "it for all pairs, without `per_pair_lambda`" if low <= LOW_LAMBDA else "a lower one"
+        return (
+            f"Lambda was {low:.3g} for the shifted pairs and 1 for the others"
+            f"{'' if mean is None else f', {mean:.3g} on average'}. Try {remedy}, {_SAME_PAIRS}"
+        )
+    if low <= LOW_LAMBDA:
+        return f"Lambda, {low:.3g}, is already low; {_MOVE_LESS}"
+    return f"Lambda was {low:.3g}. Try a lower one in small steps, {_SAME_PAIRS}"
+
+
+_SAME_PAIRS = "and look at margin and accuracy on the same pairs: a lower lambda can cost both."
 _MOVE_LESS = (
     "a lower one can cost margin (in the paper .58 became .24 at 0.5). Try a smaller learning rate or "
     "fewer steps, which "
@@ -237,7 +340,7 @@ class Outcome:
         name (`str`):
             What to call the run.
         lambdas (`tuple[float, float]`, *optional*):
-            Lambda at the first and at the last evaluation.
+            Lambda at the first and at the last evaluation; with one for each pair, that of the shifted pairs.
         chosen (`float`, *optional*):
             Mean chosen log-ratio, nats an answer.
         margin, accuracy (`float`, *optional*):
@@ -245,6 +348,8 @@ class Outcome:
         reference_chosen (`float`, *optional*):
             Mean log-probability of the chosen answers under the SFT model, by which to see that two runs started
             from the same model and were evaluated on the same pairs.
+        shifted_between (`bool`, *optional*, defaults to `False`):
+            Whether lambda differed from 1 at some step, whatever it was at both ends.
     """
 
     name: str
@@ -257,14 +362,22 @@ class Outcome:
     accuracy_low: float | None = None
     accuracy_high: float | None = None
     reference_chosen: float | None = None
+    shifted_between: bool = False
 
     @classmethod
-    def of(cls, name: str, first: Mapping[str, float], last: Mapping[str, float]) -> "Outcome":
+    def of(
+        cls,
+        name: str,
+        first: Mapping[str, float],
+        last: Mapping[str, float],
+        plan: LambdaPlan | None = None,
+        shifted_between: bool = False,
+    ) -> "Outcome":
         """From the metrics that [`verdict`] takes."""
         logps, chosen = _number(last, "logps/chosen"), _number(last, "displacement/chosen")
         return cls(
             name,
-            _lambdas(first, last),
+            (plan or LambdaPlan()).lambdas(first, last),
             chosen,
             _number(last, "rewards/margins"),
             _number(last, "rewards/margins_low"),
@@ -273,11 +386,14 @@ class Outcome:
             _number(last, "rewards/accuracies_low"),
             _number(last, "rewards/accuracies_high"),
             None if logps is None or chosen is None else logps - chosen,
+            shifted_between,
         )
 
     @property
     def is_dpo(self) -> bool:
-        return self.lambdas is not None and all(math.isclose(end, 1, abs_tol=1e-9) for end in self.lambdas)
+        if self.lambdas is None or self.shifted_between:
+            return False
+        return all(math.isclose(end, 1, abs_tol=1e-9) for end in self.lambdas)
 
     @property
     def complete(self) -> bool:
@@ -357,4 +473,47 @@ def recommend_lambda(outcomes: Sequence[Outcome]) -> tuple[str | None, str]:
         f"answers kept most: log-ratio {best.chosen:.2f} nats against {reference.chosen:.2f}, accuracy "
         f"{best.accuracy:.3f} against {reference.accuracy:.3f}, margin {best.margin:.3g} against "
         f"{reference.margin:.3g}. One seed and one evaluation set; confirm with another seed before relying on it."
+    )
+
+
+# Conventions of ours: half of an answer's runs of four tokens have been there before; one answer in ten has no text.
+REPETITIVE = 0.5
+OFTEN_EMPTY = 0.1
+ABOVE_DATA = 0.1  # by which repetition must exceed that of the chosen answers, which may be tables or code
+
+
+def degeneration(figures: Mapping[str, Mapping[str, float]], chosen: Mapping[str, float] | None = None) -> str:
+    """
+    Say what degenerate text looks like in the figures of generated answers, and whether it shows.
+
+    Args:
+        figures (`dict[str, dict[str, float]]`):
+            By kind of answers, as "dpo greedy", the figures of [`~generate.answer_statistics`]; NaN where unknown.
+        chosen (`dict[str, float]`, *optional*):
+            The same of the chosen answers.
+
+    Returns:
+        `str`: One sentence.
+    """
+    looks = "Degenerate text is empty, or repeats itself (repetition near 1, distinct-n near 0) until it is cut"
+    allowed = max(REPETITIVE, (_number(chosen or {}, "repetition") or 0.0) + ABOVE_DATA)
+    known, shown = [], []
+    for name, values in figures.items():
+        empty, repetition, cut = (_number(values, figure) for figure in ("empty", "repetition", "cut"))
+        if not values.get("count") or empty is None:
+            continue
+        known.append((empty, repetition or 0.0))
+        signs = [f"{empty:.0%} empty"] if empty >= OFTEN_EMPTY else []
+        if repetition is not None and repetition >= allowed:
+            signs.append(f"repetition {repetition:.2f}" + ("" if cut is None else f" and {cut:.0%} cut"))
+        if signs:
+            shown.append(f"{name} ({', '.join(signs)})")
+    if not known:
+        return f"{looks}: whether it shows cannot be said, since there are no figures of answers."
+    if shown:
+        return f"{looks}: it shows in {'; '.join(shown)}."
+    empty, repetition = (max(values) for values in zip(*known, strict=True))
+    return (
+        f"{looks}: by these figures it does not show, with at most {empty:.0%} empty and repetition at most "
+        f"{repetition:.2f} (here it would be said to show from {OFTEN_EMPTY:.0%} and {allowed:.2f})."
     )

@@ -312,6 +312,23 @@ def test_what_the_recipe_starts_from_stands_in_for_a_missing_stage(tmp_path, sta
     assert report["models"] == models == list(report["statistics"])
 
 
+def test_a_report_that_is_there_is_written_anew_with_the_answers_unless_it_is_to_be_left(run, tmp_path, capfd):
+    page = run / "report" / "report.html"
+    assert main([str(run), *SHORT]) == 0
+    assert not page.exists()
+    page.parent.mkdir()
+    page.write_text("mine")
+    assert main([str(run), *SHORT]) == 0
+    assert "The report is as it was" in capfd.readouterr().err
+    assert page.read_text() == "mine"
+    page.write_text('<meta name="generator" content="dposhift_trl">')
+    assert main([str(run), *SHORT, "--no-report"]) == main([str(run), *SHORT, "--output", str(tmp_path / "o")]) == 0
+    assert "Greedy answers that differ most" not in page.read_text(encoding="utf-8")
+    assert main([str(run), *SHORT]) == 0
+    assert capfd.readouterr().out.strip().endswith(f"The report is {page}")
+    assert "Greedy answers that differ most" in page.read_text(encoding="utf-8")
+
+
 def test_an_adapter_answers_as_the_model_it_is_merged_into(run):
     torch.manual_seed(5)
     base = AutoModelForCausalLM.from_pretrained(run / "base")

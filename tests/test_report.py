@@ -14,10 +14,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from scipy.stats import gaussian_kde
 
 from dposhift_trl import figures
 from dposhift_trl.figures import color_variables, curves, pareto_front, spread
 from dposhift_trl.report import ReportError, as_text, main, write_report
+from dposhift_trl.run_folder import difference, read_run
 
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -92,10 +94,53 @@ def make_run(folder: Path, shift_lambda=0.75, pairs=40, fall=1.0, steps=(0, 10, 
     return folder
 
 
+def add_answers(folder: Path, texts=(), **changes) -> Path:
+    """Generated answers as `dposhift_trl.generate` leaves them: for each pair of texts a question."""
+    figures = {
+        "count": len(texts), "mean_tokens": 12.34, "median_tokens": 11.5, "empty": 0.0, "cut": 0.25,
+        "repetition": 0.05, "distinct_1": 0.4, "distinct_2": None,
+    }  # fmt: skip
+    report = {
+        "settings": {"prompts": None, "limit": 64, "max_new_tokens": 256},
+        "models": ["sft", "dpo"],
+        "modes": ["greedy", "sampled"],
+        "questions": len(texts),
+        "left_out": {},
+        "statistics": {
+            "sft": {"greedy": figures, "sampled": figures},
+            "dpo": {"greedy": {**figures, "repetition": 0.9, "cut": 1.0}, "sampled": figures},
+        },
+        "chosen": figures,
+    }
+    lines = [
+        {
+            "question_id": index, "category": None, "prompt": f"ask {index} {HOSTILE}", "follow_ups": [],
+            "answers": {
+                name: {"greedy": [text], "sampled": ["drawn"]} for name, text in zip(("sft", "dpo"), pair, strict=True)
+            },
+            "chosen": "a good answer",
+        }
+        for index, pair in enumerate(texts)
+    ]  # fmt: skip
+    (folder / "generations").mkdir(exist_ok=True)
+    (folder / "generations" / "statistics.json").write_text(json.dumps({**report, **changes}))
+    (folder / "generations" / "side_by_side.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+ANSWERS = [
+    ("the same words", "the same words"),
+    (HOSTILE, "nothing alike"),
+    ("one two three four", "one two three five"),
+    *[("", "")] * 6,
+]
+
+
 @pytest.fixture(scope="module")
 def one(tmp_path_factory) -> Path:
     """The report of a complete run whose texts are hostile."""
     folder = make_run(tmp_path_factory.mktemp("one") / "run", text=HOSTILE)
+    add_answers(folder, ANSWERS)
     assert main([str(folder)]) == 0
     return folder / "report" / "report.html"
 
@@ -215,6 +260,188 @@ def test_the_page_is_accessible(which, request):
     assert used <= set(identities)
     scrolled = [attributes for _, attributes in page.tags if attributes.get("class") == "scroll"]
     assert all(region["tabindex"] == "0" and region["aria-label"] for region in scrolled)
+
+
+def test_generated_answers_have_a_table_a_sentence_and_the_examples_that_differ_most(one):
+    text = Page(one).text
+    assert "sft greedy 9 12.3 11.5 0% 25% 0.050 0.400 –" in text
+    assert "chosen in the data 9 12.3" in text
+    assert "it shows in dpo greedy (repetition 0.90 and 100% cut)." in text
+    assert "9 questions from the evaluation rows, answers of at most 256 tokens" in text
+    assert "7 of 9 questions have the same greedy answer" in text
+    assert re.findall(r"Question (\d+): ask", text) == ["1", "2", "0", "3", "4", "5"]
+    assert f"sft {' '.join(HOSTILE.split())} dpo nothing alike chosen in the data a good answer" in text
+    assert "dpo (empty)" in text
+    assert "drawn" not in text
+
+
+def test_a_run_without_answers_names_the_command_that_writes_them(tmp_path, undrawn):
+    text = Page(write_report([make_run(tmp_path / "run", pairs=3)], tmp_path / "out")).text
+    assert "python -m dposhift_trl.generate RUN_DIR" in text
+    assert "Nothing: every file of the run was there and could be read." in text
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff{", b"[]", b"{}", b"[" * 99_999, b'{"models": ["a"], "modes": ["b"]}'])
+def test_broken_figures_of_answers_are_noted_and_the_rest_is_shown(content, tmp_path, undrawn):
+    folder = add_answers(make_run(tmp_path / "run", pairs=3), ANSWERS)
+    (folder / "generations" / "statistics.json").write_bytes(content)
+    text = Page(write_report([folder], tmp_path / "out")).text
+    assert "statistics.json cannot be read" in text
+    assert "chosen answers fell by" in text
+    assert main([str(folder), str(make_run(tmp_path / "b", pairs=3)), "--output", str(tmp_path / "both")]) == 0
+
+
+def test_broken_lines_of_answers_are_counted_and_the_others_shown(tmp_path, undrawn):
+    folder = add_answers(make_run(tmp_path / "run", pairs=3), ANSWERS[:2])
+    path = folder / "generations" / "side_by_side.jsonl"
+    path.write_text(path.read_text() + '{"answers": 3}\n[]\n{\n{"answers": {"sft": {"greedy": [1]}}}\n')
+    text = Page(write_report([folder], tmp_path / "out")).text
+    assert "side_by_side.jsonl: 4 of 6 lines cannot be read" in text
+    assert "nothing alike" in text
+    path.unlink()
+    text = Page(write_report([folder], tmp_path / "out")).text
+    assert "side_by_side.jsonl is missing" in text
+    assert "it shows in dpo greedy" in text
+
+
+def test_every_turn_of_a_conversation_is_shown(tmp_path, undrawn):
+    folder = add_answers(make_run(tmp_path / "run", pairs=3), ANSWERS[:1])
+    line = {
+        "question_id": "q81", "category": "writing", "prompt": [{"role": "user", "content": "hello"}],
+        "follow_ups": ["go on"], "chosen": None,
+        "answers": {"sft": {"greedy": ["a1", "a2"]}, "dpo": {"greedy": ["b1", "b2"]}},
+    }  # fmt: skip
+    (folder / "generations" / "side_by_side.jsonl").write_text(json.dumps(line))
+    text = Page(write_report([folder], tmp_path / "out")).text
+    assert "Question q81 (writing): user: hello Prompt user: hello sft a1 dpo b1 Follow-up go on sft a2 dpo b2" in text
+
+
+def test_runs_with_answers_are_compared_by_them_too(tmp_path, undrawn):
+    folders = [make_run(tmp_path / name, shift_lambda, pairs=5) for name, shift_lambda in (("a", 1.0), ("b", 0.9))]
+    text = Page(write_report(folders, tmp_path / "out")).text
+    assert "Repetition" not in text
+    add_answers(folders[1], ANSWERS)
+    page = write_report(folders, tmp_path / "out")
+    cells = re.findall(r'data-value="([^"]*)">([^<]*)</td>', page.read_text())
+    assert [cell for cell in cells if cell[1] in ("0.900", "–")].count(("nan", "–")) == 2
+    assert ("0.9", "0.900") in cells
+    assert "different questions or settings" not in Page(page).text
+    add_answers(folders[0], ANSWERS, settings={"max_new_tokens": 5})
+    assert "different questions or settings" in Page(write_report(folders, tmp_path / "out")).text
+
+
+def test_texts_differ_by_the_share_of_what_only_one_of_them_has():
+    assert difference("abcd", "abcd") == difference("", "") == 0
+    assert difference("abcd", "abce") == pytest.approx(1 / 2)
+    assert difference("a", "b") == difference("", "words") == 1
+
+
+def as_adaptive(folder: Path, lambdas=(1.0, 0.6, 1.0), recipe=True, **settings) -> Path:
+    """A run whose controller moved lambda to these values at the evaluations."""
+    path = folder / "dpo" / "trainer_state.json"
+    state = json.loads(path.read_text())
+    for entry, value in zip((e for e in state["log_history"] if "eval_loss" in e), lambdas, strict=True):
+        entry["eval_shift/lambda"] = value
+    told = {"lambda_min": 0.25, "lambda_max": 1.0, "target": 0.0, "metric": "displacement/chosen"}
+    state["stateful_callbacks"] = {"AdaptiveLambdaCallback": {"args": told}}
+    path.write_text(json.dumps(state))
+    values = {"lambda_schedule": "adaptive", "lambda_min": 0.25, **settings}
+    (folder / "recipe.yaml").write_text(json.dumps({"dpo": values}))
+    if not recipe:
+        (folder / "recipe.yaml").unlink()
+    return folder
+
+
+@pytest.mark.parametrize("recipe", [True, False], ids=["recipe", "state"])
+def test_an_adaptive_run_is_named_by_its_bounds_and_target_and_is_not_dpo(recipe, tmp_path):
+    run = read_run(as_adaptive(make_run(tmp_path / "run", 1.0, pairs=5, fall=9.0), recipe=recipe))
+    assert run.lambda_text == "λ adaptive 0.25 to 1, target 0"
+    assert run.outcome.lambdas == (1.0, 1.0)
+    assert not run.outcome.is_dpo
+    assert "`lambda_target`" in run.verdict or "no advice" in run.verdict
+    assert "this is DPO" not in run.verdict
+
+
+def test_an_adaptive_run_of_another_target_says_so_and_draws_it(tmp_path, monkeypatch):
+    drawn = {}
+    draw = figures._draw
+    monkeypatch.setattr(figures, "_draw", lambda name, *rest: drawn.setdefault(name, draw(name, *rest)))
+    folder = as_adaptive(make_run(tmp_path / "run", pairs=5), lambda_target=-2.5)
+    text = Page(write_report([folder], tmp_path / "out")).text
+    assert "DPO-Shift report: λ adaptive 0.25 to 1, target -2.5." in text
+    assert b"lower bound" in drawn["lambda"].svg
+    share = as_adaptive(make_run(tmp_path / "b"), lambda_target=0.5, lambda_target_metric="displacement/chosen_fell")
+    assert read_run(share).lambda_text == "λ adaptive 0.25 to 1, target share 0.5"
+
+
+def as_per_pair(folder: Path, shift_lambda=0.5, recipe=True, **settings) -> Path:
+    """A run in which each other pair is shifted, so that the logged lambda is a mean with 1."""
+    path = folder / "dpo" / "trainer_state.json"
+    state = json.loads(path.read_text())
+    for entry in state["log_history"]:
+        entry |= {name: (1 + shift_lambda) / 2 for name in entry if name.endswith("shift/lambda")}
+    path.write_text(json.dumps(state))
+    for pairs in (folder / "dpo" / "pairs").iterdir():
+        table = pq.read_table(pairs).to_pydict()
+        table["shift_lambda"] = [shift_lambda if row % 2 else 1.0 for row in table["row_index"]]
+        pq.write_table(pa.table(table), pairs)
+    values = {"per_pair_lambda": True, "shift_lambda": shift_lambda, **settings}
+    (folder / "recipe.yaml").write_text(json.dumps({"dpo": values}))
+    if not recipe:
+        (folder / "recipe.yaml").unlink()
+    return folder
+
+
+@pytest.mark.parametrize("recipe", [True, False], ids=["recipe", "pairs"])
+def test_a_run_with_a_lambda_for_each_pair_is_named_by_that_of_the_shifted_ones(recipe, tmp_path, undrawn):
+    folder = as_per_pair(make_run(tmp_path / "run", pairs=8, fall=9.0), recipe=recipe)
+    run = read_run(folder)
+    assert run.lambda_text == "λ 0.5 per pair"
+    assert run.outcome.lambdas == (0.5, 0.5)
+    text = Page(write_report([folder], tmp_path / "out")).text
+    assert "Lambda was 0.5 for the shifted pairs and 1 for the others, 0.75 on average." in text
+    assert "Lambda, mean over the pairs 0.750" in text
+    page = write_report([folder, make_run(tmp_path / "dpo", 1.0, pairs=8)], tmp_path / "both")
+    assert '<td class="number" data-value="0.5">0.5 per pair</td>' in page.read_text(encoding="utf-8")
+
+
+def test_a_schedule_for_each_pair_is_named_by_its_values_at_the_evaluations(tmp_path):
+    folder = as_per_pair(make_run(tmp_path / "run", pairs=8), lambda_schedule="linear_decrease", lambda_min=0.5)
+    assert read_run(folder).lambda_text == "λ 1 to 0.5 per pair"
+    folder = as_per_pair(as_adaptive(make_run(tmp_path / "both", pairs=8)), 0.6, lambda_schedule="adaptive")
+    assert read_run(folder).lambda_text == "λ adaptive 0.75 to 1, target 0, per pair"
+    assert read_run(folder).outcome.lambdas == (0.6, 0.6)
+
+
+def test_knots_that_lead_away_and_back_are_named_with_what_lies_between(tmp_path):
+    run = read_run(as_adaptive(make_run(tmp_path / "run", pairs=5), lambda_schedule=[[0, 1], [0.5, 0.6], [1, 1]]))
+    assert run.plan.adaptive  # the controller's state is what ran
+    path = run.folder / "dpo" / "trainer_state.json"
+    state = json.loads(path.read_text())
+    for entry in state["log_history"]:
+        entry.pop("shift/lambda", None)
+    path.write_text(json.dumps({**state, "stateful_callbacks": {}}))
+    run = read_run(run.folder)
+    assert run.lambda_text == "λ 1 to 0.6 to 1"
+    assert not run.outcome.is_dpo
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        "dpo: 3", "[]", "dpo: {lambda_min: x}", "dpo: {lambda_schedule: nope}", "dpo: [", "{1: &a [*a]}",
+        "dpo: {lambda_schedule: [[0]]}", "dpo: {shift_lambda: [1]}", "dpo:",
+    ],
+)  # fmt: skip
+def test_a_recipe_of_another_shape_leaves_lambda_to_the_log(recipe, tmp_path):
+    folder = make_run(tmp_path / "run", 0.8, pairs=3)
+    (folder / "recipe.yaml").write_text(recipe)
+    assert read_run(folder).lambda_text == "λ 0.8"
+
+
+def test_the_density_is_that_of_scipy():
+    values, grid = np.random.default_rng(0).normal(2, 3, 50), np.linspace(-9, 12, 40)
+    assert figures.kernel_density(values, grid) == pytest.approx(gaussian_kde(values)(grid), rel=1e-9)
 
 
 def luminance(color):

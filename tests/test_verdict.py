@@ -1,10 +1,13 @@
 """The paragraph says what the figures say, and advises nothing that they do not support."""
 
+import dataclasses
 import math
 
 import pytest
 
-from dposhift_trl.verdict import Outcome, recommend_lambda, verdict
+from dposhift_trl import DPOShiftConfig
+from dposhift_trl.model_card import append_shift_section
+from dposhift_trl.verdict import LAMBDA_DEFAULTS, LambdaPlan, Outcome, degeneration, recommend_lambda, verdict
 
 
 SFT = {"displacement/chosen": 0.0, "displacement/rejected": 0.0, "rewards/margins": 0.0, "perplexity/chosen": 2.0}
@@ -238,3 +241,123 @@ def test_where_the_figures_support_no_recommendation_the_reason_is_given(runs, s
 def test_a_schedule_that_ends_at_1_is_not_dpo():
     last = {**metrics(chosen=-3.0), "shift/lambda": 1.0}
     assert not Outcome.of("increase", at(0.75), last).is_dpo
+
+
+def test_a_run_that_leaves_lambda_1_and_comes_back_is_not_dpo():
+    assert DPO.is_dpo
+    assert not dataclasses.replace(DPO, shifted_between=True).is_dpo
+
+
+def test_the_plan_of_lambda_has_the_defaults_of_the_config():
+    fields = {field.name: field.default for field in dataclasses.fields(DPOShiftConfig)}
+    assert {name: fields[name] for name in LAMBDA_DEFAULTS} == LAMBDA_DEFAULTS
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        pytest.param({}, LambdaPlan(0.95, 0.95), id="defaults"),
+        pytest.param({"lambda_schedule": "cosine_decrease"}, LambdaPlan(1.0, 0.75), id="schedule"),
+        pytest.param(
+            {"lambda_schedule": "adaptive", "lambda_min": 0.25, "lambda_target": -3},
+            LambdaPlan(adaptive=True, low=0.25, target=-3.0),
+            id="adaptive",
+        ),
+        pytest.param(
+            {"lambda_schedule": "adaptive", "lambda_min": 1.0},
+            LambdaPlan(1.0, 1.0, low=1.0),
+            id="adaptive-without-room",
+        ),
+        pytest.param(
+            {"shift_lambda": 0.5, "per_pair_lambda": True}, LambdaPlan(0.5, 0.5, per_pair=True), id="per-pair"
+        ),
+        pytest.param({"shift_lambda": 1, "per_pair_lambda": True}, LambdaPlan(1.0, 1.0), id="per-pair-of-dpo"),
+    ],
+)
+def test_the_plan_of_lambda_is_read_from_the_settings(settings, expected):
+    assert LambdaPlan.of(settings) == expected
+    assert LambdaPlan.of({"learning_rate": 1e-6, **settings}) == expected
+
+
+@pytest.mark.parametrize(
+    ("plan", "end", "says"),
+    [
+        pytest.param(LambdaPlan(adaptive=True, low=0.8), 0.8, "Try a lower `lambda_min`", id="at-its-bound"),
+        pytest.param(LambdaPlan(adaptive=True, low=0.25), 0.25, "already low; a lower one can", id="at-a-low-one"),
+        pytest.param(
+            LambdaPlan(adaptive=True, low=0.25, target=-5.0), 0.6, "at -5; evaluation pairs may lie elsewhere. Try a "
+            "higher `lambda_target`", id="above-its-bound",
+        ),
+        pytest.param(
+            LambdaPlan(adaptive=True, low=0.25, target=0.5, metric="displacement/chosen_fell"), 1.0,
+            "Try a lower `lambda_target`", id="share",
+        ),
+    ],
+)  # fmt: skip
+def test_of_an_adaptive_lambda_the_bound_or_the_target_is_to_be_moved_and_no_fixed_lambda_is_advised(plan, end, says):
+    text = verdict(at(1.0), metrics(shift_lambda=end), plan)
+    assert says in text
+    assert "fixed" not in text
+    assert "this is DPO" not in text
+
+
+def test_with_a_lambda_for_each_pair_the_advice_is_on_that_of_the_shifted_pairs():
+    last = metrics(shift_lambda=0.85)
+    assert "Lambda was 0.9 for the shifted pairs and 1 for the others, 0.85 on average. Try a lower one" in verdict(
+        at(0.85), last, LambdaPlan(0.9, 0.9, per_pair=True)
+    )
+    assert "Try it for all pairs" in verdict(at(0.85), last, LambdaPlan(0.5, 0.5, per_pair=True))
+    assert "of the shifted pairs went from 1 to 0.8" in verdict(at(1.0), last, LambdaPlan(1.0, 0.8, per_pair=True))
+    assert "is not recorded" in verdict(at(1.0), last, LambdaPlan(per_pair=True))
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        pytest.param(
+            {"lambda_schedule": "adaptive", "lambda_target": -2.0}, "| lambda target | -2.0 (", id="adaptive"
+        ),
+        pytest.param({"per_pair_lambda": True}, "| lambda per pair | only where", id="per-pair"),
+        pytest.param({}, "| lambda | 0.95 |", id="fixed"),
+    ],
+)
+def test_the_model_card_says_how_lambda_was_set(settings, says, tmp_path):
+    (tmp_path / "README.md").write_text("# Card\n")
+    append_shift_section(DPOShiftConfig(str(tmp_path), bf16=False, use_cpu=True, **settings), [])
+    card = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert says in card
+    assert ("lambda target" in card) == ("lambda_target" in settings)
+    assert ("per pair" in card) == ("per_pair_lambda" in settings)
+
+
+def answered(**figures):
+    return {"count": 64.0, "empty": 0.0, "cut": 0.2, "repetition": 0.05} | figures
+
+
+def test_degenerate_text_is_said_to_show_where_the_figures_show_it():
+    text = degeneration(
+        {
+            "sft greedy": answered(),
+            "dpo greedy": answered(repetition=0.82, cut=0.97),
+            "dpo sampled": answered(empty=0.25, repetition=math.nan),
+        },
+        answered(cut=0.0),
+    )
+    assert text.endswith("it shows in dpo greedy (repetition 0.82 and 97% cut); dpo sampled (25% empty).")
+    assert text.count(".") == text.count("0.") + 1
+
+
+def test_without_degenerate_text_the_largest_figures_are_named():
+    text = degeneration({"sft greedy": answered(empty=0.02), "dpo greedy": answered(repetition=0.31)})
+    assert "does not show, with at most 2% empty and repetition at most 0.31" in text
+
+
+def test_answers_that_repeat_themselves_as_the_data_does_are_not_called_degenerate():
+    figures = {"dpo greedy": answered(repetition=0.62)}
+    assert "it shows" in degeneration(figures)
+    assert "does not show" in degeneration(figures, answered(repetition=0.6))
+
+
+@pytest.mark.parametrize("figures", [{}, {"dpo greedy": answered(count=0.0, empty=math.nan)}])
+def test_without_answers_nothing_is_said_of_degenerate_text(figures):
+    assert "cannot be said" in degeneration(figures)
