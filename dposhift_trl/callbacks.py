@@ -108,7 +108,8 @@ class AdaptiveLambdaCallback(LambdaScheduleCallback, ExportableState):
             self.controller.smoothing_steps = max(5.0, state.max_steps / 15)
             self.controller.integral_steps = max(20.0, state.max_steps / 3)
             state.stateful_callbacks[type(self).__name__] = self.state()
-        saved: Any = state.stateful_callbacks[type(self).__name__]
+        # A checkpoint of another schedule has no state of ours
+        saved: Any = state.stateful_callbacks.setdefault(type(self).__name__, self.state())
         self.controller_state = saved["attributes"]["controller_state"]
         super().on_train_begin(args, state, control, **kwargs)
 

@@ -25,6 +25,11 @@ class PairCollator:
     def __init__(self, collator: Callable[[list[dict[str, Any]]], dict[str, Any]]):
         self.collator = collator
 
+    def __getattr__(self, name: str) -> Any:
+        if name == "collator":  # before it is set, as while a worker unpickles
+            raise AttributeError(name)
+        return getattr(self.collator, name)
+
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         rows = [example.get(ROW_INDEX, -1) for example in examples]
         batch = self.collator(examples)

@@ -24,7 +24,17 @@ CARD_METRICS = (
 )
 
 
-def append_shift_section(args: DPOShiftConfig, log_history: list[dict[str, Any]]) -> None:
+def log_until(log_history: list[dict[str, Any]], checkpoint: str | None) -> list[dict[str, Any]]:
+    """The log up to the step of a checkpoint, such as the best one, which was loaded in the end; all without one."""
+    if checkpoint is None:
+        return log_history
+    step = int(checkpoint.rsplit("-", 1)[-1])
+    return [entry for entry in log_history if entry.get("step", 0) <= step]
+
+
+def append_shift_section(
+    args: DPOShiftConfig, log_history: list[dict[str, Any]], given_schedule: bool = False
+) -> None:
     """
     Append lambda's schedule, the settings and the last logged metrics to `README.md` in `args.output_dir`.
 
@@ -33,14 +43,24 @@ def append_shift_section(args: DPOShiftConfig, log_history: list[dict[str, Any]]
             Settings of the run.
         log_history (`list[dict[str, Any]]`):
             `trainer.state.log_history`.
+        given_schedule (`bool`, *optional*, defaults to `False`):
+            Whether a callback of the user's set lambda, whatever the settings say.
     """
     latest: dict[str, float] = {}
     for entry in log_history:
         latest.update(entry)
     plan = args.lambda_plan
     settings = {
-        "lambda schedule": args.lambda_schedule,
-        "lambda": "{} to {}".format(*args.lambda_range) if args.lambda_schedule != "fixed" else args.shift_lambda,
+        **(
+            {"lambda schedule": "a function of progress, given in code"}
+            if given_schedule
+            else {
+                "lambda schedule": args.lambda_schedule,
+                "lambda": "{} to {}".format(*args.lambda_range)
+                if args.lambda_schedule != "fixed"
+                else args.shift_lambda,
+            }
+        ),
         **({"lambda target": f"{args.lambda_target} ({args.lambda_target_metric})"} if plan.adaptive else {}),
         **({"lambda per pair": "only where both answers' gradients agree, else 1"} if plan.per_pair else {}),
         "beta": args.beta,
@@ -62,7 +82,7 @@ def append_shift_section(args: DPOShiftConfig, log_history: list[dict[str, Any]]
         "| --- | --- |",
         *(f"| {name} | {value} |" for name, value in settings.items()),
     ]
-    if paragraph := verdict_of(log_history, plan):
+    if paragraph := verdict_of(log_history, None if given_schedule else plan):
         lines += ["", paragraph]
     metrics = [(name, latest[name]) for name in CARD_METRICS if name in latest]
     if metrics:

@@ -46,7 +46,7 @@ from .data import (
 )
 from .demo import save_demo_model
 from .metrics import save_table
-from .model_card import append_recipe_section
+from .model_card import append_recipe_section, log_until
 from .recipe import Recipe, RecipeError, changed_keys, dump_yaml, load_recipe, parse_yaml
 from .run_folder import ReportError
 from .schedules import ADAPTIVE, make_lambda_schedule
@@ -223,7 +223,8 @@ def run(recipe: Recipe, accept_changes: bool = False) -> None:
         if PartialState().is_main_process:
             findings = {split: dataclasses.asdict(audit) for split, audit in audits.items()}
             _write(recipe.output_dir / AUDIT, json.dumps(findings, indent=2, ensure_ascii=False))
-            _save_evaluated_rows(evaluation, recipe.output_dir / EVAL_ROWS)
+            if not (recipe.output_dir / "dpo" / FINISHED).is_file():
+                _save_evaluated_rows(evaluation, recipe.output_dir / EVAL_ROWS)
         for split, audit in audits.items():
             _say(f"{split}: {audit}")
         start = base
@@ -414,7 +415,15 @@ def _run_stage(
         trainer.create_model_card(model_name=f"{recipe.run_name}-{name}", dataset_name=_hub_name(recipe))
         if PartialState().is_main_process:
             append_recipe_section(folder, dump_yaml(recipe.resolved))
-        if isinstance(args, DPOShiftConfig) and (paragraph := verdict_of(trainer.state.log_history, args.lambda_plan)):
+        if isinstance(args, DPOShiftConfig) and (
+            paragraph := verdict_of(
+                log_until(
+                    trainer.state.log_history,
+                    trainer.state.best_model_checkpoint if args.load_best_model_at_end else None,
+                ),
+                args.lambda_plan,
+            )
+        ):
             _say(paragraph)
     if PartialState().is_main_process:
         if is_peft_model(trainer.model):

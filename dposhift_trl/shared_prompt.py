@@ -218,6 +218,11 @@ class SharedPromptCollator:
 
     collator: Callable[[list[dict[str, Any]]], dict[str, Any]]
 
+    def __getattr__(self, name: str) -> Any:
+        if name == "collator":  # before it is set, as while a worker unpickles
+            raise AttributeError(name)
+        return getattr(self.collator, name)
+
     def __call__(self, features: list[dict[str, Any]]) -> dict[str, Any]:
         batch = self.collator(features)
         batch["shared_prompt"] = PairLayout.from_batch(batch)

@@ -18,7 +18,9 @@ from accelerate.utils import is_peft_model, parse_flag_from_env
 from datasets import Dataset, IterableDataset
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel
 from trl import DPOTrainer, SFTTrainer, extract_prompt
+from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.utils import add_fused_lm_head, create_model_from_path, get_config_model_id, use_adapter
 
 from . import __version__
@@ -30,7 +32,7 @@ from .config import DPOShiftConfig
 from .deferred import GatherLater
 from .losses import dpo_shift_loss, sequence_logps
 from .metrics import PairScores, evaluation_metrics, pair_metrics, save_table, widest_float
-from .model_card import append_shift_section
+from .model_card import append_shift_section, log_until
 from .reference import cached_reference_logps, reference_fingerprint, reference_key
 from .schedules import ADAPTIVE, make_lambda_schedule
 from .shared_prompt import (
@@ -122,18 +124,30 @@ class DPOShiftTrainer(DPOTrainer):
         else:
             train_dataset, eval_dataset = with_row_index(train_dataset), with_row_index(eval_dataset)
         asked = args.precompute_ref_log_probs
-        if asked == "auto":
-            args.precompute_ref_log_probs = _precomputes_by_itself(args, train_dataset, eval_dataset)
-        if self._shifts and args.per_pair_lambda and not args.precompute_ref_log_probs:
+        measurable = self._shifts and _can_precompute(args, data_collator, train_dataset, eval_dataset)
+        if self._shifts and args.per_pair_lambda and not measurable:
             raise ValueError(
-                "`per_pair_lambda` must be left out with streams, images, sharded models, `sync_ref_model` or "
-                "dropout, got True: the pairs' gradients are measured once, before training."
+                "`per_pair_lambda` must be left out with streams, images, sharded models, `sync_ref_model`, dropout "
+                "or a data collator of your own, got True: the pairs' gradients are measured once, before training."
+            )
+        # A model in memory may no longer be what lies in its folder, from where its reference comes otherwise
+        in_memory = ref_model is None and isinstance(model, PreTrainedModel) and not is_peft_model(model)
+        in_memory = in_memory and kwargs.get("peft_config") is None and len(positional) < 6
+        if asked == "auto":
+            args.precompute_ref_log_probs = measurable and (
+                args.per_pair_lambda or (_pays_to_precompute(args, train_dataset) and not in_memory)
             )
         try:
             super().__init__(model, ref_model, args, data_collator, train_dataset, eval_dataset, *positional, **kwargs)
         finally:
             args.precompute_ref_log_probs = asked
+        schedules = [cb for cb in self.callback_handler.callbacks if isinstance(cb, LambdaScheduleCallback)]
         if not self._shifts:
+            if schedules:
+                raise ValueError(
+                    f"`args` must be a `DPOShiftConfig` where a `{type(schedules[0]).__name__}` sets lambda, got a "
+                    f"`{type(args).__name__}`, with which the trainer is TRL's. Pass `DPOShiftConfig(...)`."
+                )
             return
         self._prepare_pairs()
         if args.max_tokens_per_batch is not None:
@@ -145,7 +159,8 @@ class DPOShiftTrainer(DPOTrainer):
         self._evaluated = self.eval_dataset
         self._reference_is_policy = ref_model is None
         self._seam_is_checked = False
-        if any(isinstance(callback, LambdaScheduleCallback) for callback in self.callback_handler.callbacks):
+        self._given_schedule = bool(schedules)
+        if schedules:
             args.check_shift_has_meaning()
         elif args.lambda_schedule == ADAPTIVE:
             bounds = args.lambda_min, args.lambda_max
@@ -169,6 +184,8 @@ class DPOShiftTrainer(DPOTrainer):
             return False
         models = [self.accelerator.unwrap_model(model) for model in (self.model, self.ref_model) if model is not None]
         obstacle = self._shared_prompt_obstacle(models)
+        if not isinstance(self.data_collator, DataCollatorForPreference):
+            obstacle = obstacle or "the data collator is not TRL's, and may pad or cut rows in another way"
         if wanted == "auto" and self.accelerator.device.type != "cpu":
             obstacle = obstacle or f"it has not been run on {self.accelerator.device.type} yet; True tries it"
         if obstacle is None:
@@ -250,6 +267,7 @@ class DPOShiftTrainer(DPOTrainer):
         if matrix.device.type == "cpu":
             self._stop_on_non_finite(newest=True)
         if not self._seam_is_checked:
+            self._stop_on_non_finite(newest=True)
             self._check_seam(scored)
         if training:
             self.lambda_callback.observe(matrix)
@@ -382,7 +400,10 @@ class DPOShiftTrainer(DPOTrainer):
     def _stop_on_non_finite(self, newest: bool = False) -> None:
         """Stop if a score recorded since the last log, or the newest, is not finite; waits for the device."""
         recorded, mode = self._pair_scores[self._mode], self._mode
-        for step, matrix in recorded[-1:] if newest else recorded:
+        recorded = recorded[-1:] if newest else recorded
+        if not recorded or torch.isfinite(torch.cat([matrix for _, matrix in recorded])).all():
+            return
+        for step, matrix in recorded:
             if not torch.isfinite(matrix).all():
                 self._report_non_finite(PairScores.from_matrices([matrix]), mode, step)
 
@@ -396,9 +417,8 @@ class DPOShiftTrainer(DPOTrainer):
         if self.is_world_process_zero():
             dataset = self.train_dataset if mode == "train" else self._evaluated
             if isinstance(dataset, dict):
-                dataset = next(
-                    (rows for name, rows in dataset.items() if self._eval_prefix.endswith(f"_{name}")), None
-                )
+                names = [name for name in dataset if self._eval_prefix.endswith(f"_{name}")]
+                dataset = dataset[max(names, key=len)] if names else None
             texts = {}
             if isinstance(dataset, Dataset) and ROW_INDEX in dataset.column_names:
                 places = {row: place for place, row in enumerate(dataset[ROW_INDEX])}
@@ -484,16 +504,25 @@ class DPOShiftTrainer(DPOTrainer):
 
     def _precompute_ref_logps(self, dataset, name, batch_size):
         # Of a sharded reference each process holds a part, for which DPOTrainer has an engine of its own
+        if isinstance(dataset, IterableDataset) and self._shifts and self.args.precompute_ref_log_probs == "auto":
+            return dataset  # scored batch by batch
         if not self._shifts or isinstance(dataset, IterableDataset) or self._is_sharded:
             return super()._precompute_ref_logps(dataset, name, batch_size)
         check_rows_left(dataset, name, self.args.max_length)
         self._prepare_pairs()
+        if not isinstance(_inner_collator(self.data_collator), DataCollatorForPreference):
+            return super()._precompute_ref_logps(dataset, name, batch_size)
+        # Left by another trainer, whose reference may have been another one
+        known = [
+            column for column in ("ref_chosen_logps", "ref_rejected_logps", ALIGNMENT) if column in dataset.features
+        ]
+        dataset = dataset.remove_columns(known)
         model = self.model if self.ref_model is None else self.ref_model
         adapters = getattr(self.accelerator.unwrap_model(model), "peft_config", {})
         adapter = "ref" if self.ref_model is None and "ref" in adapters else None
         device = self.accelerator.device
         training = model.training
-        model.to(device).eval()
+        _move(model, device).eval()
 
         def over(measure, what: str):
             """A function of a range of rows that calls `measure` batch by batch."""
@@ -554,7 +583,7 @@ class DPOShiftTrainer(DPOTrainer):
             )
         model.train(training)
         if self.ref_model is not None:
-            model.to("cpu")  # its scores are all that training needs of it
+            _move(model, "cpu")  # its scores are all that training needs of it
         for column, values in columns.items():
             dataset = dataset.add_column(column, values)
         return dataset
@@ -590,19 +619,29 @@ class DPOShiftTrainer(DPOTrainer):
         if given is None and not is_peft_model(self.model):
             self.ref_model = self._reloaded_reference()
         elif given is not None:
-            given.to(self.accelerator.device)
-        self.precompute_ref_logps = all(isinstance(dataset, Dataset) for dataset in sets)
+            _move(given, self.accelerator.device)
         try:
             yield
         finally:
-            self.ref_model, self.precompute_ref_logps = given, True
+            self.ref_model = given
             if given is not None:
-                given.to("cpu")
+                _move(given, "cpu")
+
+    def predict(self, test_dataset, *args, **kwargs):
+        if not self._shifts:
+            return super().predict(test_dataset, *args, **kwargs)
+        with self._reference_at_hand(test_dataset):
+            return super().predict(test_dataset, *args, **kwargs)
 
     def _reloaded_reference(self) -> torch.nn.Module:
         path = get_config_model_id(self.model.config)
-        options = {"dtype": self.model.dtype, **(self.args.model_init_kwargs or {})}
-        reference = create_model_from_path(path, **options).to(self.accelerator.device)
+        options = {
+            "dtype": self.model.dtype,
+            "attn_implementation": self.model.config._attn_implementation.removeprefix(PREFIX),
+            "trust_remote_code": self.args.trust_remote_code,
+            **(self.args.model_init_kwargs or {}),
+        }
+        reference = _move(create_model_from_path(path, **options), self.accelerator.device)
         if reference_fingerprint(reference) != self._reference_fingerprint:
             raise ValueError(
                 f"`eval_dataset` must be given to the trainer, where the reference can no longer be loaded from "
@@ -640,8 +679,8 @@ class DPOShiftTrainer(DPOTrainer):
             if mode == "eval":
                 values |= evaluation_metrics(scores, self.beta)
                 if self.args.save_pair_scores and self.is_world_process_zero():
-                    folder = Path(self.args.output_dir) / PAIRS
-                    save_table(scores.as_table(), folder / f"{self._eval_prefix}-{self.state.global_step:06d}.parquet")
+                    folder, name = Path(self.args.output_dir) / PAIRS, self._eval_prefix.replace("/", "_")
+                    save_table(scores.as_table(), folder / f"{name}-{self.state.global_step:06d}.parquet")
             metrics |= {name: [value] for name, value in values.items()}
         _read_from_device(metrics)
         if mode == "eval" and self._eval_prefix != "eval":
@@ -652,7 +691,8 @@ class DPOShiftTrainer(DPOTrainer):
     def create_model_card(self, model_name=None, dataset_name=None, tags=None):
         super().create_model_card(model_name, dataset_name, tags)
         if self._shifts and self.is_world_process_zero():
-            append_shift_section(self.args, self.state.log_history)
+            best = self.state.best_model_checkpoint if self.args.load_best_model_at_end else None
+            append_shift_section(self.args, log_until(self.state.log_history, best), self._given_schedule)
 
 
 def check_rows_left(rows: Dataset | IterableDataset, name: str, max_length: int | None) -> None:
@@ -669,22 +709,37 @@ def check_rows_left(rows: Dataset | IterableDataset, name: str, max_length: int 
         )
 
 
-def _precomputes_by_itself(args: DPOShiftConfig, train_dataset, eval_dataset) -> bool:
-    """Whether the reference's log-probabilities are worth computing beforehand, and sure to stay true."""
+def _can_precompute(args: DPOShiftConfig, data_collator, train_dataset, eval_dataset) -> bool:
+    """Whether the reference's log-probabilities can be computed beforehand, and are sure to stay true."""
     sets = [train_dataset, *(eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset])]
     rows = [dataset for dataset in sets if dataset is not None]
     if train_dataset is None or not all(isinstance(dataset, Dataset) for dataset in rows):
         return False
     images = any({"image", "images"} & set(dataset.column_names) for dataset in rows)
     sharded = args.fsdp or args.deepspeed or any(map(parse_flag_from_env, LAUNCHED_SHARDED))
-    if images or sharded or args.sync_ref_model or not args.disable_dropout:
-        return False
-    if args.per_pair_lambda:
-        return True
+    own = data_collator is not None and not isinstance(data_collator, DataCollatorForPreference)
+    return not (images or sharded or own or args.sync_ref_model) and args.disable_dropout
+
+
+def _pays_to_precompute(args: DPOShiftConfig, train_dataset: Dataset) -> bool:
+    """Whether the run sees each row at least once, and nobody asked for stock DPO's arithmetic."""
     if args.shared_prompt is False:
         return False
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-    return args.max_steps <= 0 or args.max_steps * batch >= len(train_dataset)
+    return args.num_train_epochs >= 1 if args.max_steps <= 0 else args.max_steps * batch >= len(train_dataset)
+
+
+def _inner_collator(collator: Any) -> Any:
+    while isinstance(collator, (PairCollator, SharedPromptCollator)):
+        collator = collator.collator
+    return collator
+
+
+def _move(model: Any, device: torch.device | str) -> Any:
+    """To a device, but for a model that accelerate has spread over several, or whose numbers are of a device."""
+    if getattr(model, "hf_device_map", None) or getattr(model, "is_quantized", False):
+        return model
+    return model.to(device)
 
 
 def _strict_json(value: Any) -> Any:
@@ -757,14 +812,24 @@ class _ShiftedModel:
         return self.outputs
 
     def _references(self) -> tuple[torch.Tensor, torch.Tensor]:
-        if self.precomputed:
+        if self.precomputed and "ref_chosen_logps" in self.inputs:
             return self.inputs["ref_chosen_logps"], self.inputs["ref_rejected_logps"]
         reference = self.trainer.model if self.trainer.ref_model is None else self.trainer.ref_model
+        if self.precomputed and self.trainer.ref_model is None and not is_peft_model(self.trainer.model):
+            raise TrainingStopped(
+                "The batch holds no `ref_chosen_logps` and `ref_rejected_logps`, although the reference was scored "
+                "beforehand and is gone. Let the data collator keep them, or set `precompute_ref_log_probs=False`."
+            )
         return self.trainer.compute_ref_log_probs(reference, {**self.inputs, "shared_prompt": self.layout})
 
     def _lambda(self) -> float | torch.Tensor:
         shift_lambda = self.trainer.shift_lambda
         if self.alignment is None:
+            if self.trainer.args.per_pair_lambda:
+                raise TrainingStopped(
+                    "`per_pair_lambda` needs rows whose gradients were measured, and these were not, as in a stream. "
+                    "Pass them to the trainer, or to `evaluate` as a `Dataset`."
+                )
             return shift_lambda
         of_all = torch.full_like(self.alignment, shift_lambda, dtype=widest_float(self.alignment.device))
         return torch.where(self.alignment > 0, of_all, 1.0)

@@ -9,6 +9,7 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from dposhift_trl import DPOShiftConfig, DPOShiftTrainer
 from dposhift_trl.alignment import ALIGNMENT, gradient_alignment
+from dposhift_trl.trainer import TrainingStopped
 
 
 # Of every second pair the answers share a word; the end of all is cut off
@@ -127,3 +128,9 @@ def test_it_is_refused_where_it_cannot_be_measured(tiny_model, settings):
     args = DPOShiftConfig(**settings, per_pair_lambda=True)
     with pytest.raises(ValueError, match="`per_pair_lambda` must be left out with streams"):
         DPOShiftTrainer(tiny_model, args=args, train_dataset=ROWS.to_iterable_dataset())
+
+
+def test_a_stream_to_evaluate_has_no_measured_gradients(tiny_model, settings):
+    trainer = make(tiny_model, settings, per_pair_lambda=True, shift_lambda=0.5)
+    with pytest.raises(TrainingStopped, match="`per_pair_lambda` needs rows whose gradients were measured"):
+        trainer.evaluate(EVAL_ROWS.to_iterable_dataset())

@@ -1,7 +1,9 @@
 import pytest
+from conftest import make_rows
 from transformers import TrainerControl, TrainerState, TrainingArguments
+from trl import DPOConfig
 
-from dposhift_trl import LambdaScheduleCallback
+from dposhift_trl import DPOShiftTrainer, LambdaScheduleCallback
 
 
 @pytest.fixture
@@ -36,3 +38,9 @@ def test_a_schedule_above_one_needs_the_flag(args):
         at(callback, args, 1, 4)
     args.allow_lambda_above_one = True
     assert at(callback, args, 1, 4) == 1.25
+
+
+def test_trls_own_config_takes_no_lambda_and_says_so(tiny_model, settings):
+    callback = LambdaScheduleCallback(lambda progress: 0.3)
+    with pytest.raises(ValueError, match="`args` must be a `DPOShiftConfig` where a `LambdaScheduleCallback` sets"):
+        DPOShiftTrainer(tiny_model, args=DPOConfig(**settings), train_dataset=make_rows(4), callbacks=[callback])

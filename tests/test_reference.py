@@ -17,6 +17,7 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 from trl import DPOConfig, DPOTrainer
+from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from dposhift_trl import DPOShiftConfig, DPOShiftTrainer
 from dposhift_trl import fingerprint as hashing
@@ -28,6 +29,7 @@ from dposhift_trl.reference import (
     reference_fingerprint,
     reference_key,
 )
+from dposhift_trl.trainer import TrainingStopped
 
 
 KEY, OTHER_KEY = "0" * 31 + "a", "0" * 31 + "b"
@@ -716,12 +718,69 @@ def test_a_reference_that_is_no_longer_in_its_folder_is_not_replaced_by_another(
         trainer.evaluate(make_rows(4, seed=3))
 
 
-def test_a_model_changed_in_memory_is_its_own_reference(settings, tiny_model, cache):
+def test_a_model_in_memory_gets_the_reference_that_trl_would_load(settings, tiny_model, cache):
     model = AutoModelForCausalLM.from_pretrained(tiny_model)
-    model.transformer.wte.weight.data[3] += 1e-1
+    model.transformer.wte.weight.data[3, 4] += 1.0
     trainer = shift_trainer(model, settings, make_rows(12))
+    assert trainer.ref_model is not None
+    assert not cache.exists()
+    with pytest.raises(TrainingStopped, match="The reference is not the policy"):
+        trainer.train()
+
+
+def test_rows_that_are_scored_already_are_evaluated_again_in_whole_and_in_part(settings, tiny_model, cache):
+    trainer = shift_trainer(tiny_model, settings, make_rows(12), {"a": make_rows(6, seed=1)})
     trainer.train()
-    assert trainer.state.log_history[0]["loss"] == pytest.approx(0.693147, abs=1e-5)
+    whole = trainer.evaluate()
+    again = trainer.evaluate(trainer.eval_dataset["a"])
+    assert again["eval_rewards/margins"] == pytest.approx(whole["eval_a_rewards/margins"], rel=1e-6)
+    assert trainer.evaluate(trainer.eval_dataset["a"].select([1, 3]))["eval_displacement/chosen"] != 0.0
+    assert trainer.ref_model is None
+    other = shift_trainer(tiny_model, settings, trainer.train_dataset)
+    assert "ref_chosen_logps" in other.train_dataset.column_names
+
+
+@pytest.mark.filterwarnings("ignore:`return_outputs=True`:FutureWarning")
+def test_rows_that_were_not_scored_can_be_predicted(settings, tiny_model, cache):
+    losses = []
+    for precompute in ("auto", False):
+        trainer = shift_trainer(tiny_model, settings, make_rows(12), precompute_ref_log_probs=precompute)
+        trainer.train()
+        prepared = shift_trainer(
+            tiny_model, settings, make_rows(6, seed=2), precompute_ref_log_probs=False
+        ).train_dataset
+        losses.append(trainer.predict(prepared, metric_key_prefix="eval").metrics["eval_loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+class CutCollator:
+    """A user's own, which keeps two tokens of each answer."""
+
+    def __call__(self, examples):
+        cut = [{**x, "chosen_ids": x["chosen_ids"][:2], "rejected_ids": x["rejected_ids"][:2]} for x in examples]
+        batch = DataCollatorForPreference(pad_token_id=1)(cut)
+        return {name: batch[name] for name in ("input_ids", "attention_mask", "completion_mask")}
+
+
+def test_a_collator_of_the_users_own_is_served_by_no_cache_and_no_shared_prompt(settings, tiny_model, cache, caplog):
+    args = DPOShiftConfig(**settings, shift_lambda=1.0)
+    shift_trainer(tiny_model, settings, make_rows(12))
+    entries = list(cache.iterdir())
+    trainer = DPOShiftTrainer(tiny_model, args=args, data_collator=CutCollator(), train_dataset=make_rows(12))
+    assert (trainer.precompute_ref_logps, trainer.shares_prompts) == (False, False)
+    assert "shared_prompt is off: the data collator is not TRL's" in caplog.text
+    stock = DPOTrainer(
+        tiny_model, args=DPOConfig(**settings), data_collator=CutCollator(), train_dataset=make_rows(12)
+    )
+    stock.train(), trainer.train()
+    assert list(cache.iterdir()) == entries
+    assert equal(stock.model.parameters(), trainer.model.parameters())
+
+
+@pytest.mark.parametrize(("epochs", "precomputes"), [(0.5, False), (1, True)])
+def test_a_part_of_an_epoch_is_not_worth_scoring_all_rows(epochs, precomputes, settings, tiny_model, cache):
+    trainer = shift_trainer(tiny_model, settings, make_rows(12), max_steps=-1, num_train_epochs=epochs)
+    assert trainer.precompute_ref_logps is precomputes
 
 
 def test_a_model_in_training_mode_is_scored_without_its_dropout(tiny_model, settings, cache):
