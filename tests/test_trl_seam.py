@@ -23,7 +23,8 @@ from trl import DPOConfig, DPOTrainer
 
 from dposhift_trl import DPOShiftConfig, DPOShiftTrainer, LambdaScheduleCallback
 from dposhift_trl.collator import ROW_INDEX, with_row_index
-from dposhift_trl.trainer import TRL_WINDOW, TrainingStopped, _ShiftedModel
+from dposhift_trl.seam import ShiftedModel
+from dposhift_trl.trainer import TRL_WINDOW, TrainingStopped
 
 
 ROWS, EVAL_ROWS = make_rows(12), make_rows(8, seed=1)
@@ -132,7 +133,7 @@ def test_the_logits_for_compute_metrics_come_from_a_call_without_the_fused_head(
     with torch.no_grad():
         trainer._compute_loss(seen, batch, True)
     assert [call.get("fused_lm_head", False) for call in seen.calls] == [True, False], (
-        "TRL changed: `return_outputs` makes other calls of the model, which `_ShiftedModel` counts"
+        "TRL changed: `return_outputs` makes other calls of the model, which `ShiftedModel` counts"
     )
 
 
@@ -699,7 +700,7 @@ def test_at_lambda_one_and_nowhere_else_trl_is_handed_the_reference_itself(
 
     def compute_loss(self, model, inputs, return_outputs):
         result = STOCK_COMPUTE_LOSS(self, model, inputs, return_outputs)
-        if type(model) is _ShiftedModel:  # and not the check of the first batch
+        if type(model) is ShiftedModel:  # and not the check of the first batch
             handed.append((model.scores, inputs))
         return result
 
