@@ -26,7 +26,7 @@ from .head import OPTIONAL_OUTPUTS, token_scores
 
 
 PREFIX = "shared_prompt_"
-_BATCH = ("input_ids", "attention_mask", "completion_mask")
+BATCH = ("input_ids", "attention_mask", "completion_mask")
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
 
 
@@ -525,8 +525,8 @@ def verify_shared_prompt(model: nn.Module, batch: Mapping[str, torch.Tensor] | N
         ids *= real
         batch = {"input_ids": ids, "attention_mask": real, "completion_mask": real * (steps >= 5)}
     device = next(model.parameters()).device
-    layout = PairLayout.from_batch({key: batch[key].cpu() for key in _BATCH}).to(device)
-    ids, real, scored = (batch[key].to(device) for key in _BATCH)
+    layout = PairLayout.from_batch({key: batch[key].cpu() for key in BATCH}).to(device)
+    ids, real, scored = (batch[key].to(device) for key in BATCH)
     training = model.training
     model.eval()
     try:

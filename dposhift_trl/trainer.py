@@ -35,7 +35,9 @@ from .reference import cached_reference_logps, reference_fingerprint, reference_
 from .schedules import ADAPTIVE, make_lambda_schedule
 from .seam import Replay, ShiftedModel, TrainingStopped
 from .shared_prompt import (
+    BATCH,
     PREFIX,
+    PairLayout,
     SharedPromptCollator,
     enable_shared_prompt,
     shared_prompt_obstacle,
@@ -169,7 +171,7 @@ class DPOShiftTrainer(DPOTrainer):
             return
         self.shares_prompts = self._prepare_shared_prompt()
         collator = PairCollator(self.data_collator)
-        self.data_collator = SharedPromptCollator(collator) if self.shares_prompts else collator
+        self.data_collator: Any = SharedPromptCollator(collator) if self.shares_prompts else collator
 
     def _prepare_shared_prompt(self) -> bool:
         """Whether pairs are scored by the shared prompt; prepares policy and reference for it."""
@@ -229,6 +231,8 @@ class DPOShiftTrainer(DPOTrainer):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         inputs = dict(inputs)
         row_index, layout = inputs.pop(ROW_INDEX, None), inputs.pop("shared_prompt", None)
+        if layout is None and self.shares_prompts:  # a stream's
+            layout = PairLayout.from_batch({name: inputs[name].cpu() for name in BATCH}).to(self.accelerator.device)
         training = self.model.training
         scored = ShiftedModel(self, model, inputs, layout, inputs.pop(ALIGNMENT, None))
         accelerator = self.accelerator
@@ -287,7 +291,8 @@ class DPOShiftTrainer(DPOTrainer):
     def get_train_dataloader(self):
         if not self._shifts or self.args.max_tokens_per_batch is None:
             self.train_dataset = self._with_lengths(self.train_dataset)
-            return super().get_train_dataloader()
+            with self._collating(self.train_dataset):
+                return super().get_train_dataloader()
         args, state = self.args, self.accelerator
         sampler = TokenBudgetSampler(
             pair_lengths(self.train_dataset, args.max_length, args.truncation_mode, shared=True),
@@ -326,9 +331,24 @@ class DPOShiftTrainer(DPOTrainer):
     def get_eval_dataloader(self, eval_dataset=None):
         if isinstance(eval_dataset, str):
             eval_dataset = self.eval_dataset[eval_dataset]
-        return super().get_eval_dataloader(
-            self._with_lengths(self.eval_dataset if eval_dataset is None else eval_dataset)
-        )
+        eval_dataset = self._with_lengths(self.eval_dataset if eval_dataset is None else eval_dataset)
+        with self._collating(eval_dataset):
+            return super().get_eval_dataloader(eval_dataset)
+
+    def get_test_dataloader(self, test_dataset):
+        with self._collating(test_dataset):
+            return super().get_test_dataloader(test_dataset)
+
+    @contextlib.contextmanager
+    def _collating(self, dataset):
+        """Of a stream one process collates for all, and accelerate cuts what is made of tensors alone."""
+        collator: Any = self.data_collator
+        if isinstance(collator, SharedPromptCollator) and isinstance(dataset, IterableDataset):
+            self.data_collator = collator.collator
+        try:
+            yield
+        finally:
+            self.data_collator = collator
 
     def _with_lengths(self, dataset):
         """Where transformers is to group pairs by length, the column in which it looks for that."""

@@ -330,3 +330,17 @@ def test_a_config_survives_being_written_out_and_read_again(make):
     values = config.to_dict()
     again = make(**{name: values[name] for name in ADDED_FIELDS})
     assert [getattr(again, name) for name in ADDED_FIELDS] == [getattr(config, name) for name in ADDED_FIELDS]
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ([], "auto"),
+        (["--precompute_ref_log_probs"], True),
+        (["--precompute_ref_log_probs", "false"], False),
+        (["--precompute_ref_log_probs", "auto"], "auto"),
+    ],
+)
+def test_the_flag_for_precomputed_references_may_stand_alone_as_trls_does(words, expected, flags):
+    (config,) = HfArgumentParser(DPOShiftConfig).parse_args_into_dataclasses([*flags, *words])
+    assert config.precompute_ref_log_probs == expected
