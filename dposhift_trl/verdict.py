@@ -468,9 +468,9 @@ def recommend_lambda(outcomes: Sequence[Outcome]) -> tuple[str | None, str]:
             "kept up."
         )
     return best.name, (
-        f"{best.name}: of {len(candidates)} runs that keep up with {reference.name} in accuracy and margin, "
-        "its chosen "
-        f"answers kept most: log-ratio {best.chosen:.2f} nats against {reference.chosen:.2f}, accuracy "
+        f"{best.name}: of {len(candidates)} runs whose accuracy is not surely below {reference.name}'s and which keep "
+        "at least half of its margin, this one's chosen answers stayed the likeliest: log-ratio "
+        f"{best.chosen:.2f} nats against {reference.chosen:.2f}, accuracy "
         f"{best.accuracy:.3f} against {reference.accuracy:.3f}, margin {best.margin:.3g} against "
         f"{reference.margin:.3g}. One seed and one evaluation set; confirm with another seed before relying on it."
     )

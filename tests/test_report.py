@@ -469,7 +469,7 @@ def test_no_color_of_a_drawing_is_left_fixed_on_the_page(one):
 
 def test_several_runs_are_compared_with_a_recommendation_and_its_rule(several):
     page = Page(several)
-    assert "low $\\frac: of 3 runs that keep up with dpo" in page.text
+    assert "low $\\frac: of 3 runs whose accuracy is not surely below dpo's" in page.text
     assert "One seed and one evaluation set" in page.text
     assert "it keeps at least half of the reference's margin" in page.text
     rows = re.findall(r'<th scope="row" data-value="([^"]*)"', several.read_text(encoding="utf-8"))
