@@ -65,6 +65,14 @@ def write_recipe(folder: Path) -> Path:
     return folder / "recipe.yaml"
 
 
+def changed(path: Path) -> float:
+    """When it was; long ago for one that has been deleted meanwhile, as the oldest checkpoints are."""
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0
+
+
 class Attempt:
     """The command, once, in a process group of its own."""
 
@@ -107,7 +115,7 @@ class Attempt:
         folder = self.run / stage
         if (folder / "finished.json").is_file():
             return "between the stages" if stage == STAGES[0] else "after the end"
-        if any(path.stat().st_mtime >= self.began and not is_whole(path) for path in folder.glob("checkpoint-*")):
+        if any(changed(path) >= self.began and not is_whole(path) for path in folder.glob("checkpoint-*")):
             return f"{stage}, checkpoint"
         logged = re.findall(r"^\{'(eval_)?loss'", said[starts[-1].end() :], flags=re.MULTILINE)
         step = logged.count("") + int(re.search(r"/checkpoint-(\d+)$|$", origin)[1] or 0)
