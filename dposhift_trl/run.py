@@ -7,6 +7,8 @@ import errno
 import io
 import json
 import math
+import os
+import platform
 import re
 import shutil
 import signal
@@ -437,7 +439,7 @@ def _run_stage(
             "metrics": metrics,
             "seconds": round(time.monotonic() - began, 1),
             "processes": args.world_size,
-            "device": str(args.device),
+            "device": f"{args.device} ({_hardware(args.device)})",
             # Our own without metadata, which a clone that is not installed lacks
             "versions": {"dposhift_trl": __version__, **{package: version(package) for package in PACKAGES}},
         }
@@ -551,6 +553,12 @@ def _wandb_run(name: str, recipe: Recipe):
         yield
     finally:
         run.finish()
+
+
+def _hardware(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()}, {os.cpu_count()} cores"
 
 
 def _hub_name(recipe: Recipe) -> str | None:
