@@ -147,7 +147,7 @@ class DPOShiftTrainer(DPOTrainer):
             return
         self._prepare_pairs()
         if args.max_tokens_per_batch is not None:
-            self._check_token_budget()
+            self._token_sampler = self._make_token_sampler()
         self._pair_scores: dict[str, list[tuple[int, torch.Tensor]]] = {"train": [], "eval": []}
         self._counts_tokens = False
         self._pairs_per_batch: float | None = None
@@ -293,18 +293,10 @@ class DPOShiftTrainer(DPOTrainer):
             self.train_dataset = self._with_lengths(self.train_dataset)
             with self._collating(self.train_dataset):
                 return super().get_train_dataloader()
-        args, state = self.args, self.accelerator
-        sampler = TokenBudgetSampler(
-            pair_lengths(self.train_dataset, args.max_length, args.truncation_mode, shared=True),
-            args.max_tokens_per_batch,
-            gradient_accumulation_steps=args.gradient_accumulation_steps,
-            num_processes=state.num_processes,
-            process_index=state.process_index,
-            seed=args.seed if args.data_seed is None else args.data_seed,
-        )
+        args = self.args
         loader = DataLoader(
             self._remove_unused_columns(self.train_dataset, description="Training"),
-            batch_sampler=sampler,
+            batch_sampler=self._token_sampler,
             collate_fn=self.data_collator,
             num_workers=args.dataloader_num_workers,
             pin_memory=args.dataloader_pin_memory,
@@ -312,10 +304,10 @@ class DPOShiftTrainer(DPOTrainer):
             prefetch_factor=args.dataloader_prefetch_factor,
         )
         # The sampler knows its process, so that nothing is left to divide
-        return prepare_data_loader(loader, state.device, num_processes=1, process_index=0, put_on_device=True)
+        return prepare_data_loader(loader, args.device, num_processes=1, process_index=0, put_on_device=True)
 
-    def _check_token_budget(self) -> None:
-        reason = None
+    def _make_token_sampler(self) -> TokenBudgetSampler:
+        args, reason = self.args, None
         if not self.shares_prompts:
             reason = "where rows are padded (`shared_prompt` is off)"
         elif not isinstance(self.train_dataset, Dataset):
@@ -327,6 +319,14 @@ class DPOShiftTrainer(DPOTrainer):
                 f"`max_tokens_per_batch` must be left out {reason}, got {self.args.max_tokens_per_batch}. Set "
                 "`per_device_train_batch_size` instead."
             )
+        return TokenBudgetSampler(
+            pair_lengths(self.train_dataset, args.max_length, args.truncation_mode, shared=True),
+            args.max_tokens_per_batch,
+            gradient_accumulation_steps=args.gradient_accumulation_steps,
+            num_processes=self.accelerator.num_processes,
+            process_index=self.accelerator.process_index,
+            seed=args.seed if args.data_seed is None else args.data_seed,
+        )
 
     def get_eval_dataloader(self, eval_dataset=None):
         if isinstance(eval_dataset, str):

@@ -77,6 +77,15 @@ def quick_collection():
     gc.unfreeze()
 
 
+def jitter(model, size, seed=1):
+    """The model, its weights moved by noise."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(size * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory) -> str:
     return save_tiny_model(tmp_path_factory.mktemp("tiny") / "gpt2")

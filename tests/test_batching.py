@@ -198,3 +198,8 @@ def test_evaluation_is_grouped_too_and_says_the_same(tiny_model, settings):
 def test_batch_rebalance_is_refused_with_what_serves_instead(settings):
     with pytest.raises(ValueError, match="For batches of even cost set `max_tokens_per_batch`"):
         DPOShiftConfig(**settings, train_sampling_strategy="batch_rebalance")
+
+
+def test_a_budget_that_is_too_small_is_refused_before_training(tiny_model, settings):
+    with pytest.raises(ValueError, match="`max_tokens_per_batch` must hold the longest pair"):
+        make_trainer(tiny_model, settings, max_tokens_per_batch=5)

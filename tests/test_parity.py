@@ -20,7 +20,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from conftest import make_rows, make_tokenizer
+from conftest import jitter, make_rows, make_tokenizer
 from datasets import Dataset, DatasetDict
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import (
@@ -98,14 +98,6 @@ def folder(tmp_path_factory):
         return made[architecture]
 
     return make
-
-
-def jitter(model, size, seed=1):
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(size * torch.randn(parameter.shape, generator=generator))
-    return model
 
 
 def instance(path):

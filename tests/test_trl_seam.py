@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import trl
-from conftest import make_rows, make_tokenizer
+from conftest import jitter, make_rows, make_tokenizer
 from datasets import Dataset
 from packaging.specifiers import SpecifierSet
 from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
@@ -51,14 +51,6 @@ def make_folder(path, config_class, **sizes):
     jitter(AutoModelForCausalLM.from_config(config), 0.1).save_pretrained(path)
     tokenizer.save_pretrained(path)
     return str(path)
-
-
-def jitter(model, size, seed=1):
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(size * torch.randn(parameter.shape, generator=generator))
-    return model
 
 
 def another(folder, size=0.05):
