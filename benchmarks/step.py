@@ -148,11 +148,13 @@ class LeverTrainer(DPOTrainer):
 
 
 def make_tokenizer(vocab_size):
-    vocab = {str(token): token for token in range(vocab_size)}
-    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="0"))
+    """One token a word, none of which is found inside another, as a special token of digits would be."""
+    special = ("<unk>", "<eos>", "<pad>")
+    vocab = {word: token for token, word in enumerate((*special, *map(str, range(len(special), vocab_size))))}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="1", pad_token="2", unk_token="0"
+        tokenizer_object=tokenizer, unk_token="<unk>", eos_token="<eos>", pad_token="<pad>"
     )
 
 
