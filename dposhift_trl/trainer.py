@@ -24,6 +24,7 @@ from trl.trainer.utils import add_fused_lm_head, create_model_from_path, get_con
 
 from . import __version__
 from .alignment import ALIGNMENT, gradient_alignment
+from .allocator import keep_freed_memory
 from .batching import TokenBudgetSampler, pair_lengths
 from .callbacks import AdaptiveLambdaCallback, LambdaScheduleCallback
 from .collator import ROW_INDEX, PairCollator, with_row_index
@@ -215,6 +216,11 @@ class DPOShiftTrainer(DPOTrainer):
         if self._is_sharded:
             return "sharded models have not been verified"
         return next(filter(None, map(shared_prompt_obstacle, models)), None)
+
+    def train(self, *args, **kwargs):
+        if self._shifts and self.accelerator.device.type == "cpu":
+            keep_freed_memory()
+        return super().train(*args, **kwargs)
 
     @property
     def lambda_callback(self) -> LambdaScheduleCallback:
@@ -804,6 +810,11 @@ class ChosenSFTTrainer(SFTTrainer):
         super().__init__(
             model, args, data_collator, _chosen_only(train_dataset), _chosen_only(eval_dataset), *rest, **kwargs
         )
+
+    def train(self, *args, **kwargs):
+        if self.accelerator.device.type == "cpu":
+            keep_freed_memory()
+        return super().train(*args, **kwargs)
 
     def evaluate(self, eval_dataset=None, *args, **kwargs):
         return super().evaluate(_chosen_only(eval_dataset), *args, **kwargs)
