@@ -12,13 +12,13 @@ grow with their number.
 
 import argparse
 import copy
+import os
 import statistics
 import subprocess
 import sys
 
 import transformers
-from accelerate import PartialState
-from step import PRODUCT, add_arguments, conditions, median_ratio, quiet, release, time_steps
+from step import PRODUCT, add_arguments, conditions, median_ratio, time_steps
 
 
 CONFIG = transformers.Qwen2Config(
@@ -45,8 +45,7 @@ def time_pairs(args, point):
     """Milliseconds a pair of each kind, and how many times faster the product is."""
     config = copy.deepcopy(CONFIG)
     config.vocab_size, args.batch_size = point["vocabulary"], point["batch"]
-    trainers, _, times, _ = time_steps(KINDS, args, config, (point["prompt"], point["answer"], 0.0))
-    release(trainers, args)
+    times = time_steps(KINDS, args, config, (point["prompt"], point["answer"], 0.0))[0]
     medians = [1000 * statistics.median(times[kind]) / point["batch"] for kind in KINDS]
     return *medians, median_ratio(*times.values())
 
@@ -69,21 +68,20 @@ def main():
     add_arguments(parser)
     parser.set_defaults(steps=3, batch_size=BASE["batch"])
     args = parser.parse_args()
-    with quiet(args):
-        if args.child:
-            stock, ours, ratio = time_pairs(args, BASE)
-            count = PartialState().num_processes
-            if PartialState().is_main_process:
-                print(f"| {count} | {1000 * count / stock:.1f} | {1000 * count / ours:.1f} | {ratio:.2f} |")
-            return
-        print(conditions(args))
-        for factor in args.factor:
-            print(f"\n| {factor} | ms a pair, stock | ours | times faster |\n| --- | --- | --- | --- |")
-            for value in FACTORS[factor]:
-                stock, ours, ratio = time_pairs(args, {**BASE, factor: value})
-                print(f"| {value} | {stock:.1f} | {ours:.1f} | {ratio:.2f} |", flush=True)
-        if args.processes:
-            print_processes(args)
+    if args.child:
+        stock, ours, ratio = time_pairs(args, BASE)
+        count = int(os.environ["WORLD_SIZE"])
+        if os.environ["RANK"] == "0":
+            print(f"| {count} | {1000 * count / stock:.1f} | {1000 * count / ours:.1f} | {ratio:.2f} |")
+        return
+    print(conditions(args))
+    for factor in args.factor:
+        print(f"\n| {factor} | ms a pair, stock | ours | times faster |\n| --- | --- | --- | --- |")
+        for value in FACTORS[factor]:
+            stock, ours, ratio = time_pairs(args, {**BASE, factor: value})
+            print(f"| {value} | {stock:.1f} | {ours:.1f} | {ratio:.2f} |", flush=True)
+    if args.processes:
+        print_processes(args)
 
 
 if __name__ == "__main__":

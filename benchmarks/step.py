@@ -1,41 +1,42 @@
 """
 Time of a DPO step against stock TRL, and against the matrix products it cannot do without.
 
+    python benchmarks/step.py
     python benchmarks/step.py --memory
-    python benchmarks/step.py --device cuda --dtype bf16 --model llama-0.5b qwen-1.5b --shape 512 1280 4096 --memory
+    python benchmarks/step.py --device cuda --dtype bf16 --model llama-0.5b qwen-1.5b --shape 512 1280 4096
 
 A step is what training runs: `training_step` on a collated batch, clipping, AdamW. Stock is `trl.DPOTrainer` with
 TRL's defaults but for the precision: gradients are checkpointed, in every kind of step, unless
 `--no-gradient-checkpointing` is given. `DPOShiftTrainer` is the product with its defaults (`shared_prompt` is forced
 on a GPU), its reference log-probabilities precomputed through a fresh cache; lambda is 1, so that losses compare,
 which costs what any lambda does. `+ reference` adds to each step the scoring of its pairs by the reference, as the
-first epoch of the first run pays it. The levers are stock TRL handed scores that are made otherwise, one change after
-the other:
+first epoch of the first run pays it. The levers are stock TRL, changed in one thing:
 
+- memory: the process keeps the memory that a step has freed (on a CPU);
 - rows: padded rows, of which only those that predict a completion token are projected;
 - shared: shared prompts;
 - shared + cached: shared prompts, with the log-probabilities of the reference at hand.
 
-Each kind of step has its turn on each batch, one after the other; seconds are medians, and `times faster` is the
-median of the ratios on the same batch. Before the first step, the losses of all kinds must agree to rounding. Peak
-memory is that of a process that takes no other steps: its largest resident set, or what CUDA allocated. The limit is
-the time of the matrix products that must be done, measured at the model's shapes: unique tokens through the layers and
-rows that predict a completion token through the head, forward and backward, through the layers forward once more where
-gradients are checkpointed, and through all once more for the reference unless cached; attention is counted at the rate
-of those.
+Stock, the first lever, the others and the product run in a process each. Every kind of step has its turn on each
+batch, one after the other; seconds are medians, and `times faster` is the median of the ratios on the same batch.
+Before the first step, the losses of all kinds must agree to rounding. The limit is the time of the matrix products
+that must be done, measured at the model's shapes: unique tokens through the layers and rows that predict a completion
+token through the head, forward and backward, through the layers forward once more where gradients are checkpointed,
+and through all once more for the reference unless cached; attention is counted at the rate of those.
+
+With `--memory` the peak of a process that takes no other steps is measured instead: its largest resident set, or what
+CUDA allocated.
 """
 
 import argparse
 import contextlib
 import copy
 import functools
-import gc
 import math
+import multiprocessing
 import os
 import resource
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 import warnings
@@ -51,13 +52,16 @@ from trl import DPOConfig, DPOTrainer
 from trl.trainer.utils import FusedCausalLMOutput
 
 from dposhift_trl import DPOShiftConfig, DPOShiftTrainer
+from dposhift_trl.allocator import keep_freed_memory
 from dposhift_trl.head import token_scores
 from dposhift_trl.shared_prompt import PairLayout, SharedPromptCollator, enable_shared_prompt, shared_prompt_scores
 
 
 LEVERS = ("rows", "shared", "shared + cached")
 PRODUCT, PRODUCT_AND_REFERENCE = "DPOShiftTrainer", "DPOShiftTrainer + reference"
-KINDS = ("stock", *LEVERS, PRODUCT, PRODUCT_AND_REFERENCE)
+# Those in one group differ in the step alone, and share a process
+GROUPS = (("stock",), ("memory",), LEVERS, (PRODUCT, PRODUCT_AND_REFERENCE))
+KINDS = sum(GROUPS, ())
 CACHED = ("shared + cached", PRODUCT)
 MODELS = {
     "gpt2": transformers.GPT2Config(),
@@ -206,6 +210,8 @@ def make_trainer(kind, args, config, shape):
             enable_shared_prompt(each)
         trainer.data_collator = SharedPromptCollator(trainer.data_collator)
     reference.to(args.device)  # the product has put it aside
+    if args.device == "cpu" and (kind == "memory" or kind.startswith(PRODUCT)):
+        keep_freed_memory()
     if args.gradient_checkpointing:
         model.activation_checkpointing_enable(settings.activation_checkpointing_kwargs)
     trainer._prepare_for_training(args.steps + 1, None, None)
@@ -252,22 +258,6 @@ def run_step(trainer, batch, kind, clock=time.perf_counter):
     trainer.optimizer.step()
     model.zero_grad()
     return clock() - start
-
-
-def compare_losses(trainers, batches, tolerance):
-    """
-    Losses of one batch by every kind, before any step.
-
-    Raises:
-        RuntimeError: If one of them is not stock's.
-    """
-    losses = {}
-    for kind, trainer in trainers.items():
-        inputs = prepared(trainer, batches[kind][0], kind)
-        losses[kind] = trainer.compute_loss(trainer.model_wrapped, inputs).item()
-    if not all(abs(loss - losses["stock"]) <= tolerance for loss in losses.values()):
-        raise RuntimeError(f"The losses of the first batch differ by more than {tolerance} nats: {losses}")
-    return losses
 
 
 def seconds(function, clock, repeats=3):
@@ -325,27 +315,81 @@ def limit_of(model, batches, args, clock):
     return (totals / len(batches)).tolist()
 
 
-def peak_memory(kind, args, name, shape):
-    """Peak memory, in GiB, of a process that takes two steps."""
-    command = [sys.executable, __file__, "--model", name, "--shape", shape, "--child", kind, "--steps", "1"]
-    for option in ("batch_size", "threads", "device", "dtype"):
-        command += [f"--{option.replace('_', '-')}", str(getattr(args, option))]
-    command += ["--no-gradient-checkpointing"] * (not args.gradient_checkpointing)
-    return float(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.split()[-1])
+class Steps:
+    """A trainer and its batches, on which kinds of step are taken that differ in the step alone."""
+
+    def __init__(self, kinds, args, config, shape):
+        self.kinds, self.args = kinds, args
+        self.trainer = make_trainer(kinds[0], args, config, shape)
+        self.batches = make_batches(self.trainer, args)
+        self.clock = make_clock(args)
+
+    def first_losses(self):
+        """Loss of the first batch by each kind."""
+        losses = {}
+        for kind in self.kinds:
+            inputs = prepared(self.trainer, self.batches[0], kind)
+            losses[kind] = self.trainer.compute_loss(self.trainer.model_wrapped, inputs).item()
+        return losses
+
+    def seconds(self, kind, number):
+        """Time of a step of this kind on this batch."""
+        return run_step(self.trainer, self.batches[number], kind, self.clock)
+
+    def limit(self):
+        """Result of [`limit_of`] over the batches that are counted."""
+        return limit_of(self.trainer.model, self.batches[1:], self.args, self.clock)
+
+    def peak_memory(self):
+        """Peak memory, in GiB, of two steps in a process that has taken no other."""
+        (kind,) = self.kinds
+        if kind in CACHED:
+            self.trainer.ref_model = None
+        for batch in self.batches[:2]:
+            if kind == "shared + cached":
+                batch["ref_chosen_logps"] = batch["ref_rejected_logps"] = torch.zeros(self.args.batch_size)
+            run_step(self.trainer, batch, kind, self.clock)
+        if self.args.device == "cpu":
+            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        return torch.cuda.max_memory_allocated() / 2**30
 
 
-def print_peak_memory(kind, args, config, shape):
-    trainer = make_trainer(kind, args, config, shape)
-    if kind in CACHED:
-        trainer.ref_model = None
-    for batch in make_batches(trainer, args):
-        if kind == "shared + cached":
-            batch["ref_chosen_logps"] = batch["ref_rejected_logps"] = torch.zeros(args.batch_size)
-        run_step(trainer, batch, kind)
-    if args.device == "cpu":
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
-    else:
-        print(torch.cuda.max_memory_allocated() / 2**30)
+class InProcess:
+    """[`Steps`] in a process of its own, closed by `with`; its methods wait for the answer."""
+
+    def __init__(self, kinds, args, config, shape, number=0):
+        context = multiprocessing.get_context("spawn")
+        self._connection, other = context.Pipe()
+        self._process = context.Process(target=self._serve, args=(other, number, kinds, args, config, shape))
+        self._process.start()
+        other.close()
+
+    def __getattr__(self, name):
+        def call(*arguments):
+            self._connection.send((name, arguments))
+            return self._connection.recv()
+
+        return call
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self._connection.close()
+        self._process.join()
+
+    @staticmethod
+    def _serve(connection, number, kinds, args, config, shape):
+        if "MASTER_PORT" in os.environ:  # under torchrun each kind has collectives of its own
+            os.environ |= {
+                "MASTER_PORT": str(int(os.environ["MASTER_PORT"]) + 1 + number),
+                "TORCHELASTIC_USE_AGENT_STORE": "False",
+            }
+        with quiet(args), contextlib.suppress(EOFError):
+            steps = Steps(kinds, args, config, shape)
+            while True:
+                name, arguments = connection.recv()
+                connection.send(getattr(steps, name)(*arguments))
 
 
 def time_steps(kinds, args, config, shape):
@@ -353,29 +397,27 @@ def time_steps(kinds, args, config, shape):
     Take interleaved steps of every kind.
 
     Returns:
-        `tuple`: Trainers, batches, seconds of each step but the first, and the first losses, each by kind.
+        `tuple`: Seconds of each step but the first, and the first losses, each by kind; and the result of
+        [`limit_of`].
+
+    Raises:
+        RuntimeError: If the first loss of a kind is not stock's.
     """
-    clock, trainers, batches, made = make_clock(args), {}, {}, {}
-    for kind in kinds:
-        name = "lever" if kind in LEVERS else kind.removesuffix(" + reference")  # those that differ in the step alone
-        if name not in made:
-            trainer = make_trainer(kind, args, config, shape)
-            made[name] = trainer, make_batches(trainer, args)
-        trainers[kind], batches[kind] = made[name]
-    losses = compare_losses(trainers, batches, TOLERANCE[args.dtype])
-    times = {kind: [] for kind in kinds}
-    for step in range(args.steps + 1):
-        for kind in kinds:
-            times[kind].append(run_step(trainers[kind], batches[kind][step], kind, clock))
-    return trainers, batches, {kind: values[1:] for kind, values in times.items()}, losses
-
-
-def release(trainers, args):
-    """Give the memory of trainers back, whose parts refer to each other."""
-    trainers.clear()
-    gc.collect()
-    if args.device == "cuda":
-        torch.cuda.empty_cache()
+    groups = filter(None, ([kind for kind in group if kind in kinds] for group in GROUPS))
+    times, places, losses = {kind: [] for kind in kinds}, {}, {}
+    with contextlib.ExitStack() as stack:
+        for number, group in enumerate(groups):
+            process = stack.enter_context(InProcess(group, args, config, shape, number))
+            places |= dict.fromkeys(group, process)
+        for process in dict.fromkeys(places.values()):
+            losses |= process.first_losses()
+        tolerance = TOLERANCE[args.dtype]
+        if not all(abs(loss - losses["stock"]) <= tolerance for loss in losses.values()):
+            raise RuntimeError(f"The losses of the first batch differ by more than {tolerance} nats: {losses}")
+        for number in range(args.steps + 1):
+            for kind in kinds:
+                times[kind].append(places[kind].seconds(kind, number))
+        return {kind: values[1:] for kind, values in times.items()}, losses, places["stock"].limit()
 
 
 def median_ratio(times, others):
@@ -383,20 +425,24 @@ def median_ratio(times, others):
 
 
 def measure(args, name, shape):
-    config, size = MODELS[name], SHAPES[shape]
-    trainers, batches, times, losses = time_steps(args.kind, args, config, size)
-    *limits, rate = limit_of(trainers["stock"].model, batches["stock"][1:], args, make_clock(args))
-    release(trainers, args)
+    times, losses, (*limits, rate) = time_steps(args.kind, args, MODELS[name], SHAPES[shape])
     for kind in args.kind:
         median, limit = statistics.median(times[kind]), limits[kind in CACHED]
-        memory = f"{peak_memory(kind, args, name, shape):.2f}" if args.memory else "-"
         print(
             f"| {name} | {shape} | {kind} | {median:.3f} | {median_ratio(times['stock'], times[kind]):.2f} | "
-            f"{limit:.3f} | {limit / median:.0%} | {memory} |",
+            f"{limit:.3f} | {limit / median:.0%} |",
             flush=True,
         )
     first = " ".join(f"{loss:.7f}" for loss in losses.values())
     print(f"<!-- {name}, {shape}: first losses {first}; {rate / 1e9:.0f} GFLOP/s -->", flush=True)
+
+
+def measure_memory(args, name, shape):
+    peaks = []
+    for kind in args.kind:
+        with InProcess([kind], args, MODELS[name], SHAPES[shape]) as steps:
+            peaks.append(f"{steps.peak_memory():.2f}")
+    print(f"| {name} | {shape} | {' | '.join(peaks)} |", flush=True)
 
 
 def add_arguments(parser):
@@ -446,21 +492,16 @@ def main():
     parser.add_argument("--model", nargs="+", choices=MODELS, default=["gpt2", "qwen2"])
     parser.add_argument("--shape", nargs="+", choices=SHAPES, default=["long", "short", "ragged"])
     parser.add_argument("--kind", nargs="+", choices=KINDS, default=KINDS, help="kinds of step, beside stock")
-    parser.add_argument("--memory", action="store_true", help="measure peak memory too, in a process for each kind")
-    parser.add_argument("--child", choices=KINDS, help=argparse.SUPPRESS)
+    parser.add_argument("--memory", action="store_true", help="measure peak memory instead of time")
     add_arguments(parser)
     args = parser.parse_args()
     args.kind = [kind for kind in KINDS if kind in {"stock", *args.kind}]
-    with quiet(args):
-        if args.child:
-            print_peak_memory(args.child, args, MODELS[args.model[0]], SHAPES[args.shape[0]])
-            return
-        print(f"{conditions(args)}; {args.batch_size} pairs\n")
-        print("| model | shape | step | seconds | times faster | limit | reached | peak GiB |")
-        print("| --- | --- | --- | --- | --- | --- | --- | --- |")
-        for name in args.model:
-            for shape in args.shape:
-                measure(args, name, shape)
+    print(f"{conditions(args)}; {args.batch_size} pairs\n")
+    columns = args.kind if args.memory else ["step", "seconds", "times faster", "limit", "reached"]
+    print(f"| model | shape | {' | '.join(columns)} |\n|{' --- |' * (2 + len(columns))}", flush=True)
+    for name in args.model:
+        for shape in args.shape:
+            (measure_memory if args.memory else measure)(args, name, shape)
 
 
 if __name__ == "__main__":
