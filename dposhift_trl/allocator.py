@@ -5,8 +5,9 @@ import os
 import platform
 
 
-# Parameters of glibc's `mallopt`, as malloc.h numbers them, and the largest value it takes
-TRIM_THRESHOLD, MMAP_THRESHOLD, MOST = -1, -3, 2**31 - 1
+# Parameters of glibc's `mallopt`, as malloc.h numbers them, the largest value it takes, and the largest that releases
+# before 2.35 take for the second
+TRIM_THRESHOLD, MMAP_THRESHOLD, MOST, ONCE_MOST = -1, -3, 2**31 - 1, 2**25
 # Whoever sets one of these has chosen an allocator, or how it is to behave
 CHOICES = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES", "LD_PRELOAD")
 
@@ -26,4 +27,5 @@ def keep_freed_memory() -> bool:
     if platform.libc_ver()[0] != "glibc" or any(os.environ.get(name) for name in CHOICES):
         return False
     mallopt = ctypes.CDLL(None).mallopt
-    return bool(mallopt(MMAP_THRESHOLD, MOST) and mallopt(TRIM_THRESHOLD, MOST))
+    mapped = mallopt(MMAP_THRESHOLD, MOST) or mallopt(MMAP_THRESHOLD, ONCE_MOST)
+    return bool(mapped and mallopt(TRIM_THRESHOLD, MOST))

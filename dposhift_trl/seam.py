@@ -68,13 +68,13 @@ class ShiftedModel:
 
     def _lambda(self) -> float | torch.Tensor:
         shift_lambda = self.trainer.shift_lambda
-        if self.alignment is None:
-            if self.trainer.args.per_pair_lambda:
-                raise TrainingStopped(
-                    "`per_pair_lambda` needs rows whose gradients were measured, and these were not, as in a stream. "
-                    "Pass them to the trainer, or to `evaluate` as a `Dataset`."
-                )
+        if not self.trainer.args.per_pair_lambda:
             return shift_lambda
+        if self.alignment is None:
+            raise TrainingStopped(
+                "`per_pair_lambda` needs rows whose gradients were measured, and these were not, as in a stream. "
+                "Pass them to the trainer, or to `evaluate` as a `Dataset`."
+            )
         of_all = torch.full_like(self.alignment, shift_lambda, dtype=widest_float(self.alignment.device))
         return torch.where(self.alignment > 0, of_all, 1.0)
 

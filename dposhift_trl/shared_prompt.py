@@ -259,6 +259,9 @@ def _register(base: str) -> str:
     """Register an attention that is `base` wherever it is not handed a layout; returns its name."""
 
     def attention(module, query, key, value, attention_mask, packed_pairs: PairLayout | None = None, **kwargs):
+        module.packed_pairs = (
+            packed_pairs  # for what follows it in its layer, in a checkpointed layer's second run too
+        )
         modeling = _modeling(module)
         attend = modeling.ALL_ATTENTION_FUNCTIONS.get_interface(
             base, getattr(modeling, "eager_attention_forward", None)
@@ -332,13 +335,30 @@ def _attend_by_branch(attend, query, key, value, layout: PairLayout, window: int
 
 class _Hooks:
     """
-    Two forward hooks that let only the rows of a layout reach the head.
+    Forward hooks that let only the rows of a layout reach the feed-forward of the last layer and the head.
 
     On a GPU, TRL's fused head scores them. Elsewhere [`~dposhift_trl.head.token_scores`] is faster: TRL's head is
     given no row, and its empty output is replaced.
     """
 
     hidden: torch.Tensor | None = None
+    layout: PairLayout | None = None
+
+    def __init__(self, last_attention: Any):
+        self.last_attention = last_attention
+        last_attention.packed_pairs = None
+
+    def before_mlp(self, mlp, args):
+        # Left by the attention just before, in a checkpointed layer's second run too
+        self.layout, self.last_attention.packed_pairs = self.last_attention.packed_pairs, None
+        return None if self.layout is None else (args[0].index_select(1, self.layout.rows), *args[1:])
+
+    def after_mlp(self, mlp, args, output):
+        if self.layout is None:
+            return None
+        values, *rest = output if isinstance(output, tuple) else (output,)
+        whole = values.new_zeros(1, len(self.layout), values.shape[-1]).index_copy(1, self.layout.rows, values)
+        return (whole, *rest) if isinstance(output, tuple) else whole
 
     def after_backbone(self, backbone, args, kwargs, output):
         layout = kwargs.get("packed_pairs")
@@ -378,6 +398,18 @@ def _causal_lm(model: nn.Module) -> Any:
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
+def _layers(causal_lm: Any) -> Any:
+    """The decoder layers, or the backbone as the only one where it has no stack of them."""
+    number = getattr(causal_lm.config, "num_hidden_layers", None)
+    stacks = (m for m in causal_lm.base_model.modules() if isinstance(m, nn.ModuleList) and len(m) == number)
+    return next(stacks, [causal_lm.base_model])
+
+
+def _attentions(layer: nn.Module) -> list[nn.Module]:
+    """The attention modules of a layer that transformers dispatches."""
+    return [m for m in layer.modules() if hasattr(m, "is_causal") and _modeling(m) is not None]
+
+
 def shared_prompt_obstacle(model: nn.Module) -> str | None:
     """
     Why a model cannot read a shared prompt once and score it exactly.
@@ -392,8 +424,11 @@ def shared_prompt_obstacle(model: nn.Module) -> str | None:
     Returns:
         `str` or `None`: The reason, as a phrase that completes "it cannot share prompts:"; `None` if there is none.
     """
-    if isinstance(model, PeftModel) and any(peft.is_prompt_learning for peft in model.peft_config.values()):
+    adapters = model.peft_config.values() if isinstance(model, PeftModel) else ()
+    if any(adapter.is_prompt_learning for adapter in adapters):
         return "its adapter learns a prompt"
+    if any(getattr(adapter, "alora_invocation_tokens", None) for adapter in adapters):
+        return "its adapter starts where a row invokes it (aLoRA)"
     causal_lm = _causal_lm(model)
     config, backbone = causal_lm.config, causal_lm.base_model
     if config.is_encoder_decoder or getattr(config, "add_cross_attention", False):
@@ -413,11 +448,8 @@ def shared_prompt_obstacle(model: nn.Module) -> str | None:
         rope_types = set(rope_types.values() if isinstance(rope_types, dict) else [rope_types])
         if rope_types & {"dynamic", "longrope"}:
             return f"its rotary frequencies depend on the longest row of a batch (`{rope_types.pop()}`)"
-    stacks = (
-        m for m in modules if isinstance(m, nn.ModuleList) and len(m) == getattr(config, "num_hidden_layers", None)
-    )
-    for layer in next(stacks, [backbone]):
-        attentions = [m for m in layer.modules() if hasattr(m, "is_causal") and _modeling(m) is not None]
+    for layer in _layers(causal_lm):
+        attentions = _attentions(layer)
         if not attentions:
             return f"its `{type(layer).__name__}` has no attention that transformers dispatches"
         if not all(m.is_causal for m in attentions):
@@ -441,7 +473,7 @@ def enable_shared_prompt(model: nn.Module) -> None:
     """
     Let a model be scored by [`shared_prompt_scores`]; everything else about it stays bitwise as it was.
 
-    The attention implementation is exchanged for one that, outside [`shared_prompt_scores`], is the old one, and two
+    The attention implementation is exchanged for one that, outside [`shared_prompt_scores`], is the old one, and
     forward hooks are added. Enabling a model twice changes nothing.
 
     Args:
@@ -462,7 +494,11 @@ def enable_shared_prompt(model: nn.Module) -> None:
         return
     base = causal_lm.config._attn_implementation.removeprefix(PREFIX)
     causal_lm.set_attn_implementation(_NAMES[base])
-    hooks = _Hooks()
+    last_layer = _layers(causal_lm)[-1]
+    hooks = _Hooks(_attentions(last_layer)[-1])
+    if isinstance(mlp := getattr(last_layer, "mlp", None), nn.Module):
+        mlp.register_forward_pre_hook(hooks.before_mlp)
+        mlp.register_forward_hook(hooks.after_mlp)
     causal_lm.base_model.register_forward_hook(hooks.after_backbone, with_kwargs=True)
     causal_lm.register_forward_hook(hooks.after_model, with_kwargs=True)
 

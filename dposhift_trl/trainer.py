@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 import trl
 from accelerate.data_loader import prepare_data_loader
 from accelerate.logging import get_logger
@@ -196,6 +197,7 @@ class DPOShiftTrainer(DPOTrainer):
             except ValueError as error:
                 obstacle = str(error)
         if obstacle is None:
+            logger.info("shared_prompt is on: scores agree with those of padded rows to rounding, not bit for bit")
             return True
         if wanted is True:
             raise ValueError(
@@ -207,8 +209,10 @@ class DPOShiftTrainer(DPOTrainer):
 
     def _shared_prompt_obstacle(self, models: list[torch.nn.Module]) -> str | None:
         dropout = any(isinstance(m, torch.nn.Dropout) and m.p > 0 for model in models for m in model.modules())
-        if not self.args.disable_dropout and (dropout or any(map(_dropout_out_of_reach, models))):
+        if (dropout and not self.args.disable_dropout) or any(map(_dropout_out_of_reach, models)):
             return "with dropout, each row draws its own mask"
+        if self.args.neftune_noise_alpha:
+            return "NEFTune scales its noise by the length of a row"
         if self._is_vision_dataset:
             return "the data set holds images"
         if self.aux_loss_enabled:
@@ -320,7 +324,9 @@ class DPOShiftTrainer(DPOTrainer):
             reason = "with a stream, whose lengths are not known"
         elif self.args.train_sampling_strategy != "random":
             reason = f"with `train_sampling_strategy={self.args.train_sampling_strategy!r}`, which it replaces"
-        if reason is not None:
+        if reason is None:
+            check_rows_left(self.train_dataset, "train", args.max_length)
+        else:
             raise ValueError(
                 f"`max_tokens_per_batch` must be left out {reason}, got {self.args.max_tokens_per_batch}. Set "
                 "`per_device_train_batch_size` instead."
@@ -469,7 +475,8 @@ class DPOShiftTrainer(DPOTrainer):
         """Before the first step the policy is the reference, so that every lambda gives a loss of log 2."""
         self._reference_is_policy = False  # looked at once
         prompt_learning = is_peft_model(self.model) and self.model.active_peft_config.is_prompt_learning
-        if self.state.global_step > 0 or not self.args.disable_dropout or prompt_learning:
+        noisy = not self.args.disable_dropout or self.args.neftune_noise_alpha
+        if self.state.global_step > 0 or noisy or prompt_learning:
             return
         scores = PairScores.from_matrices([matrix])
         half = self.args.bf16 or self.args.fp16 or self.model.dtype in (torch.float16, torch.bfloat16)
@@ -567,10 +574,20 @@ class DPOShiftTrainer(DPOTrainer):
                 max_length=self.args.max_length,
                 truncation_mode=self.args.truncation_mode,
                 ld_alpha=self.ld_alpha,
-                precision=f"{self.accelerator.mixed_precision}, {attention}, {device.type}{kind}",
+                precision=f"{arithmetic}{kind}",
             )
 
-        attention = model.config._attn_implementation.removeprefix(PREFIX)
+        # The code too: a release may mend a model, and the module of code from a repository names its revision
+        arithmetic = ", ".join(
+            (
+                self.accelerator.mixed_precision,
+                model.config._attn_implementation.removeprefix(PREFIX),
+                device.type,
+                torch.get_float32_matmul_precision(),
+                transformers.__version__,
+                type(self.accelerator.unwrap_model(model)).__module__,
+            )
+        )
 
         def alignment(batch):
             whole = self.accelerator.unwrap_model(model)
@@ -774,12 +791,15 @@ def _strict_json(value: Any) -> Any:
 
 
 def _dropout_out_of_reach(model: torch.nn.Module) -> list[str]:
-    """Probabilities of dropout that a module holds as a number, as attention does, and not in an `nn.Dropout`."""
+    """
+    Probabilities of dropout that a module holds as a number, as attention does, and not in an `nn.Dropout`, and the
+    noise of routers.
+    """
     found = {
         f"`{type(module).__name__}.{name}={value}`": None
         for module in model.modules()
         for name, entry in vars(module).items()
-        if "drop" in name
+        if "drop" in name or "jitter" in name
         for value in (entry.values() if isinstance(entry, dict) else [entry])
         if isinstance(value, float) and value > 0
     }

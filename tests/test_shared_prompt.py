@@ -395,6 +395,24 @@ def test_enabling_twice_changes_nothing():
     assert torch.equal(once, shared_prompt_scores(model, PairLayout.from_batch(BATCH)).log_probs)
 
 
+@pytest.mark.parametrize("family", ["gpt2", "qwen2", "gpt_neox", "gpt_oss", "mixtral"])
+def test_the_last_feed_forward_is_given_the_scored_rows_alone(family):
+    model = make_model(family)
+    enable_shared_prompt(model)
+    shapes, layers = [], next(m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == 2)
+    for layer in layers:
+        layer.mlp.register_forward_pre_hook(lambda mlp, args: shapes.append(args[0].shape[1]))
+    layout = PairLayout.from_batch(BATCH)
+    shared_prompt_scores(model, layout)
+    assert shapes == [len(layout), len(layout.rows)]
+    # Whatever runs next is not mistaken for the same rows, with another attention either
+    model.set_attn_implementation("eager")
+    shapes.clear()
+    with torch.no_grad():
+        model(input_ids=BATCH["input_ids"], attention_mask=BATCH["attention_mask"], use_cache=False)
+    assert shapes == [BATCH["input_ids"].shape[1]] * 2
+
+
 def test_a_copy_of_an_enabled_model_is_enabled_on_its_own():
     model = make_model()
     enable_shared_prompt(model)
@@ -413,7 +431,6 @@ OBSTACLES = {
     "rwkv": ("has no attention that transformers dispatches", {}),
     "bloom": ("ALiBi", {}),
     "mpt": ("ALiBi", {"d_model": 32, "n_heads": 4, "n_layers": 2}),
-    "gptj": ("has no attention that transformers dispatches", {}),
     "jamba": ("linear_attention", {"use_mamba_kernels": False}),
     "falcon_h1": ("hybrid", {}),
     "lfm2": ("conv", {"layer_types": ["conv", "full_attention"]}),
@@ -438,6 +455,11 @@ def test_a_model_that_cannot_share_prompts_names_the_obstacle(family):
 def test_an_encoder_decoder_names_the_obstacle():
     config = transformers.T5Config(vocab_size=VOCAB, d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
     assert shared_prompt_obstacle(AutoModelForSeq2SeqLM.from_config(config)) == "it has cross-attention"
+
+
+def test_an_adapter_that_a_row_invokes_is_an_obstacle():
+    adapter = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], alora_invocation_tokens=[5, 6])
+    assert "aLoRA" in shared_prompt_obstacle(get_peft_model(make_model(), adapter))
 
 
 def test_a_learned_prompt_is_an_obstacle():
@@ -537,6 +559,20 @@ def test_bf16_autocast_agrees_with_trl_to_its_rounding():
     assert ours.dtype == torch.float32
     assert (ours - exact).abs().max() <= 2 * (theirs - exact).abs().max()
     assert all(g.isfinite().all() for g in gradients(model, ours).values())
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # torch's own, while it compiles
+@pytest.mark.parametrize("family", ["gpt2", "mistral", "gemma2"])
+def test_a_compiled_model_scores_as_it_does_uncompiled(family):
+    model = make_model(family)
+    enable_shared_prompt(model)
+    layouts = [PairLayout.from_batch(batch) for batch in (BATCH, CASES["answers that part late"])]
+    compiled = torch.compile(copy.deepcopy(model), backend="aot_eager")
+    for layout in layouts:  # of other sizes, so that what was compiled for one does not do for the next
+        plain, ours = (shared_prompt_scores(each, layout).log_probs for each in (model, compiled))
+        assert_alike({"log_probs": ours}, {"log_probs": plain}, 1e-6)
+        got = {name.removeprefix("_orig_mod."): g for name, g in gradients(compiled, ours).items()}
+        assert_alike(got, gradients(model, plain), 1e-5)
 
 
 def test_no_gradient_is_kept_without_grad():

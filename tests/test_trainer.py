@@ -92,6 +92,15 @@ def test_with_the_shared_prompt_the_same_run_agrees_to_rounding(change, tiny_mod
         assert torch.allclose(left, right, rtol=1e-5, atol=1e-6)
 
 
+def test_the_log_says_that_the_shared_prompt_is_on(tiny_model, settings, caplog):
+    with caplog.at_level("INFO", logger="dposhift_trl.trainer"):
+        DPOShiftTrainer(tiny_model, args=DPOShiftConfig(**settings), train_dataset=ROWS)
+        assert "shared_prompt is on: scores agree with those of padded rows to rounding" in caplog.text
+        caplog.clear()
+        DPOShiftTrainer(tiny_model, args=DPOShiftConfig(**settings, shared_prompt=False), train_dataset=ROWS)
+        assert "shared_prompt" not in caplog.text
+
+
 def test_the_shared_prompt_is_off_where_dropout_is_on(tiny_model, settings, caplog):
     args = DPOShiftConfig(**settings, disable_dropout=False)
     assert not DPOShiftTrainer(tiny_model, args=args, train_dataset=ROWS).shares_prompts
