@@ -577,6 +577,8 @@ class DPOShiftTrainer(DPOTrainer):
                 precision=f"{arithmetic}{kind}",
             )
 
+        whole = self.accelerator.unwrap_model(model)
+        base = whole.get_base_model() if adapters else whole
         # The code too: a release may mend a model, and the module of code from a repository names its revision
         arithmetic = ", ".join(
             (
@@ -585,18 +587,15 @@ class DPOShiftTrainer(DPOTrainer):
                 device.type,
                 torch.get_float32_matmul_precision(),
                 transformers.__version__,
-                type(self.accelerator.unwrap_model(model)).__module__,
+                type(base).__module__,
             )
         )
 
         def alignment(batch):
-            whole = self.accelerator.unwrap_model(model)
             with self.accelerator.autocast(), use_adapter(whole, adapter) if adapters else contextlib.nullcontext():
-                return gradient_alignment(whole.get_base_model() if adapters else whole, batch)
+                return gradient_alignment(base, batch)
 
-        fingerprint = self._reference_fingerprint = reference_fingerprint(
-            self.accelerator.unwrap_model(model), adapter
-        )
+        fingerprint = self._reference_fingerprint = reference_fingerprint(whole, adapter)
         description = {"model": model.config._name_or_path, "adapter": adapter, "rows": name}
         columns = dict(
             zip(
