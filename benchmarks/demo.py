@@ -4,8 +4,8 @@ Time of the whole demo, and of a sweep of four values of lambda, against the sam
     python benchmarks/demo.py
 
 Ours is `python -m dposhift_trl.run recipes/tiny_shift.yaml` at lambda = 1, in a new folder and with an empty reference
-cache. Stock is `stock_stage.py` for each of the two stages: `trl.SFTTrainer`, then `trl.DPOTrainer`, with the same
-data, settings, evaluations and checkpoints; neither logs to W&B. Stage 2 is timed from loading the model to having
+cache. Stock is `stock_stage.py`: `trl.SFTTrainer`, then `trl.DPOTrainer`, in one process too, with the same data,
+settings, evaluations and checkpoints; neither logs to W&B. Stage 2 is timed from loading the model to having
 saved it, whole runs from start to end of the process, imports and all. The sweep is stage 1 once and stage 2 at four
 values of lambda, each a process of its own, ours with a cached reference; stock, which has no lambda, runs its DPO
 four times. Each is run once, so leave the machine alone meanwhile. The losses of the last evaluation, which must be
@@ -48,14 +48,20 @@ def run_ours(folder, overrides):
     return seconds, finished["seconds"], finished["metrics"]["eval_loss"]
 
 
-def run_stock(folder, stage, model, overrides):
-    """Seconds of a process of one stage, those of the stage, and the loss of its last evaluation."""
+def run_stock(folder, stages, overrides):
+    """
+    Seconds of a process that takes these stages, each with the folder of its model; those of the last one, and the
+    loss of its last evaluation.
+    """
     recipe = load_recipe(RECIPE, [f"output_dir={folder}", "dpo.shift_lambda=1.0", *overrides])
-    args = {name: value for name, value in recipe.resolved[stage].items() if name in STOCK_FIELDS or stage == "sft"}
-    args |= {"output_dir": str(folder), "seed": recipe.seed, "metric_for_best_model": "loss"}
-    settings = folder.with_suffix(".json")
-    settings.write_text(json.dumps({"stage": stage, "model": str(model), "args": args}), encoding="utf-8")
-    seconds, line = timed(str(HERE / "stock_stage.py"), str(settings))
+    settings = []
+    for stage, model in stages.items():
+        args = {name: x for name, x in recipe.resolved[stage].items() if name in STOCK_FIELDS or stage == "sft"}
+        args |= {"output_dir": str(folder / stage), "seed": recipe.seed, "metric_for_best_model": "loss"}
+        settings.append({"stage": stage, "model": str(model), "args": args})
+    file = folder.with_suffix(".json")
+    file.write_text(json.dumps(settings), encoding="utf-8")
+    seconds, line = timed(str(HERE / "stock_stage.py"), str(file))
     inner, loss = map(float, line.split())
     return seconds, inner, loss
 
@@ -80,16 +86,14 @@ def main():
         alone.append(f"model.model_name_or_path={root / 'ours' / 'sft'}")
         for number, shift_lambda in enumerate(LAMBDAS[1:]):
             ours.append(run_ours(root / f"ours-{number}", [*alone, f"dpo.shift_lambda={shift_lambda}"]))
-        sft = run_stock(root / "stock-sft", "sft", root / "base", overrides)
-        stock = [
-            run_stock(root / f"stock-dpo-{number}", "dpo", root / "stock-sft", overrides)
-            for number, _ in enumerate(LAMBDAS)
-        ]
+        sft = root / "stock" / "sft"
+        stock = [run_stock(root / "stock", {"sft": root / "base", "dpo": sft}, overrides)]
+        stock += [run_stock(root / f"stock-{number}", {"dpo": sft}, overrides) for number, _ in enumerate(LAMBDAS[1:])]
     rows = {
         "stage 2 of the demo": (stock[0][1], ours[0][1]),
         "stage 2, reference cached by an earlier run": (stock[1][1], ours[1][1]),
-        "the whole demo": (sft[0] + stock[0][0], ours[0][0]),
-        "a sweep of four": (sft[0] + sum(run[0] for run in stock), sum(run[0] for run in ours)),
+        "the whole demo": (stock[0][0], ours[0][0]),
+        "a sweep of four": tuple(sum(run[0] for run in runs) for runs in (stock, ours)),
     }
     print("| work | seconds, stock | ours | times faster |\n| --- | --- | --- | --- |")
     for name, (theirs, own) in rows.items():

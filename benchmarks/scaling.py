@@ -45,7 +45,7 @@ def time_pairs(args, point):
     """Milliseconds a pair of each kind, and how many times faster the product is."""
     config = copy.deepcopy(CONFIG)
     config.vocab_size, args.batch_size = point["vocabulary"], point["batch"]
-    times = time_steps(KINDS, args, config, (point["prompt"], point["answer"], 0.0))[0]
+    times = time_steps(KINDS, args, config, (point["prompt"], point["answer"], 0.0), limit=False)[0]
     medians = [1000 * statistics.median(times[kind]) / point["batch"] for kind in KINDS]
     return *medians, median_ratio(*times.values())
 
@@ -55,6 +55,7 @@ def print_processes(args):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
     for processes in args.processes:
         child = [str(processes), __file__, "--child", "--threads", "1", "--steps", str(args.steps)]
+        child += ["--device", args.device, "--dtype", args.dtype] + ["--cpu-time"] * args.cpu_time
         child += ["--no-gradient-checkpointing"] * (not args.gradient_checkpointing)
         run = subprocess.run([*command, *child], stdout=subprocess.PIPE, text=True, check=True)
         print(run.stdout.strip().splitlines()[-1], flush=True)

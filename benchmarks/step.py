@@ -5,12 +5,12 @@ Time of a DPO step against stock TRL, and against the matrix products it cannot 
     python benchmarks/step.py --memory
     python benchmarks/step.py --device cuda --dtype bf16 --model llama-0.5b qwen-1.5b --shape 512 1280 4096
 
-A step is what training runs: `training_step` on a collated batch, clipping, AdamW. Stock is `trl.DPOTrainer` with
-TRL's defaults but for the precision: gradients are checkpointed, in every kind of step, unless
-`--no-gradient-checkpointing` is given. `DPOShiftTrainer` is the product with its defaults (`shared_prompt` is forced
-on a GPU), its reference log-probabilities precomputed through a fresh cache; lambda is 1, so that losses compare,
-which costs what any lambda does. `+ reference` adds to each step the scoring of its pairs by the reference, as the
-first epoch of the first run pays it. The levers are stock TRL, changed in one thing:
+A step is what training runs: a batch collated, `training_step`, clipping, AdamW. Stock is `trl.DPOTrainer` with TRL's
+defaults but for the precision: gradients are checkpointed, in every kind of step, unless `--no-gradient-checkpointing`
+is given. `DPOShiftTrainer` is the product with its defaults (`shared_prompt` is forced on a GPU), its reference
+log-probabilities precomputed through a fresh cache; lambda is 1, so that losses compare, which costs what any lambda
+does. `+ reference` adds to each step the scoring of its pairs by the reference, as the first epoch of the first run
+pays it. The levers are stock TRL, changed in one thing:
 
 - memory: the process keeps the memory that a step has freed (on a CPU);
 - rows: padded rows, of which only those that predict a completion token are projected;
@@ -19,10 +19,14 @@ first epoch of the first run pays it. The levers are stock TRL, changed in one t
 
 Stock, the first lever, the others and the product run in a process each. Every kind of step has its turn on each
 batch, one after the other; seconds are medians, and `times faster` is the median of the ratios on the same batch.
-Before the first step, the losses of all kinds must agree to rounding. The limit is the time of the matrix products
-that must be done, measured at the model's shapes: unique tokens through the layers and rows that predict a completion
-token through the head, forward and backward, through the layers forward once more where gradients are checkpointed,
-and through all once more for the reference unless cached; attention is counted at the rate of those.
+Before the first step, the losses of all kinds must agree to rounding.
+
+The limit is the time of the matrix products of a step, measured at the model's shapes in memory that is at hand: every
+unique token through every layer and the rows that predict a completion token through the head, forward and backward;
+the layers forward once more where gradients are checkpointed, but for the last product of each, which nothing in the
+backward pass needs; and all forward once more for the reference unless cached. Attention is counted at the rate of
+those. `reached` is the median of its share of the time, batch by batch. The product does a little less than that: the
+last layer's feed-forward is given the scored rows alone.
 
 With `--memory` the peak of a process that takes no other steps is measured instead: its largest resident set, or what
 CUDA allocated.
@@ -108,6 +112,7 @@ MODELS = {
 # Tokens of prompt and answer, and the standard deviation of their logarithm
 SHAPES = {
     "long": (256, 64, 0.0),
+    "longer": (512, 64, 0.0),
     "short": (64, 128, 0.0),
     "ragged": (45, 90, 0.8),
     "512": (448, 64, 0.0),
@@ -221,8 +226,9 @@ def make_trainer(kind, args, config, shape):
 
 
 def make_batches(trainer, args):
+    """Rows of each batch, tokenised."""
     rows = list(trainer.train_dataset)
-    return [trainer.data_collator(rows[i : i + args.batch_size]) for i in range(0, len(rows), args.batch_size)]
+    return [rows[i : i + args.batch_size] for i in range(0, len(rows), args.batch_size)]
 
 
 def make_clock(args):
@@ -237,20 +243,18 @@ def make_clock(args):
     return clock
 
 
-def prepared(trainer, batch, kind):
+def prepared(trainer, rows, kind):
     """The inputs of a step of this kind, on the device."""
     if kind in LEVERS:
         trainer.lever = kind
-    inputs = send_to_device(batch, trainer.accelerator.device)
-    if kind == "shared + cached" and "ref_chosen_logps" not in inputs:
-        trainer.score_reference(inputs)
-    return inputs
+    return send_to_device(trainer.data_collator(rows), trainer.accelerator.device)
 
 
-def run_step(trainer, batch, kind, clock=time.perf_counter):
-    """Seconds of one step."""
-    inputs, model = prepared(trainer, batch, kind), trainer.model_wrapped
+def run_step(trainer, rows, kind, clock, known):
+    """Seconds of one step; `known` are the reference's log-probabilities, where they are to be at hand."""
+    model = trainer.model_wrapped
     start = clock()
+    inputs = prepared(trainer, rows, kind) | known
     if kind == PRODUCT_AND_REFERENCE:
         trainer.compute_ref_log_probs(trainer.ref_model, inputs)
     trainer.training_step(model, inputs)
@@ -274,9 +278,11 @@ def limit_of(model, batches, args, clock):
     Floor of a step.
 
     Returns:
-        `tuple[float, float, float]`: Seconds a step with the reference, seconds without, and the rate in FLOP/s, each
-        a mean over batches.
+        `list[tuple[float, float, float]]`: For each batch, seconds of a step with the reference, seconds without, and
+        the rate in FLOP/s.
     """
+    if args.device == "cpu":
+        keep_freed_memory()
     head = model.get_output_embeddings().weight
     matrices = [p for name, p in model.base_model.named_parameters() if p.dim() == 2 and "embed" not in name]
     matrices = [
@@ -286,7 +292,7 @@ def limit_of(model, batches, args, clock):
     heads = model.config.num_attention_heads
     width = heads * (getattr(model.config, "head_dim", None) or model.config.hidden_size // heads)
     kind = {"device": args.device, "dtype": torch.bfloat16 if args.dtype == "bf16" else torch.float32}
-    seen_shapes, totals = {}, torch.zeros(3)
+    seen_shapes, limits = {}, []
 
     def products(shapes):
         """Seconds of the forward products, and of the two backward ones of each."""
@@ -305,14 +311,17 @@ def limit_of(model, batches, args, clock):
         layout = PairLayout.from_batch(batch)
         tokens, rows = len(layout), len(layout.rows)
         in_layers, in_head = [(tokens, *sorted(p.shape)) for p in matrices], [(rows, head.shape[1], head.shape[0])]
-        layer_times, head_times = products(in_layers), products(in_head)
+        last_of_layers = in_layers[len(in_layers) // layers - 1 :: len(in_layers) // layers]
+        layer_times, head_times, last_times = map(products, (in_layers, in_head, last_of_layers))
         rate = 6 * sum(map(math.prod, in_layers + in_head)) / (layer_times + head_times).sum()
         visible = sum(p * (p + 1) / 2 + sum(n * p + n * (n + 1) / 2 for n in rest) for p, *rest in layout.lengths)
         attention = 4 * layers * width * visible / rate
         layer_times += torch.tensor((attention, 2 * attention))
-        step = layer_times.sum() + head_times.sum() + args.gradient_checkpointing * layer_times[0]
-        totals += torch.tensor((step + layer_times[0] + head_times[0], step, rate))
-    return (totals / len(batches)).tolist()
+        step = layer_times.sum() + head_times.sum()
+        if args.gradient_checkpointing:
+            step += layer_times[0] - last_times[0]
+        limits.append((float(step + layer_times[0] + head_times[0]), float(step), float(rate)))
+    return limits
 
 
 class Steps:
@@ -328,27 +337,37 @@ class Steps:
         """Loss of the first batch by each kind."""
         losses = {}
         for kind in self.kinds:
-            inputs = prepared(self.trainer, self.batches[0], kind)
+            inputs = prepared(self.trainer, self.batches[0], kind) | self.known(kind, 0)
             losses[kind] = self.trainer.compute_loss(self.trainer.model_wrapped, inputs).item()
         return losses
 
+    def known(self, kind, number):
+        """The reference's log-probabilities of a batch, for the lever that has them at hand."""
+        if kind != "shared + cached":
+            return {}
+        inputs = prepared(self.trainer, self.batches[number], kind)
+        self.trainer.score_reference(inputs)
+        return {name: inputs[name] for name in ("ref_chosen_logps", "ref_rejected_logps")}
+
     def seconds(self, kind, number):
         """Time of a step of this kind on this batch."""
-        return run_step(self.trainer, self.batches[number], kind, self.clock)
+        return run_step(self.trainer, self.batches[number], kind, self.clock, self.known(kind, number))
 
     def limit(self):
         """Result of [`limit_of`] over the batches that are counted."""
-        return limit_of(self.trainer.model, self.batches[1:], self.args, self.clock)
+        batches = [self.trainer.data_collator(rows) for rows in self.batches[1:]]
+        return limit_of(self.trainer.model, batches, self.args, self.clock)
 
     def peak_memory(self):
         """Peak memory, in GiB, of two steps in a process that has taken no other."""
         (kind,) = self.kinds
+        known = {}
         if kind in CACHED:
             self.trainer.ref_model = None
-        for batch in self.batches[:2]:
-            if kind == "shared + cached":
-                batch["ref_chosen_logps"] = batch["ref_rejected_logps"] = torch.zeros(self.args.batch_size)
-            run_step(self.trainer, batch, kind, self.clock)
+        if kind == "shared + cached":
+            known = dict.fromkeys(("ref_chosen_logps", "ref_rejected_logps"), torch.zeros(self.args.batch_size))
+        for rows in self.batches[:2]:
+            run_step(self.trainer, rows, kind, self.clock, send_to_device(known, self.trainer.accelerator.device))
         if self.args.device == "cpu":
             return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
         return torch.cuda.max_memory_allocated() / 2**30
@@ -367,7 +386,10 @@ class InProcess:
     def __getattr__(self, name):
         def call(*arguments):
             self._connection.send((name, arguments))
-            return self._connection.recv()
+            answer = self._connection.recv()
+            if isinstance(answer, Exception):
+                raise answer
+            return answer
 
         return call
 
@@ -389,16 +411,20 @@ class InProcess:
             steps = Steps(kinds, args, config, shape)
             while True:
                 name, arguments = connection.recv()
-                connection.send(getattr(steps, name)(*arguments))
+                try:
+                    answer = getattr(steps, name)(*arguments)
+                except Exception as error:  # such as memory that does not suffice
+                    answer = error
+                connection.send(answer)
 
 
-def time_steps(kinds, args, config, shape):
+def time_steps(kinds, args, config, shape, limit=True):
     """
     Take interleaved steps of every kind.
 
     Returns:
-        `tuple`: Seconds of each step but the first, and the first losses, each by kind; and the result of
-        [`limit_of`].
+        `tuple`: Seconds of each step but the first, and the first losses, each by kind; and, unless `limit` is false,
+        the result of [`limit_of`].
 
     Raises:
         RuntimeError: If the first loss of a kind is not stock's.
@@ -417,7 +443,8 @@ def time_steps(kinds, args, config, shape):
         for number in range(args.steps + 1):
             for kind in kinds:
                 times[kind].append(places[kind].seconds(kind, number))
-        return {kind: values[1:] for kind, values in times.items()}, losses, places["stock"].limit()
+        times = {kind: values[1:] for kind, values in times.items()}
+        return times, losses, places["stock"].limit() if limit else None
 
 
 def median_ratio(times, others):
@@ -425,15 +452,17 @@ def median_ratio(times, others):
 
 
 def measure(args, name, shape):
-    times, losses, (*limits, rate) = time_steps(args.kind, args, MODELS[name], SHAPES[shape])
+    times, losses, limits = time_steps(args.kind, args, MODELS[name], SHAPES[shape])
+    *limits, rates = zip(*limits, strict=True)
     for kind in args.kind:
-        median, limit = statistics.median(times[kind]), limits[kind in CACHED]
+        limit = limits[kind in CACHED]
         print(
-            f"| {name} | {shape} | {kind} | {median:.3f} | {median_ratio(times['stock'], times[kind]):.2f} | "
-            f"{limit:.3f} | {limit / median:.0%} |",
+            f"| {name} | {shape} | {kind} | {statistics.median(times[kind]):.3f} | "
+            f"{median_ratio(times['stock'], times[kind]):.2f} | {statistics.median(limit):.3f} | "
+            f"{median_ratio(limit, times[kind]):.0%} |",
             flush=True,
         )
-    first = " ".join(f"{loss:.7f}" for loss in losses.values())
+    first, rate = " ".join(f"{loss:.7f}" for loss in losses.values()), statistics.median(rates)
     print(f"<!-- {name}, {shape}: first losses {first}; {rate / 1e9:.0f} GFLOP/s -->", flush=True)
 
 
@@ -495,7 +524,9 @@ def main():
     parser.add_argument("--memory", action="store_true", help="measure peak memory instead of time")
     add_arguments(parser)
     args = parser.parse_args()
-    args.kind = [kind for kind in KINDS if kind in {"stock", *args.kind}]
+    args.kind = [
+        kind for kind in KINDS if kind in {"stock", *args.kind} and (kind != "memory" or args.device == "cpu")
+    ]
     print(f"{conditions(args)}; {args.batch_size} pairs\n")
     columns = args.kind if args.memory else ["step", "seconds", "times faster", "limit", "reached"]
     print(f"| model | shape | {' | '.join(columns)} |\n|{' --- |' * (2 + len(columns))}", flush=True)

@@ -28,7 +28,7 @@ def test_the_rows_of_a_batch_have_the_tokens_of_their_shape(kind, name, prompt, 
     args = parser.parse_args(["--steps", "1", "--batch-size", "2", "--threads", "1"])
     with step.quiet(args):
         steps = step.Steps([kind], args, step.MODELS["tiny"], step.SHAPES[name])
-    for batch in steps.batches:
+    for batch in map(steps.trainer.data_collator, steps.batches):
         assert batch["attention_mask"].sum(1).tolist() == [prompt + answer] * 4
         assert batch["completion_mask"].sum(1).tolist() == [answer] * 4
 
