@@ -134,3 +134,12 @@ def test_a_stream_to_evaluate_has_no_measured_gradients(tiny_model, settings):
     trainer = make(tiny_model, settings, per_pair_lambda=True, shift_lambda=0.5)
     with pytest.raises(TrainingStopped, match="`per_pair_lambda` needs rows whose gradients were measured"):
         trainer.evaluate(EVAL_ROWS.to_iterable_dataset())
+
+
+def test_rows_that_were_measured_are_trained_on_with_lambda_for_all_where_that_is_asked_for(tiny_model, settings):
+    measured = make(tiny_model, settings, per_pair_lambda=True, shift_lambda=0.5).train_dataset
+    assert ALIGNMENT in measured.column_names
+    args = DPOShiftConfig(**settings, shift_lambda=0.5, precompute_ref_log_probs=False)
+    trainer = DPOShiftTrainer(tiny_model, args=args, train_dataset=measured)
+    trainer.train()
+    assert trainer.state.log_history[0]["shift/lambda"] == 0.5

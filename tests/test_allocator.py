@@ -1,5 +1,6 @@
 """Freed memory that stays with the process, counted in pages that the kernel hands out."""
 
+import ctypes
 import os
 import platform
 import subprocess
@@ -11,7 +12,7 @@ from trl import DPOConfig, SFTConfig
 
 import dposhift_trl
 from dposhift_trl import DPOShiftConfig, DPOShiftTrainer
-from dposhift_trl.allocator import CHOICES
+from dposhift_trl.allocator import CHOICES, MMAP_THRESHOLD, MOST, TRIM_THRESHOLD, keep_freed_memory
 
 
 # Prints whether memory is kept, and how many pages of 64 MiB, freed and taken once more, are fresh
@@ -59,6 +60,25 @@ def test_what_the_environment_chooses_is_left_alone(name, fresh_by_itself):
     kept, fresh = run("keep", **{name: value})
     assert not kept
     assert fresh > fresh_by_itself / 2
+
+
+def test_an_older_glibc_is_asked_for_what_it_takes(monkeypatch):
+    """It refuses to keep blocks of more than 32 MiB."""
+    asked = []
+
+    class Glibc:
+        def __init__(self, name):
+            pass
+
+        def mallopt(self, parameter, value):
+            asked.append((parameter, value))
+            return int(parameter != MMAP_THRESHOLD or value <= 2**25)
+
+    for name in CHOICES:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(ctypes, "CDLL", Glibc)
+    assert keep_freed_memory()
+    assert asked == [(MMAP_THRESHOLD, MOST), (MMAP_THRESHOLD, 2**25), (TRIM_THRESHOLD, MOST)]
 
 
 @pytest.mark.parametrize("trainer_class", ["DPOShiftTrainer", "ChosenSFTTrainer"])

@@ -203,3 +203,8 @@ def test_batch_rebalance_is_refused_with_what_serves_instead(settings):
 def test_a_budget_that_is_too_small_is_refused_before_training(tiny_model, settings):
     with pytest.raises(ValueError, match="`max_tokens_per_batch` must hold the longest pair"):
         make_trainer(tiny_model, settings, max_tokens_per_batch=5)
+
+
+def test_a_budget_for_rows_of_which_none_is_short_enough_says_so(tiny_model, settings):
+    with pytest.raises(ValueError, match="the train rows must hold one whose prompt is shorter than `max_length`"):
+        make_trainer(tiny_model, settings, max_tokens_per_batch=100, max_length=1, precompute_ref_log_probs=False)

@@ -92,6 +92,33 @@ def test_with_the_shared_prompt_the_same_run_agrees_to_rounding(change, tiny_mod
         assert torch.allclose(left, right, rtol=1e-5, atol=1e-6)
 
 
+def test_neftune_scales_its_noise_by_rows_and_trains_as_in_dpo_trainer(tiny_model, settings, caplog):
+    settings |= {"neftune_noise_alpha": 5.0, "learning_rate": 1e-3}
+    ours = train(DPOShiftTrainer, DPOShiftConfig, tiny_model, settings, shift_lambda=1.0)
+    assert "shared_prompt is off: NEFTune scales its noise by the length of a row" in caplog.text
+    stock = train(DPOTrainer, DPOConfig, tiny_model, settings)
+    found = [[entry["loss"] for entry in trainer.state.log_history if "loss" in entry] for trainer in (ours, stock)]
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
+    assert found[0][0] != pytest.approx(0.693147, abs=1e-4)
+
+
+def test_dropout_that_disable_dropout_does_not_reach_keeps_rows_apart(tmp_path, tiny_model, settings, caplog):
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        bos_token_id=0, eos_token_id=0, pad_token_id=1, attention_dropout=0.5,
+    )  # fmt: skip
+    models = [LlamaForCausalLM(config) for _ in range(2)]
+    trainer = DPOShiftTrainer(
+        models[0],
+        ref_model=models[1],
+        args=DPOShiftConfig(**settings),
+        train_dataset=ROWS,
+        processing_class=AutoTokenizer.from_pretrained(tiny_model),
+    )
+    assert not trainer.shares_prompts
+    assert "shared_prompt is off: with dropout, each row draws its own mask" in caplog.text
+
+
 def test_the_log_says_that_the_shared_prompt_is_on(tiny_model, settings, caplog):
     with caplog.at_level("INFO", logger="dposhift_trl.trainer"):
         DPOShiftTrainer(tiny_model, args=DPOShiftConfig(**settings), train_dataset=ROWS)
