@@ -15,7 +15,7 @@ from dposhift_trl import DPOShiftConfig, DPOShiftTrainer
 from dposhift_trl.allocator import CHOICES, MMAP_THRESHOLD, MOST, TRIM_THRESHOLD, keep_freed_memory
 
 
-# Prints whether memory is kept, and how many pages of 64 MiB, freed and taken once more, are fresh
+# Prints whether memory is kept, and how many pages of 128 MiB, freed and taken once more, are fresh
 PROGRAM = """
 import resource, sys
 import torch
@@ -23,7 +23,7 @@ from dposhift_trl.allocator import keep_freed_memory
 
 def fill():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    torch.ones(1 << 24)
+    blocks = [torch.ones(1 << 21) for _ in range(16)]
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
 kept = sys.argv[1] == "keep" and keep_freed_memory()
@@ -51,7 +51,8 @@ def fresh_by_itself():
 def test_a_block_that_was_freed_is_taken_again_without_fresh_pages(fresh_by_itself):
     kept, fresh = run("keep")
     assert kept
-    assert fresh < fresh_by_itself / 4
+    # A hole of exactly its size does not hold an aligned block, so that not all of them find room at once
+    assert fresh < 0.75 * fresh_by_itself
 
 
 @pytest.mark.parametrize("name", CHOICES[:3])
