@@ -259,9 +259,8 @@ def _register(base: str) -> str:
     """Register an attention that is `base` wherever it is not handed a layout; returns its name."""
 
     def attention(module, query, key, value, attention_mask, packed_pairs: PairLayout | None = None, **kwargs):
-        module.packed_pairs = (
-            packed_pairs  # for what follows it in its layer, in a checkpointed layer's second run too
-        )
+        if hasattr(module, "packed_pairs"):  # the last layer's, whose feed-forward asks for it
+            module.packed_pairs = packed_pairs
         modeling = _modeling(module)
         attend = modeling.ALL_ATTENTION_FUNCTIONS.get_interface(
             base, getattr(modeling, "eager_attention_forward", None)
