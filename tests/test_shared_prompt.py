@@ -16,6 +16,7 @@ from accelerate import Accelerator
 from accelerate.utils import send_to_device
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from torch import nn
+from torch.nn.attention import flex_attention
 from torch.overrides import TorchFunctionMode
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
@@ -247,13 +248,11 @@ def test_a_layout_refuses_left_padding():
 
 
 def test_the_block_mask_lets_each_token_see_its_own_row():
-    from torch.nn.attention.flex_attention import create_mask
-
     layout = PairLayout.from_batch(BATCH)
     for window in (None, 4):
-        dense = create_mask(layout.block_mask(window).mask_mod, None, None, len(layout), len(layout), device="cpu")[
-            0, 0
-        ]
+        dense = flex_attention.create_mask(
+            layout.block_mask(window).mask_mod, None, None, len(layout), len(layout), device="cpu"
+        )[0, 0]
         for seen, row in zip(histories(layout), dense, strict=True):
             assert tuple(layout.input_ids[0][row].tolist()) == (seen if window is None else seen[-window:])
         assert layout.block_mask(window) is layout.block_mask(window)
@@ -262,8 +261,6 @@ def test_the_block_mask_lets_each_token_see_its_own_row():
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("window", [None, 4])
 def test_flex_attention_over_the_block_mask_equals_attention_branch_by_branch(window):
-    from torch.nn.attention.flex_attention import flex_attention
-
     layout = PairLayout.from_batch(BATCH)
     torch.manual_seed(0)
     query, key, value = (torch.randn(1, heads, len(layout), 16, dtype=torch.float64) for heads in (4, 2, 2))
@@ -275,7 +272,7 @@ def test_flex_attention_over_the_block_mask_equals_attention_branch_by_branch(wi
         return attended.transpose(1, 2), None
 
     ours = _attend_by_branch(sdpa, query, key, value, layout, window, causal=True)
-    flex = flex_attention(query, key, value, block_mask=layout.block_mask(window), enable_gqa=True)
+    flex = flex_attention.flex_attention(query, key, value, block_mask=layout.block_mask(window), enable_gqa=True)
     assert torch.allclose(ours, flex.transpose(1, 2), rtol=0, atol=1e-6)
 
 
@@ -670,6 +667,33 @@ def test_two_processes_with_uneven_runs_reach_the_gradients_of_one():
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr[-2000:]
     assert "agrees" in result.stdout
+
+
+class TakenForCUDA(TorchFunctionMode):
+    """Tensors say that they are on a GPU, and are where they were."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        return function == torch.Tensor.is_cuda.__get__ or function(*args, **(kwargs or {}))
+
+
+# Torch's compiler, which nothing is compiled by here, deprecates what it imports
+@pytest.mark.filterwarnings("ignore:.*script_method.* is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+# Flex attention has no attention sinks on a CPU
+@pytest.mark.parametrize("family", [name for name in FAMILIES if "eager" not in name and name != "gpt_oss"])
+def test_the_way_of_a_gpu_scores_as_separate_rows_do(family, monkeypatch):
+    # Uncompiled, flex attention has a backward pass on a CPU too, but refuses to say so
+    monkeypatch.setattr(flex_attention, "_validate_device", lambda *_: None)
+    model = make_model(family, torch.float64)
+    theirs = rows_scores(model, BATCH)["log_probs"]
+    their_gradients = gradients(model, theirs)
+    enable_shared_prompt(model)
+    with torch.compiler.set_stance("force_eager"), TakenForCUDA():
+        ours = shared_prompt_scores(model, PairLayout.from_batch(BATCH)).log_probs
+        our_gradients = gradients(model, ours)
+    # TRL's head and uncompiled flex attention compute in float32 whatever they are given
+    assert_alike({"log_probs": ours}, {"log_probs": theirs}, 1e-5)
+    assert_alike(our_gradients, their_gradients, 1e-4)
 
 
 @pytest.mark.gpu
