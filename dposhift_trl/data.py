@@ -211,6 +211,11 @@ class DataConfig(DataSource):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {value!r}. Leave it out to take all rows.")
+        if self.max_eval_rows is not None and not self.has_eval:
+            raise ValueError(
+                f"`max_eval_rows` must be left out where there are no evaluation rows, got {self.max_eval_rows}. Name "
+                "an `eval_split`, or hold rows out with `eval_size`."
+            )
         if not 0 < self.min_rows_kept <= 1:
             raise ValueError(
                 f"`min_rows_kept` must be a share above 0 and at most 1, got {self.min_rows_kept!r}. Write for "

@@ -178,6 +178,11 @@ def refusal(**settings):
             for name in ("max_train_rows", "max_eval_rows")
             for size in (0, -1)
         ),
+        (
+            {"path": "demo", "max_eval_rows": 8},
+            "`max_eval_rows` must be left out where there are no evaluation rows, got 8. Name an `eval_split`, or hold "
+            "rows out with `eval_size`.",
+        ),
         *(
             (
                 {"path": "demo", "min_rows_kept": share},
