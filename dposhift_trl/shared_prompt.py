@@ -18,6 +18,7 @@ from peft import PeftModel
 from torch import nn
 from torch.nn.attention.flex_attention import create_block_mask
 from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.activations import NewGELUActivation
 from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from trl.trainer.utils import FusedCausalLMOutput
@@ -259,8 +260,8 @@ def _register(base: str) -> str:
     """Register an attention that is `base` wherever it is not handed a layout; returns its name."""
 
     def attention(module, query, key, value, attention_mask, packed_pairs: PairLayout | None = None, **kwargs):
-        if hasattr(module, "packed_pairs"):  # the last layer's, whose feed-forward asks for it
-            module.packed_pairs = packed_pairs
+        if hooks := getattr(module, "shared_prompt_hooks", None):
+            hooks.layout = packed_pairs
         modeling = _modeling(module)
         attend = modeling.ALL_ATTENTION_FUNCTIONS.get_interface(
             base, getattr(modeling, "eager_attention_forward", None)
@@ -337,19 +338,29 @@ class _Hooks:
     Forward hooks that let only the rows of a layout reach the feed-forward of the last layer and the head.
 
     On a GPU, TRL's fused head scores them. Elsewhere [`~dposhift_trl.head.token_scores`] is faster: TRL's head is
-    given no row, and its empty output is replaced.
+    given no row, and its empty output is replaced. So is that of GPT-2's activation, whose eight operations PyTorch
+    has as one.
     """
 
-    hidden: torch.Tensor | None = None
     layout: PairLayout | None = None
+    hidden: torch.Tensor | None = None
+    preactivation: torch.Tensor | None = None
 
-    def __init__(self, last_attention: Any):
-        self.last_attention = last_attention
-        last_attention.packed_pairs = None
+    def before_backbone(self, backbone, args):
+        # From here on that of the attention before, which a checkpointed layer's second run goes through too
+        self.layout = None
+
+    def before_activation(self, activation, args):
+        self.preactivation = None if self.layout is None else args[0]
+        return None if self.layout is None else args[0][:0]
+
+    def after_activation(self, activation, args, output):
+        if self.preactivation is None:
+            return None
+        values, self.preactivation = self.preactivation, None
+        return nn.functional.gelu(values, approximate="tanh")
 
     def before_mlp(self, mlp, args):
-        # Left by the attention just before, in a checkpointed layer's second run too
-        self.layout, self.last_attention.packed_pairs = self.last_attention.packed_pairs, None
         return None if self.layout is None else (args[0].index_select(1, self.layout.rows), *args[1:])
 
     def after_mlp(self, mlp, args, output):
@@ -404,7 +415,7 @@ def _layers(causal_lm: Any) -> Any:
     return next(stacks, [causal_lm.base_model])
 
 
-def _attentions(layer: nn.Module) -> list[nn.Module]:
+def _attentions(layer: nn.Module) -> list[Any]:
     """The attention modules of a layer that transformers dispatches."""
     return [m for m in layer.modules() if hasattr(m, "is_causal") and _modeling(m) is not None]
 
@@ -493,11 +504,18 @@ def enable_shared_prompt(model: nn.Module) -> None:
         return
     base = causal_lm.config._attn_implementation.removeprefix(PREFIX)
     causal_lm.set_attn_implementation(_NAMES[base])
-    last_layer = _layers(causal_lm)[-1]
-    hooks = _Hooks(_attentions(last_layer)[-1])
-    if isinstance(mlp := getattr(last_layer, "mlp", None), nn.Module):
+    hooks, layers = _Hooks(), _layers(causal_lm)
+    for layer in layers:
+        for attention in _attentions(layer):
+            attention.shared_prompt_hooks = hooks
+        for module in layer.modules():
+            if isinstance(module, NewGELUActivation):
+                module.register_forward_pre_hook(hooks.before_activation)
+                module.register_forward_hook(hooks.after_activation)
+    if isinstance(mlp := getattr(layers[-1], "mlp", None), nn.Module):
         mlp.register_forward_pre_hook(hooks.before_mlp)
         mlp.register_forward_hook(hooks.after_mlp)
+    causal_lm.base_model.register_forward_pre_hook(hooks.before_backbone)
     causal_lm.base_model.register_forward_hook(hooks.after_backbone, with_kwargs=True)
     causal_lm.register_forward_hook(hooks.after_model, with_kwargs=True)
 

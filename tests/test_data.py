@@ -180,8 +180,8 @@ def refusal(**settings):
         ),
         (
             {"path": "demo", "max_eval_rows": 8},
-            "`max_eval_rows` must be left out where there are no evaluation rows, got 8. Name an `eval_split`, or hold "
-            "rows out with `eval_size`.",
+            "`max_eval_rows` must be left out where there are no evaluation rows, got 8. Name an `eval_split`, or "
+            "hold rows out with `eval_size`.",
         ),
         *(
             (

@@ -410,6 +410,18 @@ def test_the_last_feed_forward_is_given_the_scored_rows_alone(family):
     assert shapes == [BATCH["input_ids"].shape[1]] * 2
 
 
+def test_the_activation_of_gpt2_is_one_operation():
+    model = make_model("gpt2")
+    enable_shared_prompt(model)
+    lengths = []
+    for layer in model.transformer.h:  # what is left of the eight operations has no elements
+        layer.mlp.act.register_forward_pre_hook(lambda module, args: lengths.append(len(args[0])))
+    with torch.profiler.profile() as profile:
+        shared_prompt_scores(model, PairLayout.from_batch(BATCH))
+    assert lengths == [0, 0]
+    assert {event.key: event.count for event in profile.key_averages()}["aten::gelu"] == 2
+
+
 def test_a_copy_of_an_enabled_model_is_enabled_on_its_own():
     model = make_model()
     enable_shared_prompt(model)
