@@ -338,21 +338,24 @@ class _Hooks:
     Forward hooks that let only the rows of a layout reach the feed-forward of the last layer and the head.
 
     On a GPU, TRL's fused head scores them. Elsewhere [`~dposhift_trl.head.token_scores`] is faster: TRL's head is
-    given no row, and its empty output is replaced. So is that of GPT-2's activation, whose eight operations PyTorch
-    has as one.
+    given no row, and its empty output is replaced. In a like way, on every device, the eight operations of `gelu_new`
+    (GPT-2, Phi) are given one number, and their output is replaced by that of PyTorch's one operation.
     """
 
     layout: PairLayout | None = None
     hidden: torch.Tensor | None = None
     preactivation: torch.Tensor | None = None
 
+    def __getstate__(self):
+        return {}  # a copy, as PEFT makes of a module, is not to start with what a forward has left
+
     def before_backbone(self, backbone, args):
-        # From here on that of the attention before, which a checkpointed layer's second run goes through too
+        # Each attention sets it, in the second run of a checkpointed layer too
         self.layout = None
 
     def before_activation(self, activation, args):
         self.preactivation = None if self.layout is None else args[0]
-        return None if self.layout is None else args[0][:0]
+        return None if self.layout is None else args[0].flatten()[:1]
 
     def after_activation(self, activation, args, output):
         if self.preactivation is None:
@@ -371,6 +374,7 @@ class _Hooks:
         return (whole, *rest) if isinstance(output, tuple) else whole
 
     def after_backbone(self, backbone, args, kwargs, output):
+        self.layout = None
         layout = kwargs.get("packed_pairs")
         if layout is None:
             return None

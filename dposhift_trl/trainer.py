@@ -191,7 +191,8 @@ class DPOShiftTrainer(DPOTrainer):
                 for model in models:
                     enable_shared_prompt(model)
                 difference = max(map(verify_shared_prompt, models))
-                half = any(model.dtype in (torch.float16, torch.bfloat16) for model in models)
+                half = self.accelerator.mixed_precision != "no"
+                half = half or any(model.dtype in (torch.float16, torch.bfloat16) for model in models)
                 if difference > (1.0 if half else 1e-2):
                     obstacle = f"its scores differ by {difference:.2g} nats"
             except ValueError as error:

@@ -413,13 +413,28 @@ def test_the_last_feed_forward_is_given_the_scored_rows_alone(family):
 def test_the_activation_of_gpt2_is_one_operation():
     model = make_model("gpt2")
     enable_shared_prompt(model)
-    lengths = []
-    for layer in model.transformer.h:  # what is left of the eight operations has no elements
-        layer.mlp.act.register_forward_pre_hook(lambda module, args: lengths.append(len(args[0])))
+    sizes = []
+    for layer in model.transformer.h:  # what the eight operations are left with
+        layer.mlp.act.register_forward_pre_hook(lambda module, args: sizes.append(args[0].numel()))
     with torch.profiler.profile() as profile:
         shared_prompt_scores(model, PairLayout.from_batch(BATCH))
-    assert lengths == [0, 0]
+    assert sizes == [1, 1]
     assert {event.key: event.count for event in profile.key_averages()}["aten::gelu"] == 2
+
+
+def test_a_module_alone_and_a_copy_of_one_know_nothing_of_the_last_layout(tmp_path):
+    plain, model = make_model("gpt2"), make_model("gpt2")
+    enable_shared_prompt(model)
+    shared_prompt_scores(model, PairLayout.from_batch(BATCH))
+    hidden = torch.randn(1, 40, SIZES["hidden_size"])
+    assert torch.equal(plain.transformer.h[-1].mlp(hidden), model.transformer.h[-1].mlp(hidden))
+    rows = {"input_ids": BATCH["input_ids"], "attention_mask": BATCH["attention_mask"]}
+    gradients(model, shared_prompt_scores(model, PairLayout.from_batch(BATCH)).log_probs)
+    torch.save(model, tmp_path / "model.pt")
+    loaded = torch.load(tmp_path / "model.pt", weights_only=False)
+    tuned = get_peft_model(model, LoraConfig(target_modules=["c_attn"], modules_to_save=["mlp"]))
+    for enabled in (loaded, tuned):
+        assert torch.equal(plain(**rows).logits, enabled(**rows).logits)
 
 
 def test_a_copy_of_an_enabled_model_is_enabled_on_its_own():
@@ -688,22 +703,24 @@ class TakenForCUDA(TorchFunctionMode):
         return function == torch.Tensor.is_cuda.__get__ or function(*args, **(kwargs or {}))
 
 
-# Torch's compiler, which nothing is compiled by here, deprecates what it imports
+# Importing torch's compiler warns, though nothing is compiled
 @pytest.mark.filterwarnings("ignore:.*script_method.* is deprecated:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 # Flex attention has no attention sinks on a CPU
 @pytest.mark.parametrize("family", [name for name in FAMILIES if "eager" not in name and name != "gpt_oss"])
 def test_the_way_of_a_gpu_scores_as_separate_rows_do(family, monkeypatch):
-    # Uncompiled, flex attention has a backward pass on a CPU too, but refuses to say so
+    # Uncompiled, flex attention has a backward pass on a CPU too, which this refuses
     monkeypatch.setattr(flex_attention, "_validate_device", lambda *_: None)
     model = make_model(family, torch.float64)
     theirs = rows_scores(model, BATCH)["log_probs"]
     their_gradients = gradients(model, theirs)
     enable_shared_prompt(model)
+    layout = PairLayout.from_batch(BATCH)
     with torch.compiler.set_stance("force_eager"), TakenForCUDA():
-        ours = shared_prompt_scores(model, PairLayout.from_batch(BATCH)).log_probs
+        ours = shared_prompt_scores(model, layout).log_probs
         our_gradients = gradients(model, ours)
-    # TRL's head and uncompiled flex attention compute in float32 whatever they are given
+    assert {kind for kind, *_ in layout._masks} == {"block"}  # which attention by branch makes none of
+    # TRL's head sums in float32 whatever it is given
     assert_alike({"log_probs": ours}, {"log_probs": theirs}, 1e-5)
     assert_alike(our_gradients, their_gradients, 1e-4)
 

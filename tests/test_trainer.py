@@ -18,6 +18,7 @@ from dposhift_trl import (
     LambdaScheduleCallback,
     make_lambda_schedule,
 )
+from dposhift_trl.shared_prompt import verify_shared_prompt
 from dposhift_trl.trainer import TrainingStopped
 
 
@@ -126,6 +127,23 @@ def test_the_log_says_that_the_shared_prompt_is_on(tiny_model, settings, caplog)
         caplog.clear()
         DPOShiftTrainer(tiny_model, args=DPOShiftConfig(**settings, shared_prompt=False), train_dataset=ROWS)
         assert "shared_prompt" not in caplog.text
+
+
+def test_bf16_rounding_is_no_obstacle_to_the_shared_prompt(tiny_model, settings, caplog):
+    reference = AutoModelForCausalLM.from_pretrained(tiny_model)
+    with torch.no_grad():
+        for parameter in reference.parameters():  # so that bf16 rounds its scores by more than float32 may
+            parameter.mul_(8 if parameter.dim() == 2 else 1)
+    options = {"ref_model": reference}
+    shared = train(DPOShiftTrainer, DPOShiftConfig, tiny_model, settings, options=options, bf16=True)
+    assert shared.shares_prompts
+    reference = shared.accelerator.unwrap_model(shared.ref_model)
+    assert 1e-2 < verify_shared_prompt(reference) < 1
+    rows = train(
+        DPOShiftTrainer, DPOShiftConfig, tiny_model, settings, options=options, bf16=True, shared_prompt=False
+    )
+    left, right = ([entry["loss"] for entry in logs(trainer) if "loss" in entry] for trainer in (rows, shared))
+    assert right == pytest.approx(left, abs=0.02)
 
 
 def test_the_shared_prompt_is_off_where_dropout_is_on(tiny_model, settings, caplog):
