@@ -319,7 +319,7 @@ def test_each_family_scores_in_float64_as_separate_rows_do(family):
     assert_alike(gradients(model, output.log_probs), their_gradients, 1e-10)
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama", "qwen2", "gemma2", "granite", "mixtral"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_each_family_scores_in_float32_as_trl_scores_padded_rows(family):
     model = make_model(family, outputs=("log_probs", *OPTIONAL_OUTPUTS))
     labels = BATCH["input_ids"].masked_fill(BATCH["completion_mask"] == 0, -100)

@@ -129,7 +129,7 @@ def test_the_log_says_that_the_shared_prompt_is_on(tiny_model, settings, caplog)
         assert "shared_prompt" not in caplog.text
 
 
-def test_bf16_rounding_is_no_obstacle_to_the_shared_prompt(tiny_model, settings, caplog):
+def test_bf16_rounding_is_no_obstacle_to_the_shared_prompt(tiny_model, settings):
     reference = AutoModelForCausalLM.from_pretrained(tiny_model)
     with torch.no_grad():
         for parameter in reference.parameters():  # so that bf16 rounds its scores by more than float32 may
