@@ -179,6 +179,7 @@ class DPOShiftTrainer(DPOTrainer):
         """Whether pairs are scored by the shared prompt; prepares policy and reference for it."""
         wanted = self.args.shared_prompt
         if wanted is False:
+            logger.info("shared_prompt is off, as asked: rows are scored as DPOTrainer scores them, bit for bit")
             return False
         models = [self.accelerator.unwrap_model(model) for model in (self.model, self.ref_model) if model is not None]
         obstacle = self._shared_prompt_obstacle(models)
