@@ -2,6 +2,7 @@
 
 import heapq
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,6 +40,34 @@ def pair_lengths(dataset: Dataset, max_length: int | None, truncation_mode: str,
         else:
             lengths.append(max(1, 2 * longer))
     return lengths
+
+
+class SeededByEpoch(Sampler[int]):
+    """
+    A sampler whose order is drawn from `seed + epoch` alone, so that a resumed run reads on where it stopped.
+
+    Args:
+        sampler (`Sampler`):
+            Sampler that draws from its `generator`, such as transformers' `LengthGroupedSampler`.
+        seed (`int`):
+            Seed of the order.
+    """
+
+    def __init__(self, sampler: Any, seed: int):
+        self.sampler = sampler
+        self.seed = seed
+        self.epoch = 0
+
+    def __iter__(self) -> Iterator[int]:
+        self.sampler.generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        return iter(self.sampler)
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draw the order of this epoch."""
+        self.epoch = epoch
 
 
 class TokenBudgetSampler(Sampler[list[int]]):

@@ -19,6 +19,7 @@ from datasets import Dataset, IterableDataset
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
+from transformers.trainer_pt_utils import LengthGroupedSampler
 from trl import DPOTrainer, SFTTrainer, extract_prompt
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.utils import add_fused_lm_head, create_model_from_path, get_config_model_id, use_adapter
@@ -26,7 +27,7 @@ from trl.trainer.utils import add_fused_lm_head, create_model_from_path, get_con
 from . import __version__
 from .alignment import ALIGNMENT, gradient_alignment
 from .allocator import keep_freed_memory
-from .batching import TokenBudgetSampler, pair_lengths
+from .batching import SeededByEpoch, TokenBudgetSampler, pair_lengths
 from .callbacks import AdaptiveLambdaCallback, LambdaScheduleCallback
 from .collator import ROW_INDEX, PairCollator, with_row_index
 from .config import DPOShiftConfig
@@ -192,9 +193,7 @@ class DPOShiftTrainer(DPOTrainer):
                 for model in models:
                     enable_shared_prompt(model)
                 difference = max(map(verify_shared_prompt, models))
-                half = self.accelerator.mixed_precision != "no"
-                half = half or any(model.dtype in (torch.float16, torch.bfloat16) for model in models)
-                if difference > (1.0 if half else 1e-2):
+                if difference > (1.0 if self._rounds_to_half(*models) else 1e-2):
                     obstacle = f"its scores differ by {difference:.2g} nats"
             except ValueError as error:
                 obstacle = str(error)
@@ -208,6 +207,10 @@ class DPOShiftTrainer(DPOTrainer):
             )
         logger.warning(f"shared_prompt is off: {obstacle}")
         return False
+
+    def _rounds_to_half(self, *models: torch.nn.Module) -> bool:
+        half = any(model.dtype in (torch.float16, torch.bfloat16) for model in models)
+        return half or self.accelerator.mixed_precision != "no"
 
     def _shared_prompt_obstacle(self, models: list[torch.nn.Module]) -> str | None:
         dropout = any(isinstance(m, torch.nn.Dropout) and m.p > 0 for model in models for m in model.modules())
@@ -339,8 +342,19 @@ class DPOShiftTrainer(DPOTrainer):
             gradient_accumulation_steps=args.gradient_accumulation_steps,
             num_processes=self.accelerator.num_processes,
             process_index=self.accelerator.process_index,
-            seed=args.seed if args.data_seed is None else args.data_seed,
+            seed=self._data_seed,
         )
+
+    @property
+    def _data_seed(self) -> int:
+        return self.args.seed if self.args.data_seed is None else self.args.data_seed
+
+    def _get_train_sampler(self, train_dataset=None):
+        sampler = super()._get_train_sampler(train_dataset)
+        if self._shifts and isinstance(sampler, LengthGroupedSampler):
+            # It would draw from the global generator, which a resumed run finds in another state
+            return SeededByEpoch(sampler, self._data_seed)
+        return sampler
 
     def get_eval_dataloader(self, eval_dataset=None):
         if isinstance(eval_dataset, str):
@@ -481,8 +495,7 @@ class DPOShiftTrainer(DPOTrainer):
         if self.state.global_step > 0 or noisy or prompt_learning:
             return
         scores = PairScores.from_matrices([matrix])
-        half = self.args.bf16 or self.args.fp16 or self.model.dtype in (torch.float16, torch.bfloat16)
-        tolerance = 0.02 if half else 1e-4
+        tolerance = 0.02 if self._rounds_to_half(self.model) else 1e-4
         for logps, logratios in (
             (scores.chosen_logps, scores.chosen_logratios),
             (scores.rejected_logps, scores.rejected_logratios),

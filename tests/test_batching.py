@@ -131,10 +131,11 @@ def test_a_step_on_a_budget_is_the_mean_over_its_pairs(tiny_model, settings):
         assert torch.allclose(left, right, rtol=1e-4, atol=1e-6)
 
 
-def test_a_run_on_a_budget_resumes_bit_for_bit(tiny_model, settings, tmp_path):
-    common = {
-        "max_tokens_per_batch": 100, "num_train_epochs": 3, "max_steps": -1, "save_strategy": "steps", "save_steps": 7,
-    }  # fmt: skip
+@pytest.mark.parametrize(
+    "batches", [{"max_tokens_per_batch": 100}, {"train_sampling_strategy": "group_by_length"}], ids=str
+)
+def test_a_run_whose_batches_go_by_length_resumes_bit_for_bit(batches, tiny_model, settings, tmp_path):
+    common = {**batches, "num_train_epochs": 3, "max_steps": -1, "save_strategy": "steps", "save_steps": 7}
     whole = make_trainer(tiny_model, {**settings, "output_dir": str(tmp_path / "whole")}, **common)
     whole.train()
     steps = len(whole.get_train_dataloader())
