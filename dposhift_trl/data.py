@@ -385,6 +385,8 @@ def _read(source: DataSource, split: str, streaming: bool) -> Rows:
         elif split not in ("train", str(saved.split)):
             raise ValueError("it holds no splits, only rows; hold some out with `data.eval_size`")
         return saved.to_iterable_dataset() if streaming else saved
+    if path.is_file():
+        raise ValueError("a file must end in .jsonl, .json, .csv or .parquet")
     return load_dataset(
         source.path,
         source.name,

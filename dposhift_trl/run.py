@@ -341,6 +341,12 @@ def _base_model(recipe: Recipe, demo_folder: Path) -> str:
 
 def _load_tokenizer(recipe: Recipe, base: str) -> PreTrainedTokenizerBase:
     model = recipe.model
+    folder = Path(base)
+    if folder.is_dir() and not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
+        raise RunError(
+            "`model.model_name_or_path` must be a Hub name or a folder with a `config.json`, got the folder "
+            f"{base!r}, which has none. Write the folder that the model was saved in."
+        )
     try:
         return AutoTokenizer.from_pretrained(
             base, revision=model.model_revision, trust_remote_code=model.trust_remote_code

@@ -305,6 +305,7 @@ UNREADABLE = {
     "JSON of no rows": ("rows.json", b"3", "JSON parse error: "),
     "no parquet": ("rows.parquet", b"xx", "cannot be read: Parquet file size is 2 bytes"),
     "no text": ("rows.csv", b"\xff\xfe\x00,\n", "'utf-8' codec can't decode byte 0xff"),
+    "no rows in it": ("notes.md", b"# Notes", "cannot be read: a file must end in .jsonl, .json, .csv or .parquet"),
     "no such Hub name": ("some/dataset", None, "cannot be read: Couldn't reach 'some/dataset' on the Hub"),
 }
 
