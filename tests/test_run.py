@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from ast import literal_eval
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -313,10 +312,11 @@ def test_letters_that_a_terminal_lacks_are_escaped(recipe):
         (["dpo.learning_rate=fast"], "`dpo.learning_rate` must be a number, got 'fast'."),
         (["dpo.shift_lambda=1.05"], "section `dpo`: `shift_lambda` must not exceed 1, got 1.05."),
         (["model.model_name_or_path=no/where"], "`model.model_name_or_path` 'no/where' cannot be loaded"),
+        (["model.model_name_or_path=."], "`model.model_name_or_path` must be a Hub name or a folder with a `config"),
         (["data.path=nowhere.jsonl"], "`data.path` 'nowhere.jsonl', split 'train', cannot be read"),
         (["model.use_peft=true", "model.lora_target_modules=[nope]"], "stage `sft` cannot start: Target modules"),
     ],
-    ids=["key", "type", "range", "model", "data", "lora"],
+    ids=["key", "type", "range", "model", "folder", "data", "lora"],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(arguments, said, recipe, here):
     done = here(recipe, *arguments, code=2)
@@ -458,7 +458,7 @@ def test_two_processes_fill_batches_by_tokens_and_share_one_measurement(recipe, 
         "dpo.gradient_accumulation_steps=2", "dpo.lambda_schedule=adaptive", "dpo.per_pair_lambda=true",
     ]  # fmt: skip
     code = (
-        "import sys; from dposhift_trl import run, trainer; from torch import distributed\n"
+        "import json, os, sys; from dposhift_trl import run, trainer\n"
         "observed = []\n"
         "observe = trainer.AdaptiveLambdaCallback.observe\n"
         "def spy(self, matrix):\n"
@@ -466,17 +466,16 @@ def test_two_processes_fill_batches_by_tokens_and_share_one_measurement(recipe, 
         "    observe(self, matrix)\n"
         "trainer.AdaptiveLambdaCallback.observe = spy\n"
         "code = run.main(sys.argv[1:])\n"
-        "print('SEEN', observed)\n"
+        "json.dump(observed, open(f'seen-{os.environ[\"RANK\"]}.json', 'w'))\n"
         "sys.exit(code)\n"
     )
     (tmp_path / "spy.py").write_text(code)
     done = subprocess.run(
         [*TWO, str(tmp_path / "spy.py"), str(recipe), *options],
-        env=ENVIRONMENT, capture_output=True, text=True, timeout=180,
+        env=ENVIRONMENT, cwd=tmp_path, capture_output=True, text=True, timeout=180,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
-    ranks = [literal_eval(line.removeprefix("SEEN ")) for line in done.stdout.splitlines() if line.startswith("SEEN ")]
-    assert len(ranks) == 2
+    ranks = [json.loads((tmp_path / f"seen-{rank}.json").read_text()) for rank in range(2)]
     assert ranks[0] == ranks[1]
     steps = json.loads((tmp_path / "run" / "dpo" / "finished.json").read_text())["step"]
     assert len(ranks[0]) == 2 * steps
