@@ -196,13 +196,15 @@ class PairLayout:
         if kind not in self._masks:
             start, shared_end, branch_start = self.spans
             position = self.position_ids[0]
+            # One function whatever the window, since torch compiles eight variants and then none
+            oldest = position - (len(self) if window is None else window)
 
             def visible(batch, head, query, key):
                 prefix = (key >= start[query]) & (key < shared_end[query])
                 seen = (key <= query) & (prefix | (key >= branch_start[query]))
-                return seen if window is None else seen & (position[query] - position[key] < window)
+                return seen & (position[key] > oldest[query])
 
-            make = _compiled(create_block_mask) if self.spans.is_cuda else create_block_mask
+            make = _compiled(create_block_mask) if _on_gpu(self.spans) else create_block_mask
             self._masks[kind] = make(visible, None, None, len(self), len(self), device=self.spans.device)
         return self._masks[kind]
 
@@ -233,6 +235,11 @@ class SharedPromptCollator:
 @functools.cache
 def _compiled(function: Callable) -> Callable:
     return torch.compile(function)
+
+
+def _on_gpu(tensor: torch.Tensor) -> bool:
+    """Whether flex attention over the whole run and TRL's head are used, instead of attention by branch and ours."""
+    return tensor.is_cuda
 
 
 def _modeling(module: nn.Module) -> Any:
@@ -275,7 +282,7 @@ def _register(base: str) -> str:
                 "model withholds the one or changes the other. Score the rows separately."
             )
         window = _window(module, **kwargs)
-        if query.is_cuda and not kwargs.get("dropout"):
+        if _on_gpu(query) and not kwargs.get("dropout"):
             mask = packed_pairs.block_mask(window)
             return flex_attention_forward(module, query, key, value, mask, **kwargs)[0], None
         attend = functools.partial(attend, module, **kwargs)
@@ -379,7 +386,7 @@ class _Hooks:
         if layout is None:
             return None
         hidden = output.last_hidden_state.index_select(1, layout.rows)
-        if not hidden.is_cuda:
+        if not _on_gpu(hidden):
             device = hidden.device.type
             autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
             self.hidden, hidden = hidden[0].to(autocast), hidden[:, :0]
@@ -544,7 +551,7 @@ def shared_prompt_scores(model: nn.Module, layout: PairLayout) -> FusedCausalLMO
         # Ready-made, so that no model builds one for the run
         attention_mask=layout.input_ids.new_ones((1, 1, 1, 1), dtype=torch.bool),
         position_ids=layout.position_ids,
-        shift_labels=layout.labels if layout.labels.is_cuda else layout.labels[:, :0],
+        shift_labels=layout.labels if _on_gpu(layout.labels) else layout.labels[:, :0],
         use_cache=False,
         fused_lm_head=True,
         packed_pairs=layout,

@@ -4,6 +4,7 @@ import copy
 import os
 import pickle
 import random
+import shutil
 import subprocess
 import sys
 from functools import partial
@@ -16,10 +17,12 @@ from accelerate import Accelerator
 from accelerate.utils import send_to_device
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from torch import nn
+from torch._dynamo import config as dynamo_config
 from torch.nn.attention import flex_attention
 from torch.overrides import TorchFunctionMode
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+from transformers.integrations.flex_attention import WrappedFlexAttention
 from trl.kernels import ChunkedLogProbFunction
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.utils import add_fused_lm_head, use_adapter
@@ -29,6 +32,7 @@ from dposhift_trl.shared_prompt import (
     PairLayout,
     SharedPromptCollator,
     _attend_by_branch,
+    _compiled,
     enable_shared_prompt,
     shared_prompt_obstacle,
     shared_prompt_scores,
@@ -696,11 +700,11 @@ def test_two_processes_with_uneven_runs_reach_the_gradients_of_one():
     assert "agrees" in result.stdout
 
 
-class TakenForCUDA(TorchFunctionMode):
-    """Tensors say that they are on a GPU, and are where they were."""
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        return function == torch.Tensor.is_cuda.__get__ or function(*args, **(kwargs or {}))
+@pytest.fixture
+def gpu_way(monkeypatch):
+    monkeypatch.setattr("dposhift_trl.shared_prompt._on_gpu", lambda tensor: True)
+    # Flex attention has a backward pass on a CPU too, uncompiled or traced, which this refuses
+    monkeypatch.setattr(flex_attention, "_validate_device", lambda *_: None)
 
 
 # Importing torch's compiler warns, though nothing is compiled
@@ -708,21 +712,56 @@ class TakenForCUDA(TorchFunctionMode):
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 # Flex attention has no attention sinks on a CPU
 @pytest.mark.parametrize("family", [name for name in FAMILIES if "eager" not in name and name != "gpt_oss"])
-def test_the_way_of_a_gpu_scores_as_separate_rows_do(family, monkeypatch):
-    # Uncompiled, flex attention has a backward pass on a CPU too, which this refuses
-    monkeypatch.setattr(flex_attention, "_validate_device", lambda *_: None)
+def test_the_way_of_a_gpu_scores_as_separate_rows_do(family, gpu_way):
     model = make_model(family, torch.float64)
     theirs = rows_scores(model, BATCH)["log_probs"]
     their_gradients = gradients(model, theirs)
     enable_shared_prompt(model)
     layout = PairLayout.from_batch(BATCH)
-    with torch.compiler.set_stance("force_eager"), TakenForCUDA():
+    with torch.compiler.set_stance("force_eager"):
         ours = shared_prompt_scores(model, layout).log_probs
         our_gradients = gradients(model, ours)
     assert {kind for kind, *_ in layout._masks} == {"block"}  # which attention by branch makes none of
     # TRL's head sums in float32 whatever it is given
     assert_alike({"log_probs": ours}, {"log_probs": theirs}, 1e-5)
     assert_alike(our_gradients, their_gradients, 1e-4)
+
+
+@pytest.fixture
+def compiled_with(monkeypatch):
+    """Lets flex attention be compiled anew, by a backend, and no more often than torch allows."""
+
+    def use(backend):
+        monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+
+    def forget():
+        torch.compiler.reset()
+        _compiled.cache_clear()
+        WrappedFlexAttention._instance = None
+
+    forget()
+    with dynamo_config.patch(fail_on_recompile_limit_hit=True):
+        yield use
+    forget()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # torch's own, while it compiles
+@pytest.mark.parametrize("trains", [True, False], ids=["traced, both passes", "to machine code, forward"])
+def test_flex_attention_is_compiled_for_every_length_and_window(trains, compiled_with, gpu_way):
+    if not trains and shutil.which("c++") is None:
+        pytest.skip("needs a C++ compiler")
+    compiled_with("aot_eager" if trains else "inductor")
+    model, separate = make_model("gemma2"), make_model("gemma2")  # with a window in every other layer
+    enable_shared_prompt(model)
+    pair = ([3, 4, 5, 6, 7, 8, 9, 10], [20, 21, 22, 23, 24, 2], [20, 21, 30, 31, 2])
+    for batch in (BATCH, CASES["no prompt"], collate(*[pair] * 12), BATCH, collate(*[pair] * 24)):
+        for grad in (True, False) if trains else (False,):
+            with torch.set_grad_enabled(grad):
+                theirs = rows_scores(separate, batch)["log_probs"]
+                ours = shared_prompt_scores(model, PairLayout.from_batch(batch)).log_probs
+            assert_alike({"log_probs": ours}, {"log_probs": theirs}, 1e-5)
+            if grad:
+                assert_alike(gradients(model, ours), gradients(separate, theirs), 1e-4)
 
 
 @pytest.mark.gpu
