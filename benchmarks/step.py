@@ -36,6 +36,7 @@ import argparse
 import contextlib
 import copy
 import functools
+import gc
 import math
 import multiprocessing
 import os
@@ -214,7 +215,8 @@ def make_trainer(kind, args, config, shape):
         for each in (model, reference):
             enable_shared_prompt(each)
         trainer.data_collator = SharedPromptCollator(trainer.data_collator)
-    reference.to(args.device)  # the product has put it aside
+    trainer.accelerator.free_memory()  # as `train` does
+    trainer.ref_model = reference.to(args.device)  # which the product has let go of
     if args.device == "cpu" and (kind == "memory" or kind.startswith(PRODUCT)):
         keep_freed_memory()
     if args.gradient_checkpointing:
@@ -364,6 +366,7 @@ class Steps:
         known = {}
         if kind in CACHED:
             self.trainer.ref_model = None
+            gc.collect()
         if kind == "shared + cached":
             known = dict.fromkeys(("ref_chosen_logps", "ref_rejected_logps"), torch.zeros(self.args.batch_size))
         for rows in self.batches[:2]:

@@ -69,9 +69,9 @@ class DPOShiftConfig(DPOConfig):
             both rows padded, as stock DPO does, to which it is then equal bit for bit at lambda = 1.
         precompute_ref_log_probs (`str` or `bool`, *optional*, defaults to `"auto"`):
             Whether to score the reference once, before training, and keep the scores on disk for every run with the
-            same reference, rows, lengths and precision: `"auto"` where the reference is frozen, the data map-style and
-            collated by TRL, the run sees each row at least once, the model is given by name (or with PEFT, or with a
-            `ref_model`), and `shared_prompt` is not `False`.
+            same reference, rows, lengths and precision: `"auto"` where the reference is frozen and without dropout,
+            the data map-style and collated by TRL, the run sees each row at least once, and `shared_prompt` is not
+            `False`. No reference model is then in memory while the policy trains, but for one that you hold.
         max_tokens_per_batch (`int`, *optional*):
             Tokens up to which each batch of a device is filled, in place of `per_device_train_batch_size` pairs, each
             token that the answers of a pair share counted once. A step's loss is the mean over its pairs; their number
@@ -150,9 +150,10 @@ class DPOShiftConfig(DPOConfig):
             "nargs": "?",
             "const": "true",
             "help": "Whether to score the reference once, before training, and keep the scores on disk for every run "
-            "with the same reference, rows, lengths and precision: `'auto'` where the reference is frozen, the data "
-            "map-style and collated by TRL, the run sees each row at least once, the model is given by name (or with "
-            "PEFT, or with a `ref_model`), and `shared_prompt` is not `False`.",
+            "with the same reference, rows, lengths and precision: `'auto'` where the reference is frozen and without "
+            "dropout, the data map-style and collated by TRL, the run sees each row at least once, and "
+            "`shared_prompt` is not `False`. No reference model is then in memory while the policy trains, but for "
+            "one that you hold.",
         },
     )
     max_tokens_per_batch: int | None = field(

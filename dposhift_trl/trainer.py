@@ -2,9 +2,11 @@
 
 import contextlib
 import copy
+import gc
 import json
 import math
 import re
+import weakref
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,6 @@ from accelerate.utils import is_peft_model, parse_flag_from_env
 from datasets import Dataset, IterableDataset
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from trl import DPOTrainer, SFTTrainer, extract_prompt
 from trl.trainer.dpo_trainer import DataCollatorForPreference
@@ -124,18 +125,22 @@ class DPOShiftTrainer(DPOTrainer):
             train_dataset, eval_dataset = with_row_index(train_dataset), with_row_index(eval_dataset)
         asked = args.precompute_ref_log_probs
         measurable = self._shifts and _can_precompute(args, data_collator, train_dataset, eval_dataset)
-        if self._shifts and args.per_pair_lambda and not measurable:
+        if self._shifts and args.per_pair_lambda and not (measurable and args.disable_dropout):
             raise ValueError(
                 "`per_pair_lambda` must be left out with streams, images, sharded models, `sync_ref_model`, dropout "
                 "or a data collator of your own, got True: the pairs' gradients are measured once, before training."
             )
-        # A model in memory may no longer be what lies in its folder, from where its reference comes otherwise
-        in_memory = ref_model is None and isinstance(model, PreTrainedModel) and not is_peft_model(model)
-        in_memory = in_memory and kwargs.get("peft_config") is None and len(positional) < 6
+        self._reference_is_policy = ref_model is None
         if asked == "auto":
-            args.precompute_ref_log_probs = measurable and (
-                args.per_pair_lambda or (_pays_to_precompute(args, train_dataset) and not in_memory)
+            in_memory = not isinstance(model, str)
+            adapted = (in_memory and is_peft_model(model)) or kwargs.get("peft_config") or len(positional) > 5
+            noisy = not args.disable_dropout and (adapted if ref_model is None else ref_model.training)
+            args.precompute_ref_log_probs = (
+                measurable and not noisy and (args.per_pair_lambda or _pays_to_precompute(args, train_dataset))
             )
+            if args.precompute_ref_log_probs and in_memory and ref_model is None and not adapted:
+                # The policy may no longer be what lies in its folder, from where DPOTrainer takes the reference
+                ref_model = _reference_in_folder(model.config, model.dtype, args)
         try:
             super().__init__(model, ref_model, args, data_collator, train_dataset, eval_dataset, *positional, **kwargs)
         finally:
@@ -149,6 +154,7 @@ class DPOShiftTrainer(DPOTrainer):
                 )
             return
         self._prepare_pairs()
+        self._free_reference()
         if args.max_tokens_per_batch is not None:
             self._token_sampler = self._make_token_sampler()
         self._pair_scores: dict[str, list[tuple[int, torch.Tensor]]] = {"train": [], "eval": []}
@@ -156,7 +162,6 @@ class DPOShiftTrainer(DPOTrainer):
         self._pairs_per_batch: float | None = None
         self._eval_prefix = "eval"
         self._evaluated = self.eval_dataset
-        self._reference_is_policy = ref_model is None
         self._seam_is_checked = False
         self._given_schedule = bool(schedules)
         if schedules:
@@ -229,6 +234,9 @@ class DPOShiftTrainer(DPOTrainer):
     def train(self, *args, **kwargs):
         if self._shifts and self.accelerator.device.type == "cpu":
             keep_freed_memory()
+        if self._shifts and self._freed_reference is not None:
+            self.accelerator.free_memory()  # it holds the reference too, whose fused head is a cycle of references
+            gc.collect()
         return super().train(*args, **kwargs)
 
     @property
@@ -634,7 +642,7 @@ class DPOShiftTrainer(DPOTrainer):
             )
         model.train(training)
         if self.ref_model is not None:
-            _move(model, "cpu")  # its scores are all that training needs of it
+            _move(model, "cpu")
         for column, values in columns.items():
             dataset = dataset.add_column(column, values)
         return dataset
@@ -658,25 +666,35 @@ class DPOShiftTrainer(DPOTrainer):
         with self._reference_at_hand(eval_dataset):
             return super().evaluate(eval_dataset, *args, **kwargs)
 
+    def _free_reference(self) -> None:
+        """Keep no reference model whose scores are all that training needs of it."""
+        self._freed_reference = None
+        own_collator = not isinstance(_inner_collator(self.data_collator), DataCollatorForPreference)
+        if not self.precompute_ref_logps or self._is_sharded or own_collator:
+            return
+        given, model = self.ref_model, self.model if self.ref_model is None else self.ref_model
+        if given is not None or (self.args.precompute_ref_log_probs == "auto" and not is_peft_model(model)):
+            owned = (lambda: None) if given is None else weakref.ref(given)
+            self._freed_reference = owned, model.config, model.dtype
+            self.ref_model = None
+
     @contextlib.contextmanager
     def _reference_at_hand(self, rows):
-        """For rows that were not scored beforehand, bring back the reference that `auto` has freed."""
+        """For rows that were not scored beforehand, bring back the reference: its owner's, or that of its folder."""
         sets = list(rows.values()) if isinstance(rows, dict) else [rows]
-        freed = self.args.precompute_ref_log_probs == "auto" and self.precompute_ref_logps
-        if not freed or not all(isinstance(dataset, (Dataset, IterableDataset)) for dataset in sets):
+        if self._freed_reference is None or not all(isinstance(x, (Dataset, IterableDataset)) for x in sets):
             yield
             return
-        given = self.ref_model
-        if given is None and not is_peft_model(self.model):
-            self.ref_model = self._reloaded_reference()
-        elif given is not None:
-            _move(given, self.accelerator.device)
+        owned, config, dtype = self._freed_reference
+        reference = owned()
+        if reference is None:
+            reference = self._reloaded_reference(config, dtype)
+        self.ref_model = _move(reference, self.accelerator.device)
         try:
             yield
         finally:
-            self.ref_model = given
-            if given is not None:
-                _move(given, "cpu")
+            self.ref_model = None
+            _move(reference, "cpu")
 
     def predict(self, test_dataset, *args, **kwargs):
         if not self._shifts:
@@ -684,20 +702,13 @@ class DPOShiftTrainer(DPOTrainer):
         with self._reference_at_hand(test_dataset):
             return super().predict(test_dataset, *args, **kwargs)
 
-    def _reloaded_reference(self) -> torch.nn.Module:
-        path = get_config_model_id(self.model.config)
-        options = {
-            "dtype": self.model.dtype,
-            "attn_implementation": self.model.config._attn_implementation.removeprefix(PREFIX),
-            "trust_remote_code": self.args.trust_remote_code,
-            **(self.args.model_init_kwargs or {}),
-        }
-        reference = _move(create_model_from_path(path, **options), self.accelerator.device)
+    def _reloaded_reference(self, config, dtype: torch.dtype) -> torch.nn.Module:
+        reference = _reference_in_folder(config, dtype, self.args)
         if reference_fingerprint(reference) != self._reference_fingerprint:
             raise ValueError(
-                f"`eval_dataset` must be given to the trainer, where the reference can no longer be loaded from "
-                f"{path!r}: the weights there are not those that training began with. Pass these rows to "
-                "`DPOShiftTrainer`, or set `precompute_ref_log_probs=False`."
+                "`eval_dataset` must be given to the trainer, where the reference can no longer be loaded from "
+                f"{get_config_model_id(config)!r}: the weights there are not those that training began with. Pass "
+                "these rows to `DPOShiftTrainer`, or set `precompute_ref_log_probs=False`."
             )
         add_fused_lm_head(reference)
         if self.shares_prompts:
@@ -769,7 +780,19 @@ def _can_precompute(args: DPOShiftConfig, data_collator, train_dataset, eval_dat
     images = any({"image", "images"} & set(dataset.column_names) for dataset in rows)
     sharded = args.fsdp or args.deepspeed or any(map(parse_flag_from_env, LAUNCHED_SHARDED))
     own = data_collator is not None and not isinstance(data_collator, DataCollatorForPreference)
-    return not (images or sharded or own or args.sync_ref_model) and args.disable_dropout
+    return not (images or sharded or own or args.sync_ref_model)
+
+
+def _reference_in_folder(config, dtype: torch.dtype, args: DPOShiftConfig) -> torch.nn.Module:
+    """The reference as DPOTrainer loads it for a policy with this config."""
+    options = {
+        "dtype": dtype,
+        "attn_implementation": config._attn_implementation.removeprefix(PREFIX),
+        "trust_remote_code": args.trust_remote_code,
+        **({"device_map": None} if args.world_size > 1 else {}),
+        **(args.model_init_kwargs or {}),
+    }
+    return create_model_from_path(get_config_model_id(config), **options)
 
 
 def _pays_to_precompute(args: DPOShiftConfig, train_dataset: Dataset) -> bool:

@@ -1,10 +1,12 @@
 import copy
+import gc
 import os
 import re
 import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +17,10 @@ import torch
 from conftest import make_rows
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TrainerCallback
 from trl import DPOConfig, DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
+from trl.trainer.utils import create_model_from_path
 
 from dposhift_trl import DPOShiftConfig, DPOShiftTrainer
 from dposhift_trl import fingerprint as hashing
@@ -653,7 +656,7 @@ def shift_trainer(model, settings, rows, eval_rows=None, **changes):
         pytest.param({"max_steps": -1}, True, id="whole epochs"),
         pytest.param({"max_steps": 2}, False, id="not every row is seen"),
         pytest.param({"sync_ref_model": True}, False, id="a reference that moves"),
-        pytest.param({"disable_dropout": False}, False, id="dropout"),
+        pytest.param({"disable_dropout": False}, True, id="dropout of the policy alone"),
         pytest.param({"shared_prompt": False}, False, id="bit for bit as stock"),
         pytest.param({"precompute_ref_log_probs": False}, False, id="asked away"),
         pytest.param({"precompute_ref_log_probs": True, "max_steps": 2}, True, id="asked for"),
@@ -667,6 +670,17 @@ def test_auto_scores_the_reference_beforehand_where_that_holds_and_pays(
     assert cache.exists() is precomputes
     assert (trainer.ref_model is None) is precomputes
     assert trainer.args.precompute_ref_log_probs == changes.get("precompute_ref_log_probs", "auto")
+
+
+@pytest.mark.parametrize("given", ["adapter", "reference"])
+def test_a_reference_with_dropout_is_scored_at_each_step(given, tiny_model, settings, cache):
+    if given == "adapter":
+        options = {"peft_config": LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True)}
+    else:
+        options = {"ref_model": AutoModelForCausalLM.from_pretrained(tiny_model).train()}
+    trainer = shift_trainer(tiny_model, settings, make_rows(12), disable_dropout=False, **options)
+    assert not trainer.precompute_ref_logps
+    assert trainer.ref_model is options.get("ref_model")
 
 
 def test_auto_leaves_streams_alone(tiny_model, settings, cache):
@@ -696,7 +710,7 @@ def test_scores_kept_on_disk_train_and_evaluate_as_scores_made_at_each_step_do(k
         trainer.evaluate(make_rows(4, seed=3), metric_key_prefix="fresh")
         trainer.evaluate({"c": make_rows(4, seed=4).to_iterable_dataset()}, metric_key_prefix="eval")
         trainer.evaluate()
-        assert (trainer.ref_model is None) is (kind == "lora" or (precompute == "auto" and kind == "full"))
+        assert (trainer.ref_model is None) is (kind == "lora" or precompute == "auto")
         times = ("runtime", "per_second")
         logs.append([{k: v for k, v in e.items() if not k.endswith(times)} for e in trainer.state.log_history])
     online, first, again = logs
@@ -719,13 +733,66 @@ def test_a_reference_that_is_no_longer_in_its_folder_is_not_replaced_by_another(
 
 
 def test_a_model_in_memory_gets_the_reference_that_trl_would_load(settings, tiny_model, cache):
-    model = AutoModelForCausalLM.from_pretrained(tiny_model)
-    model.transformer.wte.weight.data[3, 4] += 1.0
-    trainer = shift_trainer(model, settings, make_rows(12))
-    assert trainer.ref_model is not None
-    assert not cache.exists()
+    rows, scores = make_rows(12), []
+    for changed in (False, True):
+        model = AutoModelForCausalLM.from_pretrained(tiny_model)
+        if changed:
+            model.transformer.wte.weight.data[3, 4] += 1.0
+        trainer = shift_trainer(model, settings, rows)
+        scores.append(trainer.train_dataset["ref_chosen_logps"][:])
+        assert trainer.ref_model is None
+    assert scores[0] == scores[1]
+    assert len(list(cache.glob("*.parquet"))) == 1
     with pytest.raises(TrainingStopped, match="The reference is not the policy"):
         trainer.train()
+
+
+@pytest.mark.parametrize("kind", ["explicit", "explicit with LoRA", "asked for", "policy in memory"])
+def test_no_reference_model_is_in_memory_during_training(kind, settings, tiny_model, cache, monkeypatch):
+    references, alive = [], []
+
+    def load(*args, **kwargs):
+        model = create_model_from_path(*args, **kwargs)
+        references.append(weakref.ref(model))
+        return model
+
+    class Watch(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            alive.append(references[0]() is not None)
+
+    monkeypatch.setattr("dposhift_trl.trainer.create_model_from_path", load)
+    options = {"precompute_ref_log_probs": True if kind == "asked for" else "auto"}
+    policy = tiny_model
+    if kind == "policy in memory":
+        policy = AutoModelForCausalLM.from_pretrained(tiny_model)
+    else:
+        options["ref_model"] = load(tiny_model)
+    if "LoRA" in kind:
+        options["peft_config"] = LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True)
+    trainer = shift_trainer(policy, settings, make_rows(12), **options)
+    options.clear()
+    trainer.add_callback(Watch())
+    trainer.train()
+    assert alive == [False] * 4
+    assert trainer.evaluate(make_rows(4, seed=3))["eval_displacement/chosen"] != 0.0
+    assert trainer.ref_model is None
+
+
+def test_rows_it_has_not_seen_are_scored_by_the_reference_that_its_owner_still_holds(settings, tiny_model, cache):
+    reference = AutoModelForCausalLM.from_pretrained(tiny_model)
+    reference.transformer.wte.weight.data[3, 4] += 1.0  # not to be found in any folder
+    logs = []
+    for precompute in (False, "auto"):
+        options = {"ref_model": reference, "precompute_ref_log_probs": precompute}
+        trainer = shift_trainer(tiny_model, settings, make_rows(12), **options)
+        trainer.train()
+        logs.append(trainer.evaluate(make_rows(4, seed=3))["eval_displacement/chosen"])
+    assert logs[1] == pytest.approx(logs[0], rel=1e-4)
+    options.clear()
+    del reference
+    gc.collect()
+    with pytest.raises(ValueError, match="`eval_dataset` must be given to the trainer, where the reference can no lo"):
+        trainer.evaluate(make_rows(4, seed=3))
 
 
 def test_rows_that_are_scored_already_are_evaluated_again_in_whole_and_in_part(settings, tiny_model, cache):

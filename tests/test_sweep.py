@@ -474,8 +474,13 @@ def test_a_point_ends_with_the_weights_of_the_ordinary_run_of_both_stages(
     extra, recipe, tmp_path, here, monkeypatch, compared
 ):
     monkeypatch.setattr(sweep, "_launch", run_here)
+    monkeypatch.setenv("DPOSHIFT_CACHE", str(tmp_path / "cache"))
     assert run.main([str(recipe), *extra, f"output_dir={tmp_path / 'whole'}", "dpo.shift_lambda=0.5"]) == 0
+    scored = {file: file.stat().st_ino for file in (tmp_path / "cache").glob("*.parquet")}
     here(recipe, *extra, LAMBDAS)
+    # The reference was scored once for all, on the rows for training and on those for evaluation
+    assert len(scored) == 2
+    assert {file: file.stat().st_ino for file in (tmp_path / "cache").glob("*.parquet")} == scored
     (weights,) = (tmp_path / "whole" / "dpo").glob("*model.safetensors")
     expected, found = load_file(weights), load_file(tmp_path / "sweep" / "fixed-0.5" / "dpo" / weights.name)
     assert all(torch.equal(found[key], expected[key]) for key in expected)
