@@ -216,7 +216,7 @@ def make_trainer(kind, args, config, shape):
             enable_shared_prompt(each)
         trainer.data_collator = SharedPromptCollator(trainer.data_collator)
     trainer.accelerator.free_memory()  # as `train` does
-    trainer.ref_model = reference.to(args.device)  # which the product has let go of
+    trainer.ref_model = reference.to(args.device)  # which the product has put aside
     if args.device == "cpu" and (kind == "memory" or kind.startswith(PRODUCT)):
         keep_freed_memory()
     if args.gradient_checkpointing:

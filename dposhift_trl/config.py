@@ -71,7 +71,8 @@ class DPOShiftConfig(DPOConfig):
             Whether to score the reference once, before training, and keep the scores on disk for every run with the
             same reference, rows, lengths and precision: `"auto"` where the reference is frozen and without dropout,
             the data map-style and collated by TRL, the run sees each row at least once, and `shared_prompt` is not
-            `False`. No reference model is then in memory while the policy trains, but for one that you hold.
+            `False`. No reference model is then in memory while the policy trains; a `ref_model` that you pass waits
+            on the CPU.
         max_tokens_per_batch (`int`, *optional*):
             Tokens up to which each batch of a device is filled, in place of `per_device_train_batch_size` pairs, each
             token that the answers of a pair share counted once. A step's loss is the mean over its pairs; their number
@@ -152,8 +153,8 @@ class DPOShiftConfig(DPOConfig):
             "help": "Whether to score the reference once, before training, and keep the scores on disk for every run "
             "with the same reference, rows, lengths and precision: `'auto'` where the reference is frozen and without "
             "dropout, the data map-style and collated by TRL, the run sees each row at least once, and "
-            "`shared_prompt` is not `False`. No reference model is then in memory while the policy trains, but for "
-            "one that you hold.",
+            "`shared_prompt` is not `False`. No reference model is then in memory while the policy trains; a "
+            "`ref_model` that you pass waits on the CPU.",
         },
     )
     max_tokens_per_batch: int | None = field(

@@ -6,7 +6,6 @@ import gc
 import json
 import math
 import re
-import weakref
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -130,21 +129,25 @@ class DPOShiftTrainer(DPOTrainer):
                 "`per_pair_lambda` must be left out with streams, images, sharded models, `sync_ref_model`, dropout "
                 "or a data collator of your own, got True: the pairs' gradients are measured once, before training."
             )
-        self._reference_is_policy = ref_model is None
-        if asked == "auto":
-            in_memory = not isinstance(model, str)
-            adapted = (in_memory and is_peft_model(model)) or kwargs.get("peft_config") or len(positional) > 5
-            noisy = not args.disable_dropout and (adapted if ref_model is None else ref_model.training)
-            args.precompute_ref_log_probs = (
-                measurable and not noisy and (args.per_pair_lambda or _pays_to_precompute(args, train_dataset))
-            )
-            if args.precompute_ref_log_probs and in_memory and ref_model is None and not adapted:
-                # The policy may no longer be what lies in its folder, from where DPOTrainer takes the reference
-                ref_model = _reference_in_folder(model.config, model.dtype, args)
+        self._reference_is_policy, self._reference_is_at_hand = ref_model is None, False
         try:
+            if asked == "auto":
+                in_memory = not isinstance(model, str)
+                adapted = (in_memory and is_peft_model(model)) or kwargs.get("peft_config") or len(positional) > 5
+                noisy = not args.disable_dropout and (adapted if ref_model is None else ref_model.training)
+                args.precompute_ref_log_probs = (
+                    measurable and not noisy and (args.per_pair_lambda or _pays_to_precompute(args, train_dataset))
+                )
+                if args.precompute_ref_log_probs and in_memory and ref_model is None and not adapted:
+                    # The policy may no longer be what lies in its folder, from where DPOTrainer takes the reference
+                    ref_model = _reference_in_folder(model.config, model.dtype, args)
             super().__init__(model, ref_model, args, data_collator, train_dataset, eval_dataset, *positional, **kwargs)
         finally:
             args.precompute_ref_log_probs = asked
+        if self._reference_is_policy and self.precompute_ref_logps and ref_model is not None:
+            self.ref_model = ref_model = None
+            self.accelerator.free_memory()  # which holds it too
+            gc.collect()  # since its fused head is a cycle of references
         schedules = [cb for cb in self.callback_handler.callbacks if isinstance(cb, LambdaScheduleCallback)]
         if not self._shifts:
             if schedules:
@@ -154,7 +157,6 @@ class DPOShiftTrainer(DPOTrainer):
                 )
             return
         self._prepare_pairs()
-        self._free_reference()
         if args.max_tokens_per_batch is not None:
             self._token_sampler = self._make_token_sampler()
         self._pair_scores: dict[str, list[tuple[int, torch.Tensor]]] = {"train": [], "eval": []}
@@ -234,9 +236,6 @@ class DPOShiftTrainer(DPOTrainer):
     def train(self, *args, **kwargs):
         if self._shifts and self.accelerator.device.type == "cpu":
             keep_freed_memory()
-        if self._shifts and self._freed_reference is not None:
-            self.accelerator.free_memory()  # it holds the reference too, whose fused head is a cycle of references
-            gc.collect()
         return super().train(*args, **kwargs)
 
     @property
@@ -641,8 +640,8 @@ class DPOShiftTrainer(DPOTrainer):
                 columns=(ALIGNMENT, "chosen_gradient_norm"),
             )
         model.train(training)
-        if self.ref_model is not None:
-            _move(model, "cpu")
+        if self.ref_model is not None and not self._reference_is_at_hand:
+            _move(model, "cpu")  # its scores are all that training needs of it
         for column, values in columns.items():
             dataset = dataset.add_column(column, values)
         return dataset
@@ -666,35 +665,26 @@ class DPOShiftTrainer(DPOTrainer):
         with self._reference_at_hand(eval_dataset):
             return super().evaluate(eval_dataset, *args, **kwargs)
 
-    def _free_reference(self) -> None:
-        """Keep no reference model whose scores are all that training needs of it."""
-        self._freed_reference = None
-        own_collator = not isinstance(_inner_collator(self.data_collator), DataCollatorForPreference)
-        if not self.precompute_ref_logps or self._is_sharded or own_collator:
-            return
-        given, model = self.ref_model, self.model if self.ref_model is None else self.ref_model
-        if given is not None or (self.args.precompute_ref_log_probs == "auto" and not is_peft_model(model)):
-            owned = (lambda: None) if given is None else weakref.ref(given)
-            self._freed_reference = owned, model.config, model.dtype
-            self.ref_model = None
-
     @contextlib.contextmanager
     def _reference_at_hand(self, rows):
-        """For rows that were not scored beforehand, bring back the reference: its owner's, or that of its folder."""
+        """For rows that were not scored beforehand, bring back the reference that `auto` has freed or put aside."""
         sets = list(rows.values()) if isinstance(rows, dict) else [rows]
-        if self._freed_reference is None or not all(isinstance(x, (Dataset, IterableDataset)) for x in sets):
+        freed = self.args.precompute_ref_log_probs == "auto" and self.precompute_ref_logps
+        unscored = freed and all(isinstance(dataset, (Dataset, IterableDataset)) for dataset in sets)
+        given = self.ref_model
+        if self._reference_is_at_hand or not unscored or (given is None and is_peft_model(self.model)):
             yield
             return
-        owned, config, dtype = self._freed_reference
-        reference = owned()
-        if reference is None:
-            reference = self._reloaded_reference(config, dtype)
-        self.ref_model = _move(reference, self.accelerator.device)
+        self._reference_is_at_hand = True
         try:
+            self.ref_model = _move(given or self._reloaded_reference(), self.accelerator.device)
             yield
         finally:
-            self.ref_model = None
-            _move(reference, "cpu")
+            self._reference_is_at_hand, self.ref_model = False, given
+            if given is None:
+                gc.collect()
+            else:
+                _move(given, "cpu")
 
     def predict(self, test_dataset, *args, **kwargs):
         if not self._shifts:
@@ -702,13 +692,18 @@ class DPOShiftTrainer(DPOTrainer):
         with self._reference_at_hand(test_dataset):
             return super().predict(test_dataset, *args, **kwargs)
 
-    def _reloaded_reference(self, config, dtype: torch.dtype) -> torch.nn.Module:
-        reference = _reference_in_folder(config, dtype, self.args)
-        if reference_fingerprint(reference) != self._reference_fingerprint:
+    def _reloaded_reference(self) -> torch.nn.Module:
+        fault = "the weights there are not those that training began with"
+        try:
+            reference = _reference_in_folder(self.model.config, self.model.dtype, self.args)
+            same = reference_fingerprint(reference) == self._reference_fingerprint
+        except (OSError, ValueError) as error:
+            same, fault = False, " ".join(str(error).split()).rstrip(".")
+        if not same:
             raise ValueError(
                 "`eval_dataset` must be given to the trainer, where the reference can no longer be loaded from "
-                f"{get_config_model_id(config)!r}: the weights there are not those that training began with. Pass "
-                "these rows to `DPOShiftTrainer`, or set `precompute_ref_log_probs=False`."
+                f"{get_config_model_id(self.model.config)!r}: {fault}. Pass these rows to `DPOShiftTrainer`, or set "
+                "`precompute_ref_log_probs=False`."
             )
         add_fused_lm_head(reference)
         if self.shares_prompts:
@@ -789,9 +784,10 @@ def _reference_in_folder(config, dtype: torch.dtype, args: DPOShiftConfig) -> to
         "dtype": dtype,
         "attn_implementation": config._attn_implementation.removeprefix(PREFIX),
         "trust_remote_code": args.trust_remote_code,
-        **({"device_map": None} if args.world_size > 1 else {}),
         **(args.model_init_kwargs or {}),
     }
+    if args.world_size > 1:
+        options["device_map"] = None
     return create_model_from_path(get_config_model_id(config), **options)
 
 

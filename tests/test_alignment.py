@@ -128,6 +128,9 @@ def test_it_is_refused_where_it_cannot_be_measured(tiny_model, settings):
     args = DPOShiftConfig(**settings, per_pair_lambda=True)
     with pytest.raises(ValueError, match="`per_pair_lambda` must be left out with streams"):
         DPOShiftTrainer(tiny_model, args=args, train_dataset=ROWS.to_iterable_dataset())
+    args = DPOShiftConfig(**settings, per_pair_lambda=True, disable_dropout=False)
+    with pytest.raises(ValueError, match=r"`per_pair_lambda` must be left out with .* dropout"):
+        DPOShiftTrainer(tiny_model, args=args, train_dataset=ROWS)
 
 
 def test_a_stream_to_evaluate_has_no_measured_gradients(tiny_model, settings):

@@ -1,5 +1,5 @@
 import copy
-import gc
+import math
 import os
 import re
 import signal
@@ -17,7 +17,7 @@ import torch
 from conftest import make_rows
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import DPOConfig, DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.utils import create_model_from_path
@@ -710,7 +710,7 @@ def test_scores_kept_on_disk_train_and_evaluate_as_scores_made_at_each_step_do(k
         trainer.evaluate(make_rows(4, seed=3), metric_key_prefix="fresh")
         trainer.evaluate({"c": make_rows(4, seed=4).to_iterable_dataset()}, metric_key_prefix="eval")
         trainer.evaluate()
-        assert (trainer.ref_model is None) is (kind == "lora" or precompute == "auto")
+        assert (trainer.ref_model is None) is (kind == "lora" or (precompute == "auto" and kind == "full"))
         times = ("runtime", "per_second")
         logs.append([{k: v for k, v in e.items() if not k.endswith(times)} for e in trainer.state.log_history])
     online, first, again = logs
@@ -728,8 +728,12 @@ def test_a_reference_that_is_no_longer_in_its_folder_is_not_replaced_by_another(
     other.transformer.wte.weight.data[3, 4] += 1e-3
     other.save_pretrained(tmp_path / "model")
     trainer.model.config._name_or_path = str(tmp_path / "model")
-    with pytest.raises(ValueError, match="`eval_dataset` must be given to the trainer, where the reference can no lo"):
+    with pytest.raises(ValueError, match="the weights there are not those that training began with"):
         trainer.evaluate(make_rows(4, seed=3))
+    trainer.model.config._name_or_path = str(tmp_path / "gone")
+    with pytest.raises(ValueError, match=r"`eval_dataset` must be given .* longer be loaded from '.*gone'"):
+        trainer.evaluate(make_rows(4, seed=3))
+    assert trainer.ref_model is None
 
 
 def test_a_model_in_memory_gets_the_reference_that_trl_would_load(settings, tiny_model, cache):
@@ -747,52 +751,105 @@ def test_a_model_in_memory_gets_the_reference_that_trl_would_load(settings, tiny
         trainer.train()
 
 
-@pytest.mark.parametrize("kind", ["explicit", "explicit with LoRA", "asked for", "policy in memory"])
-def test_no_reference_model_is_in_memory_during_training(kind, settings, tiny_model, cache, monkeypatch):
-    references, alive = [], []
+@pytest.fixture
+def loaded(monkeypatch):
+    """Weak references to the models that the trainer loads by itself, with what it loads them by."""
+    models = []
 
     def load(*args, **kwargs):
         model = create_model_from_path(*args, **kwargs)
-        references.append(weakref.ref(model))
+        models.append((weakref.ref(model), kwargs))
         return model
+
+    monkeypatch.setattr("dposhift_trl.trainer.create_model_from_path", load)
+    return models
+
+
+@pytest.mark.parametrize("kind", ["by name", "in memory"])
+def test_no_reference_model_is_in_memory_during_training(kind, settings, tiny_model, cache, loaded):
+    alive = []
 
     class Watch(TrainerCallback):
         def on_step_begin(self, args, state, control, **kwargs):
-            alive.append(references[0]() is not None)
+            alive.append(sum(model() is not None for model, _ in loaded))
 
-    monkeypatch.setattr("dposhift_trl.trainer.create_model_from_path", load)
-    options = {"precompute_ref_log_probs": True if kind == "asked for" else "auto"}
-    policy = tiny_model
-    if kind == "policy in memory":
-        policy = AutoModelForCausalLM.from_pretrained(tiny_model)
-    else:
-        options["ref_model"] = load(tiny_model)
-    if "LoRA" in kind:
-        options["peft_config"] = LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True)
-    trainer = shift_trainer(policy, settings, make_rows(12), **options)
-    options.clear()
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 2:
+                trainer.evaluate(make_rows(4, seed=3), metric_key_prefix="eval_fresh")
+
+    policy = AutoModelForCausalLM.from_pretrained(tiny_model) if kind == "in memory" else tiny_model
+    trainer = shift_trainer(policy, settings, make_rows(12))
+    assert len(loaded) == (kind == "in memory")
     trainer.add_callback(Watch())
     trainer.train()
-    assert alive == [False] * 4
-    assert trainer.evaluate(make_rows(4, seed=3))["eval_displacement/chosen"] != 0.0
-    assert trainer.ref_model is None
+    assert alive == [0] * 4
+    assert len(loaded) == 1 + (kind == "in memory")
+    (fresh,) = [entry for entry in trainer.state.log_history if "eval_fresh_loss" in entry]
+    assert (fresh["step"], fresh["eval_fresh_displacement/chosen"] != 0.0) == (2, True)
 
 
-def test_rows_it_has_not_seen_are_scored_by_the_reference_that_its_owner_still_holds(settings, tiny_model, cache):
-    reference = AutoModelForCausalLM.from_pretrained(tiny_model)
-    reference.transformer.wte.weight.data[3, 4] += 1.0  # not to be found in any folder
-    logs = []
+def test_the_reference_of_a_model_in_memory_is_loaded_as_the_policy_was(settings, tiny_model, cache, loaded):
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.bfloat16, attn_implementation="eager")
+    trainer = shift_trainer(model, settings, make_rows(12), model_init_kwargs={"use_safetensors": True})
+    trainer.train()  # which compares policy and reference before the first step
+    (_, options), expected = loaded[0], {"dtype": torch.bfloat16, "attn_implementation": "eager"}
+    assert options == {**expected, "trust_remote_code": False, "use_safetensors": True}
+
+
+def test_after_a_reference_that_cannot_be_loaded_the_arguments_are_as_they_were(settings, tiny_model, tmp_path, cache):
+    args = DPOShiftConfig(**settings)
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    model.config._name_or_path = str(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    with pytest.raises(ValueError, match="Unrecognized model"):
+        DPOShiftTrainer(model, args=args, train_dataset=make_rows(12), processing_class=tokenizer)
+    assert args.precompute_ref_log_probs == "auto"
+
+
+@pytest.mark.parametrize("kind", ["by name", "explicit", "explicit with LoRA"])
+def test_an_evaluation_within_an_evaluation_leaves_the_reference_where_it_is(
+    kind, settings, tiny_model, cache, loaded
+):
+    class Nested(TrainerCallback):
+        inside = False
+
+        def on_evaluate(self, *args, **kwargs):
+            if not self.inside:
+                self.inside = True
+                trainer.evaluate(make_rows(4, seed=9), metric_key_prefix="eval_nested")
+                self.inside = False
+
+    options = {}
+    if "explicit" in kind:
+        reference = options["ref_model"] = AutoModelForCausalLM.from_pretrained(tiny_model)
+        reference.transformer.wte.weight.data += 0.1 * torch.randn_like(reference.transformer.wte.weight)
+    if "LoRA" in kind:
+        options["peft_config"] = LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True)
+    trainer = shift_trainer(tiny_model, settings, make_rows(12), **options)
+    trainer.train()
+    stream = make_rows(4, seed=3).to_iterable_dataset()
+    alone = trainer.evaluate(stream)
+    trainer.add_callback(Nested())
+    both = trainer.evaluate({"a": stream, "b": stream})
+    assert alone["eval_loss"] == both["eval_a_loss"] == both["eval_b_loss"] != pytest.approx(math.log(2), abs=1e-4)
+    assert trainer.ref_model is options.get("ref_model")
+    assert len(loaded) == (2 if kind == "by name" else 0)
+
+
+def test_rows_that_are_prepared_by_hand_meet_the_reference_that_was_passed(settings, tiny_model, cache):
+    losses = []
     for precompute in (False, "auto"):
-        options = {"ref_model": reference, "precompute_ref_log_probs": precompute}
-        trainer = shift_trainer(tiny_model, settings, make_rows(12), **options)
+        torch.manual_seed(0)
+        reference = AutoModelForCausalLM.from_pretrained(tiny_model)
+        reference.transformer.wte.weight.data += 0.1 * torch.randn_like(reference.transformer.wte.weight)
+        options = {"ref_model": reference, "peft_config": LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True)}
+        trainer = shift_trainer(tiny_model, settings, make_rows(12), precompute_ref_log_probs=precompute, **options)
         trainer.train()
-        logs.append(trainer.evaluate(make_rows(4, seed=3))["eval_displacement/chosen"])
-    assert logs[1] == pytest.approx(logs[0], rel=1e-4)
-    options.clear()
-    del reference
-    gc.collect()
-    with pytest.raises(ValueError, match="`eval_dataset` must be given to the trainer, where the reference can no lo"):
-        trainer.evaluate(make_rows(4, seed=3))
+        trainer.eval_dataset = trainer._prepare_dataset(
+            make_rows(4, seed=3), trainer.processing_class, trainer.args, "eval"
+        )
+        losses.append(trainer.evaluate()["eval_loss"])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
 
 
 def test_rows_that_are_scored_already_are_evaluated_again_in_whole_and_in_part(settings, tiny_model, cache):
