@@ -20,10 +20,14 @@ class PairCollator:
     Args:
         collator (`Callable`):
             [`~trl.trainer.dpo_trainer.DataCollatorForPreference`] or one with the same output.
+        by_row (`bool`, *optional*, defaults to `False`):
+            Whether to give the indices of the chosen rows, then again those of the rejected rows, so that accelerate,
+            which cuts a stream's batches by their rows, leaves each process the indices of its own.
     """
 
-    def __init__(self, collator: Callable[[list[dict[str, Any]]], dict[str, Any]]):
+    def __init__(self, collator: Callable[[list[dict[str, Any]]], dict[str, Any]], by_row: bool = False):
         self.collator = collator
+        self.by_row = by_row
 
     def __getattr__(self, name: str) -> Any:
         if name == "collator":  # before it is set, as while a worker unpickles
@@ -33,7 +37,7 @@ class PairCollator:
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         rows = [example.get(ROW_INDEX, -1) for example in examples]
         batch = self.collator(examples)
-        batch[ROW_INDEX] = torch.tensor(rows)
+        batch[ROW_INDEX] = torch.tensor(rows * 2 if self.by_row else rows)
         if ALIGNMENT in examples[0]:
             batch[ALIGNMENT] = torch.tensor([example[ALIGNMENT] for example in examples])
         return batch

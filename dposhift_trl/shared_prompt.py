@@ -205,7 +205,8 @@ class PairLayout:
                 return seen & (position[key] > oldest[query])
 
             make = _compiled(create_block_mask) if _on_gpu(self.spans) else create_block_mask
-            self._masks[kind] = make(visible, None, None, len(self), len(self), device=self.spans.device)
+            with torch.no_grad():  # always, since torch compiles a variant for each mode
+                self._masks[kind] = make(visible, None, None, len(self), len(self), device=self.spans.device)
         return self._masks[kind]
 
 

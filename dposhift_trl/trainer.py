@@ -133,7 +133,7 @@ class DPOShiftTrainer(DPOTrainer):
         try:
             if asked == "auto":
                 in_memory = not isinstance(model, str)
-                adapted = (in_memory and is_peft_model(model)) or kwargs.get("peft_config") or len(positional) > 5
+                adapted = (in_memory and is_peft_model(model)) or kwargs.get("peft_config") or any(positional[5:6])
                 noisy = not args.disable_dropout and (adapted if ref_model is None else ref_model.training)
                 args.precompute_ref_log_probs = (
                     measurable and not noisy and (args.per_pair_lambda or _pays_to_precompute(args, train_dataset))
@@ -147,7 +147,7 @@ class DPOShiftTrainer(DPOTrainer):
         if self._reference_is_policy and self.precompute_ref_logps and ref_model is not None:
             self.ref_model = ref_model = None
             self.accelerator.free_memory()  # which holds it too
-            gc.collect()  # since its fused head is a cycle of references
+            gc.collect()  # since its fused head makes it refer to itself
         schedules = [cb for cb in self.callback_handler.callbacks if isinstance(cb, LambdaScheduleCallback)]
         if not self._shifts:
             if schedules:
@@ -272,7 +272,7 @@ class DPOShiftTrainer(DPOTrainer):
         scores = scored.scores
         scores.batch_loss = loss.detach().expand_as(scores.chosen_logps)
         if row_index is not None:
-            scores.row_index = row_index
+            scores.row_index = row_index[: len(scores.chosen_logps)]  # of a stream, chosen and rejected rows
         matrix = scores.as_matrix()
         if later is None:
             # Without the rows that fill up the last batch
@@ -376,10 +376,10 @@ class DPOShiftTrainer(DPOTrainer):
 
     @contextlib.contextmanager
     def _collating(self, dataset):
-        """Of a stream one process collates for all, and accelerate cuts what is made of tensors alone."""
+        """Of a stream one process collates for all, and accelerate cuts what is made of tensors alone, by rows."""
         collator: Any = self.data_collator
-        if isinstance(collator, SharedPromptCollator) and isinstance(dataset, IterableDataset):
-            self.data_collator = collator.collator
+        if isinstance(dataset, IterableDataset) and self._shifts:
+            self.data_collator = PairCollator(_inner_collator(collator), by_row=True)
         try:
             yield
         finally:
@@ -576,9 +576,13 @@ class DPOShiftTrainer(DPOTrainer):
         def over(measure, what: str):
             """A function of a range of rows that calls `measure` batch by batch."""
             gather = self.accelerator.gather_for_metrics
+            # Of its own, so that training draws the same numbers whether or not the scores were at hand
+            generator = torch.Generator()
 
             def score(rows: range) -> tuple[torch.Tensor, torch.Tensor]:
-                loader = DataLoader(dataset.select(rows), batch_size, collate_fn=self.data_collator)
+                loader = DataLoader(
+                    dataset.select(rows), batch_size, collate_fn=self.data_collator, generator=generator
+                )
                 progress = tqdm(
                     prepare_data_loader(loader, device, put_on_device=True),
                     desc=f"{what} ({name}, rows {rows.start} to {rows.stop} of {len(dataset)})",
@@ -618,6 +622,7 @@ class DPOShiftTrainer(DPOTrainer):
                 return gradient_alignment(base, batch)
 
         fingerprint = self._reference_fingerprint = reference_fingerprint(whole, adapter)
+        self._reference_dtype = model.dtype
         description = {"model": model.config._name_or_path, "adapter": adapter, "rows": name}
         columns = dict(
             zip(
@@ -689,13 +694,14 @@ class DPOShiftTrainer(DPOTrainer):
     def predict(self, test_dataset, *args, **kwargs):
         if not self._shifts:
             return super().predict(test_dataset, *args, **kwargs)
-        with self._reference_at_hand(test_dataset):
+        scored = isinstance(test_dataset, Dataset) and "ref_chosen_logps" in test_dataset.column_names
+        with self._reference_at_hand(None if scored else test_dataset):
             return super().predict(test_dataset, *args, **kwargs)
 
     def _reloaded_reference(self) -> torch.nn.Module:
         fault = "the weights there are not those that training began with"
         try:
-            reference = _reference_in_folder(self.model.config, self.model.dtype, self.args)
+            reference = _reference_in_folder(self.model.config, self._reference_dtype, self.args)
             same = reference_fingerprint(reference) == self._reference_fingerprint
         except (OSError, ValueError) as error:
             same, fault = False, " ".join(str(error).split()).rstrip(".")

@@ -836,6 +836,60 @@ def test_an_evaluation_within_an_evaluation_leaves_the_reference_where_it_is(
     assert len(loaded) == (2 if kind == "by name" else 0)
 
 
+def test_a_table_beside_a_stream_leaves_the_reference_on_the_device_for_both(settings, tiny_model, cache, monkeypatch):
+    reference = AutoModelForCausalLM.from_pretrained(tiny_model)
+    trainer = shift_trainer(tiny_model, settings, make_rows(12), ref_model=reference)
+    moves = []
+    monkeypatch.setattr("dposhift_trl.trainer._move", lambda model, device: moves.append(device) or model.to(device))
+    trainer.evaluate({"table": make_rows(4, seed=3), "stream": make_rows(4, seed=3).to_iterable_dataset()})
+    assert moves == [trainer.accelerator.device, trainer.accelerator.device, "cpu"]
+
+
+def test_a_policy_in_memory_with_an_adapter_is_its_own_reference(settings, tiny_model, cache, loaded):
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(tiny_model), LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True)
+    )
+    shift_trainer(model, settings, make_rows(12)).train()
+    assert not loaded
+
+
+def test_arguments_by_position_without_an_adapter_are_a_model_in_memory(settings, tiny_model, cache, loaded):
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny_model), AutoTokenizer.from_pretrained(tiny_model)
+    rest = None, make_rows(12), None, tokenizer, None, None, (None, None), None, None
+    trainer = DPOShiftTrainer(model, None, DPOShiftConfig(**settings), *rest)
+    assert (len(loaded), trainer.precompute_ref_logps) == (1, True)
+
+
+@pytest.mark.parametrize(
+    "noise", [{"disable_dropout": False}, {"neftune_noise_alpha": 5.0}], ids=["dropout", "NEFTune"]
+)
+def test_a_run_draws_the_same_noise_whether_or_not_the_scores_were_at_hand(noise, settings, tiny_model, cache):
+    losses = []
+    for _ in range(2):
+        trainer = shift_trainer(tiny_model, settings, make_rows(12), **noise)
+        assert trainer.precompute_ref_logps
+        trainer.train()
+        losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    assert losses[0] == losses[1]
+
+
+def test_evaluation_in_bf16_leaves_the_reference_as_it_was(settings, tiny_model, cache, loaded):
+    trainer = shift_trainer(tiny_model, settings, make_rows(12), bf16_full_eval=True)
+    trainer.train()
+    for seed in (3, 4):
+        trainer.evaluate(make_rows(4, seed=seed))
+    assert trainer.model.dtype == torch.bfloat16
+    assert [options["dtype"] for _, options in loaded] == [torch.float32] * 2
+
+
+@pytest.mark.filterwarnings("ignore:`return_outputs=True`:FutureWarning")
+def test_rows_that_are_scored_already_are_predicted_without_the_reference(settings, tiny_model, cache, loaded):
+    trainer = shift_trainer(tiny_model, settings, make_rows(12), make_rows(6, seed=1))
+    trainer.train()
+    assert trainer.predict(trainer.eval_dataset).metrics["test_loss"] != pytest.approx(math.log(2), abs=1e-4)
+    assert not loaded
+
+
 def test_rows_that_are_prepared_by_hand_meet_the_reference_that_was_passed(settings, tiny_model, cache):
     losses = []
     for precompute in (False, "auto"):

@@ -1,11 +1,17 @@
 import copy
+import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import make_rows, make_tokenizer
 from datasets import Dataset
+from ddp_streams import evaluate
 from peft import LoraConfig, get_peft_model
 from reference import shift_schedule, shifted_loss
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
@@ -569,6 +575,22 @@ def test_chosen_sft_trains_on_the_chosen_answers_alone(tiny_model, settings):
     assert (batch["labels"] == -100).any()  # the prompt is not learnt
     assert {"eval_a_loss", "eval_b_loss"} <= set(trainer.evaluate())
     assert "eval_loss" in trainer.evaluate(EVAL_ROWS)
+
+
+def test_two_processes_evaluate_a_stream_as_one_does(tiny_model, tmp_path):
+    script = Path(__file__).with_name("ddp_streams.py")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    arguments = [tiny_model, str(tmp_path / "two")]
+    done = subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    two = json.loads(done.stdout.splitlines()[-1])
+    one = evaluate(tiny_model, str(tmp_path / "one"), per_device_train_batch_size=8, per_device_eval_batch_size=8)
+    assert one["eval_displacement/chosen"] != 0.0
+    assert two == pytest.approx(one, rel=1e-4, abs=1e-6)
+    pairs = [pq.read_table(tmp_path / run / "pairs" / "eval-000002.parquet").to_pydict() for run in ("one", "two")]
+    assert pairs[0]["row_index"] == pairs[1]["row_index"] == list(range(16))
+    assert pairs[1]["chosen_logps"] == pytest.approx(pairs[0]["chosen_logps"], rel=1e-5)
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["table", "stream"])
