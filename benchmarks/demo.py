@@ -24,7 +24,7 @@ from pathlib import Path
 
 from trl import DPOConfig
 
-from dposhift_trl.demo import save_demo_model
+from dposhift_trl.data.demo import save_demo_model
 from dposhift_trl.recipe import load_recipe
 
 

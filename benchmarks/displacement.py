@@ -1,5 +1,5 @@
 """
-What lambda buys and costs: fixed, scheduled, adaptive and per pair, beside DPO and the remedies in use today.
+What lambda buys and costs: fixed, scheduled and adaptive, beside DPO and the remedies in use today.
 
     python benchmarks/displacement.py --data demo --seeds 1 2 3
     python benchmarks/displacement.py --data hard --seeds 1 2 3
@@ -31,7 +31,7 @@ from transformers.utils import logging
 from trl import SFTConfig
 
 from dposhift_trl import ChosenSFTTrainer, DPOShiftConfig, DPOShiftTrainer
-from dposhift_trl.demo import FAMILIES, _pick, _scene, demo_dataset, save_demo_model
+from dposhift_trl.data.demo import FAMILIES, _pick, _scene, demo_dataset, save_demo_model
 
 
 BETA = 0.1
@@ -54,8 +54,6 @@ METHODS = {
     "adaptive, target -0.5 nats": {**ADAPTIVE, "lambda_target": -0.5},
     "adaptive, target -1 nat": {**ADAPTIVE, "lambda_target": -1.0},
     "adaptive, half may fall": {**ADAPTIVE, "lambda_target": 0.5, "lambda_target_metric": "displacement/chosen_fell"},
-    "per pair 0.75": {"shift_lambda": 0.75, "per_pair_lambda": True},
-    "per pair 0.5": {"shift_lambda": 0.5, "per_pair_lambda": True},
     "DPO + 0.1 sft": {"shift_lambda": 1.0, "loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.1]},
     "DPO + 1.0 sft": {"shift_lambda": 1.0, "loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 1.0]},
     "DPO-Positive 5": {"shift_lambda": 1.0, "remedy": "dpop"},

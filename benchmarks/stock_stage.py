@@ -16,7 +16,7 @@ from pathlib import Path
 from transformers import AutoTokenizer
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
-from dposhift_trl.demo import demo_dataset
+from dposhift_trl.data.demo import demo_dataset
 
 
 def run_stage(stage, model, args):

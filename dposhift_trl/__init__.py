@@ -8,9 +8,9 @@ __version__ = "0.1.0"
 
 _HOME = {
     "DPOShiftConfig": "config",
-    "DPOShiftTrainer": "trainer",
-    "ChosenSFTTrainer": "trainer",
-    "LambdaScheduleCallback": "callbacks",
+    "DPOShiftTrainer": "training.trainer",
+    "ChosenSFTTrainer": "training.sft",
+    "LambdaScheduleCallback": "training.callbacks",
     "make_lambda_schedule": "schedules",
     "dpo_shift_loss": "losses",
 }
@@ -18,12 +18,12 @@ _HOME = {
 __all__ = ["__version__", *_HOME]
 
 if TYPE_CHECKING:
-    from .callbacks import LambdaScheduleCallback as LambdaScheduleCallback
     from .config import DPOShiftConfig as DPOShiftConfig
     from .losses import dpo_shift_loss as dpo_shift_loss
     from .schedules import make_lambda_schedule as make_lambda_schedule
-    from .trainer import ChosenSFTTrainer as ChosenSFTTrainer
-    from .trainer import DPOShiftTrainer as DPOShiftTrainer
+    from .training.callbacks import LambdaScheduleCallback as LambdaScheduleCallback
+    from .training.sft import ChosenSFTTrainer as ChosenSFTTrainer
+    from .training.trainer import DPOShiftTrainer as DPOShiftTrainer
 
 
 def __getattr__(name: str):

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from trl import DPOConfig
 
-from .schedules import ADAPTIVE, LAMBDA_SCHEDULE_ALIASES, LAMBDA_SCHEDULES, check_knots
-from .verdict import LambdaPlan
+from .schedules import ADAPTIVE, LAMBDA_SCHEDULE_ALIASES, LAMBDA_SCHEDULES, LambdaPlan, check_knots
 
 
 if TYPE_CHECKING:
@@ -56,10 +55,6 @@ class DPOShiftConfig(DPOConfig):
         lambda_target_metric (`str`, *optional*, defaults to `"displacement/chosen"`):
             Which of the logged metrics `lambda_target` is of: `"displacement/chosen"` or
             `"displacement/chosen_fell"`.
-        per_pair_lambda (`bool`, *optional*, defaults to `False`):
-            Whether lambda is only for the pairs whose two answers' gradients point the same way, in the last layer of
-            the reference, and 1 for the others. Measured before training and kept on disk, at the cost of one more
-            pass of the reference over both rows of every pair.
         allow_lambda_above_one (`bool`, *optional*, defaults to `False`):
             Whether lambda may exceed 1. Above 1 the rejected answers are pushed down harder than in DPO; the paper
             reports unreadable text at 1.05.
@@ -120,14 +115,6 @@ class DPOShiftConfig(DPOConfig):
         metadata={
             "help": "Which of the logged metrics `lambda_target` is of: `'displacement/chosen'` or "
             "`'displacement/chosen_fell'`."
-        },
-    )
-    per_pair_lambda: bool = field(
-        default=False,
-        metadata={
-            "help": "Whether lambda is only for the pairs whose two answers' gradients point the same way, in the "
-            "last layer of the reference, and 1 for the others. Measured before training and kept on disk, at the "
-            "cost of one more pass of the reference over both rows of every pair."
         },
     )
     allow_lambda_above_one: bool = field(
@@ -194,13 +181,6 @@ class DPOShiftConfig(DPOConfig):
             if value not in choices:
                 raise ValueError(f"`{name}` must be auto, true or false, got {getattr(self, name)!r}.")
             setattr(self, name, choices[value])
-        if not isinstance(self.per_pair_lambda, bool):
-            raise TypeError(f"`per_pair_lambda` must be true or false, got {self.per_pair_lambda!r}.")
-        if self.per_pair_lambda and self.precompute_ref_log_probs is False:
-            raise ValueError(
-                "`per_pair_lambda` must be left out with `precompute_ref_log_probs: false`, got True: the pairs' "
-                "gradients are measured with the reference's scores. Leave `precompute_ref_log_probs` out."
-            )
         if self.max_tokens_per_batch is not None and (
             isinstance(self.max_tokens_per_batch, bool)
             or not isinstance(self.max_tokens_per_batch, int)

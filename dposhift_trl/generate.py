@@ -64,10 +64,9 @@ from transformers import (
 from transformers.utils import logging
 from trl import get_quantization_config, maybe_extract_prompt
 
-from .data import one_line
+from .artifacts import EVAL_ROWS, FINISHED, GENERATIONS, PAGE, RECIPE, REPORT, SIDE_BY_SIDE, STATISTICS, write_whole
+from .data.sources import one_line
 from .recipe import STAGES, RecipeModelConfig, parse_yaml
-from .run import EVAL_ROWS, FINISHED, RECIPE, REPORT
-from .run_folder import GENERATIONS, SIDE_BY_SIDE, STATISTICS
 
 
 MODES = ("greedy", "sampled")
@@ -247,9 +246,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _renew_report(folder: Path) -> None:
     """Write the run's report anew, with the answers, where it has one."""
-    if not (folder / REPORT / "report.html").is_file():
+    if not (folder / REPORT / PAGE).is_file():
         return
-    from .report import ReportError, write_report  # draws, and takes seconds to import
+    from .report.page import write_report
+    from .report.run_folder import ReportError  # draws, and takes seconds to import
 
     try:
         print(f"The report is {write_report([folder], folder / REPORT)}")
@@ -858,9 +858,10 @@ def _save(
                     }
                 )
             stem = f"{name}-{mode}"
-            _write(destination / f"{stem}.alpaca_eval.json", json.dumps(alpaca, ensure_ascii=False, indent=2) + "\n")
-            _write(destination / f"{stem}.jsonl", _lines(alpaca))
-            _write(destination / f"{stem}.mt_bench.jsonl", _lines(mt_bench))
+            text = json.dumps(alpaca, ensure_ascii=False, indent=2) + "\n"
+            write_whole(destination / f"{stem}.alpaca_eval.json", text)
+            write_whole(destination / f"{stem}.jsonl", _lines(alpaca))
+            write_whole(destination / f"{stem}.mt_bench.jsonl", _lines(mt_bench))
         side_by_side = [
             {
                 "question_id": question.question_id,
@@ -875,21 +876,14 @@ def _save(
             }
             for index, question in enumerate(questions)
         ]
-        _write(destination / SIDE_BY_SIDE, _lines(side_by_side))
-        _write(destination / STATISTICS, json.dumps(report, ensure_ascii=False, indent=2) + "\n")
+        write_whole(destination / SIDE_BY_SIDE, _lines(side_by_side))
+        write_whole(destination / STATISTICS, json.dumps(report, ensure_ascii=False, indent=2) + "\n")
     except OSError as error:
         raise GenerateError(f"`--output` {destination} cannot be written: {error}") from error
 
 
 def _lines(values: list[dict[str, Any]]) -> str:
     return "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values)
-
-
-def _write(path: Path, text: str) -> None:
-    """Whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8", newline="\n")
-    temporary.replace(path)
 
 
 def _table(report: dict[str, Any]) -> str:

@@ -21,7 +21,7 @@ from ruamel.yaml.representer import SafeRepresenter
 from trl import ModelConfig, SFTConfig
 
 from .config import DPOShiftConfig
-from .data import DataConfig, DataSource, one_line
+from .data.sources import DataConfig, DataSource, one_line
 
 
 MAX_NODES = 20_000  # far above any recipe, far below what nested YAML aliases can expand to

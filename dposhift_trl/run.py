@@ -35,25 +35,19 @@ from transformers.trainer import TRAINER_STATE_NAME
 from trl import SFTConfig, get_peft_config, get_quantization_config
 
 from . import __version__
-from .collator import ROW_INDEX, with_row_index
+from .artifacts import AUDIT, EVAL_ROWS, FINISHED, LOCK, MERGED, RECIPE, REPORT, WANDB_ID, write_whole
+from .columns import PREFERENCE_COLUMNS, ROW_INDEX, SAVED_ROW_INDEX, with_row_index
 from .config import DPOShiftConfig
-from .data import (
-    DataError,
-    Rows,
-    SplitAudit,
-    audit_preferences,
-    load_preferences,
-    reading_rows,
-    use_plain_chat_template,
-)
-from .demo import save_demo_model
-from .metrics import save_table
-from .model_card import append_recipe_section, log_until
+from .data.audit import SplitAudit, audit_preferences
+from .data.demo import save_demo_model
+from .data.sources import DataError, Rows, load_preferences, reading_rows, use_plain_chat_template
 from .recipe import Recipe, RecipeError, changed_keys, dump_yaml, load_recipe, parse_yaml
-from .run_folder import ReportError
+from .report.run_folder import ReportError
+from .report.verdict import verdict_of
 from .schedules import ADAPTIVE, make_lambda_schedule
-from .trainer import ChosenSFTTrainer, DPOShiftTrainer, TrainingStopped, check_rows_left
-from .verdict import verdict_of
+from .training.model_card import append_recipe_section, log_until
+from .training.sft import ChosenSFTTrainer
+from .training.trainer import DPOShiftTrainer, TrainingStopped, check_rows_left
 
 
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
@@ -66,11 +60,6 @@ DISK_WORDS = (
     "iostream error",
     "unexpected pos",
 )
-FINISHED = "finished.json"
-RECIPE = "recipe.yaml"
-AUDIT = "audit.json"
-EVAL_ROWS = "eval_rows.parquet"
-REPORT = "report"
 PACKAGES = ("trl", "transformers", "torch", "peft", "accelerate", "datasets")
 
 
@@ -224,7 +213,7 @@ def run(recipe: Recipe, accept_changes: bool = False) -> None:
         train, evaluation, audits = _load_data(recipe, tokenizer)
         if PartialState().is_main_process:
             findings = {split: dataclasses.asdict(audit) for split, audit in audits.items()}
-            _write(recipe.output_dir / AUDIT, json.dumps(findings, indent=2, ensure_ascii=False))
+            write_whole(recipe.output_dir / AUDIT, json.dumps(findings, indent=2, ensure_ascii=False))
             if not (recipe.output_dir / "dpo" / FINISHED).is_file():
                 _save_evaluated_rows(evaluation, recipe.output_dir / EVAL_ROWS)
         for split, audit in audits.items():
@@ -239,7 +228,7 @@ def run(recipe: Recipe, accept_changes: bool = False) -> None:
                     _run_stage(name, recipe, start, tokenizer, train, evaluation, sigterm)
             start = str(folder)
         if recipe.report and PartialState().is_main_process:
-            from .report import write_report  # draws, and takes seconds to import
+            from .report.page import write_report  # draws, and takes seconds to import
 
             _say(f"The report is {write_report([recipe.output_dir], recipe.output_dir / REPORT)}")
         _say(f"The model is in {start}")
@@ -254,7 +243,7 @@ def _claimed(recipe: Recipe, accept_changes: bool):
         lock = None
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(folder / ".lock", blocking=False)
+            lock = FileLock(folder / LOCK, blocking=False)
             lock.acquire()
             problem = _refusal(recipe, accept_changes)
         except Timeout:
@@ -278,7 +267,7 @@ def _refusal(recipe: Recipe, accept_changes: bool) -> str | None:
     """Why the run folder is not fit for this recipe, or None once the recipe lies in it."""
     folder, saved = recipe.output_dir, recipe.output_dir / RECIPE
     if not saved.is_file():
-        others = [entry.name for entry in folder.iterdir() if entry.name != ".lock"]
+        others = [entry.name for entry in folder.iterdir() if entry.name != LOCK]
         if others:
             return f"`output_dir` {folder} holds other files ({others[0]}) and no run of ours. Choose a new folder."
     else:
@@ -295,7 +284,7 @@ def _refusal(recipe: Recipe, accept_changes: bool) -> str | None:
             )
         number = 1 + len(list(folder.glob("recipe.*.yaml")))
         shutil.copy(saved, folder / f"recipe.{number}.yaml")
-    _write(saved, dump_yaml(recipe.resolved))
+    write_whole(saved, dump_yaml(recipe.resolved))
     return None
 
 
@@ -303,7 +292,7 @@ def _check_shared(folder: Path) -> None:
     """Every machine must see the same run folder: what the main process saves there, each process loads."""
     if PartialState().num_processes == 1:
         return
-    token, note = _from_main(uuid.uuid4().hex), folder / ".lock"
+    token, note = _from_main(uuid.uuid4().hex), folder / LOCK
     if PartialState().is_main_process:
         note.write_text(token)
     PartialState().wait_for_everyone()
@@ -449,7 +438,7 @@ def _run_stage(
             # Our own without metadata, which a clone that is not installed lacks
             "versions": {"dposhift_trl": __version__, **{package: version(package) for package in PACKAGES}},
         }
-        _write(folder / FINISHED, json.dumps(finished, indent=2))
+        write_whole(folder / FINISHED, json.dumps(finished, indent=2))
     PartialState().wait_for_everyone()
     trainer.accelerator.free_memory()
 
@@ -497,8 +486,8 @@ def _finish_adapter(trainer: ChosenSFTTrainer | DPOShiftTrainer, folder: Path, m
     shutil.rmtree(folder / "ref", ignore_errors=True)
     if merge:
         merged = trainer.accelerator.unwrap_model(trainer.model).merge_and_unload()
-        merged.save_pretrained(folder / "merged")
-        trainer.processing_class.save_pretrained(folder / "merged")
+        merged.save_pretrained(folder / MERGED)
+        trainer.processing_class.save_pretrained(folder / MERGED)
 
 
 def last_complete_checkpoint(folder: Path) -> tuple[Path | None, list[Path]]:
@@ -539,9 +528,9 @@ def _wandb_run(name: str, recipe: Recipe):
             _say(
                 f"{name}: no W&B login, logging offline under {recipe.output_dir / 'wandb'} (`wandb sync` uploads it)"
             )
-    identity = recipe.output_dir / name / "wandb_id"
+    identity = recipe.output_dir / name / WANDB_ID
     if not identity.is_file():
-        _write(identity, uuid.uuid4().hex[:8])
+        write_whole(identity, uuid.uuid4().hex[:8])
     run = wandb.init(
         project=settings.project,
         entity=settings.entity,
@@ -576,16 +565,9 @@ def _save_evaluated_rows(rows: Rows | None, path: Path) -> None:
     """The evaluated rows as text, with the `row_index` by which an evaluation's scores name them."""
     if isinstance(rows, Dataset):
         rows = with_row_index(rows)
-        names = [name for name in ("prompt", "chosen", "rejected", ROW_INDEX) if name in rows.column_names]
-        texts = rows.select_columns(names).rename_column(ROW_INDEX, "row_index")
-        save_table(texts.with_format("arrow")[:], path)
-
-
-def _write(path: Path, text: str) -> None:
-    """Whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+        names = [name for name in (*PREFERENCE_COLUMNS, ROW_INDEX) if name in rows.column_names]
+        texts = rows.select_columns(names).rename_column(ROW_INDEX, SAVED_ROW_INDEX)
+        write_whole(path, texts.with_format("arrow")[:])
 
 
 if __name__ == "__main__":

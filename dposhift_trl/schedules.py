@@ -3,7 +3,9 @@
 import math
 import sys
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any, Protocol
 
 
@@ -16,6 +18,17 @@ ADAPTIVE = "adaptive"
 
 # The spelling of the paper's authors
 LAMBDA_SCHEDULE_ALIASES = {"increase_linear": "linear_increase", "decrease_linear": "linear_decrease"}
+
+
+# Those of `DPOShiftConfig`, whose import takes seconds; a test compares them
+LAMBDA_DEFAULTS: dict[str, Any] = {
+    "lambda_schedule": "fixed",
+    "shift_lambda": 0.95,
+    "lambda_min": 0.75,
+    "lambda_max": 1.0,
+    "lambda_target": 0.0,
+    "lambda_target_metric": "displacement/chosen",
+}
 
 
 class LambdaSettings(Protocol):
@@ -138,3 +151,57 @@ def _piecewise_linear(knots: Sequence[tuple[float, float]]) -> LambdaSchedule:
         return min(max(value, min(lambda0, lambda1)), max(lambda0, lambda1))
 
     return schedule
+
+
+@dataclass(frozen=True)
+class LambdaPlan:
+    """
+    What the settings of a run say about lambda, before training.
+
+    Args:
+        start (`float`, *optional*), end (`float`, *optional*):
+            Lambda at both ends of the run; `None` if a controller sets it.
+        adaptive (`bool`, *optional*, defaults to `False`):
+            Whether a controller moves lambda between `low` and `high` to hold `metric` at `target`.
+        low (`float`), high (`float`), target (`float`), metric (`str`):
+            Settings of the controller.
+    """
+
+    start: float | None = None
+    end: float | None = None
+    adaptive: bool = False
+    low: float = 0.75
+    high: float = 1.0
+    target: float = 0.0
+    metric: str = "displacement/chosen"
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any], progress: tuple[float, float] = (0.0, 1.0)) -> "LambdaPlan":
+        """
+        Read the plan from the fields of a [`DPOShiftConfig`], as its attributes or as a recipe has them.
+
+        Args:
+            settings (`Mapping[str, Any]`):
+                The fields by name; a missing field has its default, other keys are ignored.
+            progress (`tuple[float, float]`, *optional*, defaults to `(0.0, 1.0)`):
+                Progress at which `start` and `end` are taken.
+
+        Raises:
+            TypeError, ValueError: If a field has no value that a run could have had.
+        """
+        fields = LAMBDA_DEFAULTS | {name: settings[name] for name in LAMBDA_DEFAULTS if name in settings}
+        low, high, target = (float(fields[name]) for name in ("lambda_min", "lambda_max", "lambda_target"))
+        metric = str(fields["lambda_target_metric"])
+        if fields["lambda_schedule"] != ADAPTIVE:
+            schedule = make_lambda_schedule(SimpleNamespace(**fields))
+            start, end = (float(schedule(share)) for share in progress)
+            return cls(start, end, False, low, high, target, metric)
+        if low == high:
+            return cls(low, low, False, low, high, target, metric)
+        return cls(None, None, True, low, high, target, metric)
+
+    @property
+    def adaptive_text(self) -> str:
+        """Bounds and target in a few words."""
+        share = "share " if self.metric == "displacement/chosen_fell" else ""
+        return f"adaptive {self.low:.4g} to {self.high:.4g}, target {share}{self.target:.4g}"

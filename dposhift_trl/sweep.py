@@ -23,9 +23,9 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from .artifacts import FINISHED, RECIPE, write_whole
 from .config import DPOShiftConfig
 from .recipe import Recipe, RecipeError, changed_keys, dump_yaml, load_recipe, parse_yaml
-from .run import FINISHED, RECIPE
 from .schedules import make_lambda_schedule
 
 
@@ -353,11 +353,8 @@ def run(sweep: Sweep, launch_options: Sequence[str] = ()) -> int:
         for each in [*([sweep.base] if sweep.base else []), *sweep.points]:
             command = shlex.join([*launch, str(each.file)])
             text = f"# Written by the sweep; the command of this run alone:\n#\n#   {command}\n\n"
-            each.file.parent.mkdir(exist_ok=True)
             # Whole at any moment, as a run of another command may be reading it
-            temporary = each.file.with_suffix(".tmp")
-            temporary.write_text(text + dump_yaml(each.values), encoding="utf-8")
-            temporary.replace(each.file)
+            write_whole(each.file, text + dump_yaml(each.values))
     print(f"Each is a run of its own: {shlex.join(launch)} {sweep.folder / 'recipes'}/NAME.yaml", flush=True)
     with _signals() as received:
         failed = _Session(sweep, launch_options, received).run()
@@ -589,7 +586,7 @@ def _table(folders: Sequence[Path]) -> str:
 
 def _compare(folders: Sequence[Path], destination: Path) -> int:
     try:
-        page = importlib.import_module(".report", __package__).write_report(folders, destination)
+        page = importlib.import_module(".report.page", __package__).write_report(folders, destination)
     except (ImportError, ValueError) as error:
         print(f"No comparison was written: {error}", file=sys.stderr)
         return 1

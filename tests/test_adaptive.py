@@ -9,8 +9,8 @@ import torch
 from conftest import make_rows
 
 from dposhift_trl import DPOShiftConfig, DPOShiftTrainer
-from dposhift_trl.adaptive import GAIN, LambdaController
-from dposhift_trl.callbacks import AdaptiveLambdaCallback
+from dposhift_trl.training.adaptive import GAIN, LambdaController
+from dposhift_trl.training.callbacks import AdaptiveLambdaCallback
 
 
 ROWS, EVAL_ROWS = make_rows(48), make_rows(8, seed=1)

@@ -12,14 +12,14 @@ from trl import DPOConfig, SFTConfig
 
 import dposhift_trl
 from dposhift_trl import DPOShiftConfig, DPOShiftTrainer
-from dposhift_trl.allocator import CHOICES, MMAP_THRESHOLD, MOST, TRIM_THRESHOLD, keep_freed_memory
+from dposhift_trl.training.allocator import CHOICES, MMAP_THRESHOLD, MOST, TRIM_THRESHOLD, keep_freed_memory
 
 
 # Prints whether memory is kept, and how many pages of 320 MiB, freed and taken again and again, are fresh
 PROGRAM = """
 import resource, sys
 import torch
-from dposhift_trl.allocator import keep_freed_memory
+from dposhift_trl.training.allocator import keep_freed_memory
 
 def fill():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -85,7 +85,7 @@ def test_an_older_glibc_is_asked_for_what_it_takes(monkeypatch):
 @pytest.mark.parametrize("trainer_class", ["DPOShiftTrainer", "ChosenSFTTrainer"])
 def test_training_on_a_cpu_keeps_freed_memory_and_stock_dpo_does_not(trainer_class, tiny_model, settings, monkeypatch):
     calls = []
-    monkeypatch.setattr("dposhift_trl.trainer.keep_freed_memory", lambda: calls.append(trainer_class))
+    monkeypatch.setattr("dposhift_trl.training.trainer.keep_freed_memory", lambda: calls.append(trainer_class))
     config = {"DPOShiftTrainer": DPOShiftConfig, "ChosenSFTTrainer": SFTConfig}[trainer_class]
     settings["max_steps"] = 1
     getattr(dposhift_trl, trainer_class)(tiny_model, args=config(**settings), train_dataset=make_rows(4)).train()

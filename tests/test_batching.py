@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from trl import DPOConfig, DPOTrainer
 
 from dposhift_trl import DPOShiftConfig, DPOShiftTrainer
-from dposhift_trl.batching import TokenBudgetSampler, pair_lengths
-from dposhift_trl.shared_prompt import PairLayout
+from dposhift_trl.scoring.shared_prompt import PairLayout
+from dposhift_trl.training.batching import TokenBudgetSampler, pair_lengths
 
 
 ROWS = make_rows(24)

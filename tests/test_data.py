@@ -12,19 +12,18 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from trl import DPOConfig, DPOTrainer
 
-from dposhift_trl.collator import ROW_INDEX
-from dposhift_trl.data import (
+from dposhift_trl.columns import ROW_INDEX
+from dposhift_trl.data.audit import _RowCheck, audit_preferences
+from dposhift_trl.data.demo import demo_dataset
+from dposhift_trl.data.sources import (
     AUDIT_KINDS,
     PLAIN_CHAT_TEMPLATE,
     DataConfig,
     DataError,
     DataSource,
-    _RowCheck,
-    audit_preferences,
     load_preferences,
     use_plain_chat_template,
 )
-from dposhift_trl.demo import demo_dataset
 
 
 TEMPLATE = (

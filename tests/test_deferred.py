@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from trl import DPOConfig, DPOTrainer
 
 from dposhift_trl import DPOShiftConfig, DPOShiftTrainer
-from dposhift_trl.deferred import Deferred, GatherLater
+from dposhift_trl.training.deferred import Deferred, GatherLater
 
 
 class Counter(TorchDispatchMode):

@@ -24,12 +24,11 @@ from hypothesis import strategies as st
 from trl import DPOConfig, DPOTrainer, SFTConfig
 
 from dposhift_trl import ChosenSFTTrainer, DPOShiftConfig, DPOShiftTrainer
-from dposhift_trl.data import (
+from dposhift_trl.data.audit import _shown, audit_preferences
+from dposhift_trl.data.sources import (
     MAX_LINE,
     DataConfig,
     DataError,
-    _shown,
-    audit_preferences,
     load_preferences,
     reading_rows,
     use_plain_chat_template,

@@ -5,7 +5,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from dposhift_trl.metrics import PairScores, evaluation_metrics, pair_metrics, save_table
+from dposhift_trl.artifacts import write_whole
+from dposhift_trl.training.metrics import PairScores, evaluation_metrics, pair_metrics
 
 
 def scores(chosen, rejected, shift_lambda):
@@ -102,7 +103,7 @@ def test_one_pair_has_quantiles_and_no_interval():
 def test_a_table_holds_one_row_a_pair_in_the_order_of_the_rows(tmp_path):
     pairs = scores([-48.0, -54.0, -50.0], [-52.0, -56.0, -50.0], [0.5] * 3)
     pairs.row_index = torch.tensor([7.0, 2.0, 5.0], dtype=torch.float64)
-    save_table(pairs.as_table(), tmp_path / "pairs" / "eval-000003.parquet")
+    write_whole(tmp_path / "pairs" / "eval-000003.parquet", pairs.as_table())
     table = pq.read_table(tmp_path / "pairs" / "eval-000003.parquet")
     assert table["row_index"].to_pylist() == [2, 5, 7]
     assert table["chosen_logratios"].to_pylist() == [-4.0, 0.0, 2.0]

@@ -23,16 +23,11 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.utils import create_model_from_path
 
 from dposhift_trl import DPOShiftConfig, DPOShiftTrainer
-from dposhift_trl import fingerprint as hashing
-from dposhift_trl.reference import (
-    ReferenceCacheError,
-    cached_reference_logps,
-    default_folder,
-    main,
-    reference_fingerprint,
-    reference_key,
-)
-from dposhift_trl.trainer import TrainingStopped
+from dposhift_trl.reference import fingerprint as hashing
+from dposhift_trl.reference.__main__ import main
+from dposhift_trl.reference.cache import ReferenceCacheError, cached_reference_logps, default_folder
+from dposhift_trl.reference.fingerprint import reference_fingerprint, reference_key
+from dposhift_trl.training.trainer import TrainingStopped
 
 
 KEY, OTHER_KEY = "0" * 31 + "a", "0" * 31 + "b"
@@ -387,7 +382,7 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather
-from dposhift_trl.reference import ReferenceCacheError, cached_reference_logps
+from dposhift_trl.reference.cache import ReferenceCacheError, cached_reference_logps
 
 folder, pause, task = Path(sys.argv[1]), float(sys.argv[2]), sys.argv[3]
 logging.basicConfig(format="%(message)s")
@@ -761,7 +756,7 @@ def loaded(monkeypatch):
         models.append((weakref.ref(model), kwargs))
         return model
 
-    monkeypatch.setattr("dposhift_trl.trainer.create_model_from_path", load)
+    monkeypatch.setattr("dposhift_trl.training.trainer.create_model_from_path", load)
     return models
 
 
@@ -840,7 +835,9 @@ def test_a_table_beside_a_stream_leaves_the_reference_on_the_device_for_both(set
     reference = AutoModelForCausalLM.from_pretrained(tiny_model)
     trainer = shift_trainer(tiny_model, settings, make_rows(12), ref_model=reference)
     moves = []
-    monkeypatch.setattr("dposhift_trl.trainer._move", lambda model, device: moves.append(device) or model.to(device))
+    monkeypatch.setattr(
+        "dposhift_trl.training.trainer._move", lambda model, device: moves.append(device) or model.to(device)
+    )
     trainer.evaluate({"table": make_rows(4, seed=3), "stream": make_rows(4, seed=3).to_iterable_dataset()})
     assert moves == [trainer.accelerator.device, trainer.accelerator.device, "cpu"]
 

@@ -16,10 +16,11 @@ import pyarrow.parquet as pq
 import pytest
 from scipy.stats import gaussian_kde
 
-from dposhift_trl import figures
-from dposhift_trl.figures import color_variables, curves, pareto_front, spread
-from dposhift_trl.report import ReportError, as_text, main, write_report
-from dposhift_trl.run_folder import difference, read_run
+from dposhift_trl.report import figures
+from dposhift_trl.report.__main__ import main
+from dposhift_trl.report.figures import color_variables, curves, pareto_front, spread
+from dposhift_trl.report.page import as_text, write_report
+from dposhift_trl.report.run_folder import ReportError, difference, read_run
 
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -372,45 +373,6 @@ def test_an_adaptive_run_of_another_target_says_so_and_draws_it(tmp_path, monkey
     assert b"lower bound" in drawn["lambda"].svg
     share = as_adaptive(make_run(tmp_path / "b"), lambda_target=0.5, lambda_target_metric="displacement/chosen_fell")
     assert read_run(share).lambda_text == "λ adaptive 0.25 to 1, target share 0.5"
-
-
-def as_per_pair(folder: Path, shift_lambda=0.5, recipe=True, **settings) -> Path:
-    """A run in which each other pair is shifted, so that the logged lambda is a mean with 1."""
-    path = folder / "dpo" / "trainer_state.json"
-    state = json.loads(path.read_text())
-    for entry in state["log_history"]:
-        entry |= {name: (1 + shift_lambda) / 2 for name in entry if name.endswith("shift/lambda")}
-    path.write_text(json.dumps(state))
-    for pairs in (folder / "dpo" / "pairs").iterdir():
-        table = pq.read_table(pairs).to_pydict()
-        table["shift_lambda"] = [shift_lambda if row % 2 else 1.0 for row in table["row_index"]]
-        pq.write_table(pa.table(table), pairs)
-    values = {"per_pair_lambda": True, "shift_lambda": shift_lambda, **settings}
-    (folder / "recipe.yaml").write_text(json.dumps({"dpo": values}))
-    if not recipe:
-        (folder / "recipe.yaml").unlink()
-    return folder
-
-
-@pytest.mark.parametrize("recipe", [True, False], ids=["recipe", "pairs"])
-def test_a_run_with_a_lambda_for_each_pair_is_named_by_that_of_the_shifted_ones(recipe, tmp_path, undrawn):
-    folder = as_per_pair(make_run(tmp_path / "run", pairs=8, fall=9.0), recipe=recipe)
-    run = read_run(folder)
-    assert run.lambda_text == "λ 0.5 per pair"
-    assert run.outcome.lambdas == (0.5, 0.5)
-    text = Page(write_report([folder], tmp_path / "out")).text
-    assert "Lambda was 0.5 for the shifted pairs and 1 for the others, 0.75 on average." in text
-    assert "Lambda, mean over the pairs 0.750" in text
-    page = write_report([folder, make_run(tmp_path / "dpo", 1.0, pairs=8)], tmp_path / "both")
-    assert '<td class="number" data-value="0.5">0.5 per pair</td>' in page.read_text(encoding="utf-8")
-
-
-def test_a_schedule_for_each_pair_is_named_by_its_values_at_the_evaluations(tmp_path):
-    folder = as_per_pair(make_run(tmp_path / "run", pairs=8), lambda_schedule="linear_decrease", lambda_min=0.5)
-    assert read_run(folder).lambda_text == "λ 1 to 0.5 per pair"
-    folder = as_per_pair(as_adaptive(make_run(tmp_path / "both", pairs=8)), 0.6, lambda_schedule="adaptive")
-    assert read_run(folder).lambda_text == "λ adaptive 0.75 to 1, target 0, per pair"
-    assert read_run(folder).outcome.lambdas == (0.6, 0.6)
 
 
 def test_knots_that_lead_away_and_back_are_named_with_what_lies_between(tmp_path):

@@ -213,7 +213,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(recipe, tmp_path):
 
 def test_sigterm_while_the_audit_reads_a_row_is_no_mistake_of_the_data(recipe, tmp_path):
     script = (
-        "import signal, sys; from dposhift_trl import data, run; "
+        "import signal, sys; from dposhift_trl import run; from dposhift_trl.data import sources as data; "
         "data.is_conversational = lambda row: signal.raise_signal(signal.SIGTERM); "
         "sys.exit(run.main(sys.argv[1:]))"
     )
@@ -376,7 +376,7 @@ def test_a_half_written_checkpoint_is_passed_over(tmp_path):
 @pytest.mark.parametrize("name", ["gpt2_shift", "gpt2_shift_lora"])
 def test_the_gpt2_recipes_run_unchanged_on_folders_named_as_on_the_hub(name, tmp_path, here, monkeypatch):
     """GPT-2's architecture with random weights, at a twelfth of its depth, and its way of tokenising."""
-    from dposhift_trl.demo import save_demo_model
+    from dposhift_trl.data.demo import save_demo_model
 
     save_demo_model(str(tmp_path / "gpt2"))
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "gpt2")
@@ -455,10 +455,10 @@ def test_two_processes_fill_batches_by_tokens_and_share_one_measurement(recipe, 
     """Rank by rank the same lambda: the adaptive controller sees the pairs of both."""
     options = [
         "sft=null", "dpo.num_train_epochs=2", "dpo.max_steps=-1", "dpo.max_tokens_per_batch=60", "dpo.report_to=none",
-        "dpo.gradient_accumulation_steps=2", "dpo.lambda_schedule=adaptive", "dpo.per_pair_lambda=true",
+        "dpo.gradient_accumulation_steps=2", "dpo.lambda_schedule=adaptive",
     ]  # fmt: skip
     code = (
-        "import json, os, sys; from dposhift_trl import run, trainer\n"
+        "import json, os, sys; from dposhift_trl import run; from dposhift_trl.training import trainer\n"
         "observed = []\n"
         "observe = trainer.AdaptiveLambdaCallback.observe\n"
         "def spy(self, matrix):\n"

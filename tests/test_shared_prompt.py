@@ -27,8 +27,8 @@ from trl.kernels import ChunkedLogProbFunction
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.utils import add_fused_lm_head, use_adapter
 
-from dposhift_trl.head import OPTIONAL_OUTPUTS, token_scores
-from dposhift_trl.shared_prompt import (
+from dposhift_trl.scoring.head import OPTIONAL_OUTPUTS, token_scores
+from dposhift_trl.scoring.shared_prompt import (
     PairLayout,
     SharedPromptCollator,
     _attend_by_branch,
@@ -655,8 +655,8 @@ def test_a_layout_in_the_inputs_of_padded_rows_does_no_harm():
 @pytest.mark.parametrize("softcap", [None, 3.0], ids=["uncapped", "capped"])
 @pytest.mark.parametrize("kept", [0, 7 * 700], ids=["made twice", "kept"])
 def test_the_tiled_head_agrees_with_trl_and_with_autograd(outputs, bias, softcap, kept, monkeypatch):
-    monkeypatch.setattr("dposhift_trl.head.TILE", 1)
-    monkeypatch.setattr("dposhift_trl.head.KEPT", kept)
+    monkeypatch.setattr("dposhift_trl.scoring.head.TILE", 1)
+    monkeypatch.setattr("dposhift_trl.scoring.head.KEPT", kept)
     torch.manual_seed(0)
     hidden, weight = torch.randn(7, 8, dtype=torch.float64), torch.randn(700, 8, dtype=torch.float64)
     offset = torch.randn(700, dtype=torch.float64) if bias else None
@@ -702,7 +702,7 @@ def test_two_processes_with_uneven_runs_reach_the_gradients_of_one():
 
 @pytest.fixture
 def gpu_way(monkeypatch):
-    monkeypatch.setattr("dposhift_trl.shared_prompt._on_gpu", lambda tensor: True)
+    monkeypatch.setattr("dposhift_trl.scoring.shared_prompt._on_gpu", lambda tensor: True)
     # Flex attention has a backward pass on a CPU too, uncompiled or traced, which this refuses
     monkeypatch.setattr(flex_attention, "_validate_device", lambda *_: None)
 

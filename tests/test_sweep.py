@@ -98,7 +98,7 @@ def compared(monkeypatch):
         asked.append(([folder.name for folder in folders], destination))
         return destination / "index.html"
 
-    monkeypatch.setitem(sys.modules, "dposhift_trl.report", types.SimpleNamespace(write_report=write_report))
+    monkeypatch.setitem(sys.modules, "dposhift_trl.report.page", types.SimpleNamespace(write_report=write_report))
     return asked
 
 
@@ -319,7 +319,7 @@ def test_a_report_that_cannot_be_written_is_one_line(recipe, here, stand_in, mon
     def write_report(folders, destination):
         raise ValueError("nothing to compare")
 
-    monkeypatch.setitem(sys.modules, "dposhift_trl.report", types.SimpleNamespace(write_report=write_report))
+    monkeypatch.setitem(sys.modules, "dposhift_trl.report.page", types.SimpleNamespace(write_report=write_report))
     assert here(recipe, LAMBDAS, code=1).err.strip() == "No comparison was written: nothing to compare"
 
 

@@ -24,8 +24,8 @@ from dposhift_trl import (
     LambdaScheduleCallback,
     make_lambda_schedule,
 )
-from dposhift_trl.shared_prompt import verify_shared_prompt
-from dposhift_trl.trainer import TrainingStopped
+from dposhift_trl.scoring.shared_prompt import verify_shared_prompt
+from dposhift_trl.training.trainer import TrainingStopped
 
 
 ROWS, EVAL_ROWS = make_rows(24), make_rows(9, seed=1)
@@ -127,7 +127,7 @@ def test_dropout_that_disable_dropout_does_not_reach_keeps_rows_apart(tmp_path, 
 
 
 def test_the_log_says_that_the_shared_prompt_is_on(tiny_model, settings, caplog):
-    with caplog.at_level("INFO", logger="dposhift_trl.trainer"):
+    with caplog.at_level("INFO", logger="dposhift_trl.training.trainer"):
         DPOShiftTrainer(tiny_model, args=DPOShiftConfig(**settings), train_dataset=ROWS)
         assert "shared_prompt is on: scores agree with those of padded rows to rounding" in caplog.text
         caplog.clear()
@@ -488,7 +488,7 @@ def test_without_arguments_the_trainer_makes_its_own_config(tiny_model, monkeypa
             super().__init__(output_dir, use_cpu=True, bf16=False)
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("dposhift_trl.trainer.DPOShiftConfig", OnCPU)
+    monkeypatch.setattr("dposhift_trl.training.trainer.DPOShiftConfig", OnCPU)
     trainer = DPOShiftTrainer(tiny_model, train_dataset=ROWS)
     assert trainer.args.output_dir == "gpt2-DPO-Shift"
     assert trainer.shift_lambda == 0.95

@@ -22,9 +22,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, Train
 from trl import DPOConfig, DPOTrainer
 
 from dposhift_trl import DPOShiftConfig, DPOShiftTrainer, LambdaScheduleCallback
-from dposhift_trl.collator import ROW_INDEX, with_row_index
-from dposhift_trl.seam import ShiftedModel
-from dposhift_trl.trainer import TRL_WINDOW, TrainingStopped
+from dposhift_trl.columns import ROW_INDEX, with_row_index
+from dposhift_trl.training.seam import ShiftedModel
+from dposhift_trl.training.trainer import TRL_WINDOW, TrainingStopped
 
 
 ROWS, EVAL_ROWS = make_rows(12), make_rows(8, seed=1)

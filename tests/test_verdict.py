@@ -6,8 +6,9 @@ import math
 import pytest
 
 from dposhift_trl import DPOShiftConfig
-from dposhift_trl.model_card import append_shift_section
-from dposhift_trl.verdict import LAMBDA_DEFAULTS, LambdaPlan, Outcome, degeneration, recommend_lambda, verdict
+from dposhift_trl.report.verdict import Outcome, degeneration, recommend_lambda, verdict
+from dposhift_trl.schedules import LAMBDA_DEFAULTS, LambdaPlan
+from dposhift_trl.training.model_card import append_shift_section
 
 
 SFT = {"displacement/chosen": 0.0, "displacement/rejected": 0.0, "rewards/margins": 0.0, "perplexity/chosen": 2.0}
@@ -268,10 +269,6 @@ def test_the_plan_of_lambda_has_the_defaults_of_the_config():
             LambdaPlan(1.0, 1.0, low=1.0),
             id="adaptive-without-room",
         ),
-        pytest.param(
-            {"shift_lambda": 0.5, "per_pair_lambda": True}, LambdaPlan(0.5, 0.5, per_pair=True), id="per-pair"
-        ),
-        pytest.param({"shift_lambda": 1, "per_pair_lambda": True}, LambdaPlan(1.0, 1.0), id="per-pair-of-dpo"),
     ],
 )
 def test_the_plan_of_lambda_is_read_from_the_settings(settings, expected):
@@ -301,23 +298,12 @@ def test_of_an_adaptive_lambda_the_bound_or_the_target_is_to_be_moved_and_no_fix
     assert "this is DPO" not in text
 
 
-def test_with_a_lambda_for_each_pair_the_advice_is_on_that_of_the_shifted_pairs():
-    last = metrics(shift_lambda=0.85)
-    assert "Lambda was 0.9 for the shifted pairs and 1 for the others, 0.85 on average. Try a lower one" in verdict(
-        at(0.85), last, LambdaPlan(0.9, 0.9, per_pair=True)
-    )
-    assert "Try it for all pairs" in verdict(at(0.85), last, LambdaPlan(0.5, 0.5, per_pair=True))
-    assert "of the shifted pairs went from 1 to 0.8" in verdict(at(1.0), last, LambdaPlan(1.0, 0.8, per_pair=True))
-    assert "is not recorded" in verdict(at(1.0), last, LambdaPlan(per_pair=True))
-
-
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
         pytest.param(
             {"lambda_schedule": "adaptive", "lambda_target": -2.0}, "| lambda target | -2.0 (", id="adaptive"
         ),
-        pytest.param({"per_pair_lambda": True}, "| lambda per pair | only where", id="per-pair"),
         pytest.param({}, "| lambda | 0.95 |", id="fixed"),
     ],
 )
@@ -327,7 +313,6 @@ def test_the_model_card_says_how_lambda_was_set(settings, says, tmp_path):
     card = (tmp_path / "README.md").read_text(encoding="utf-8")
     assert says in card
     assert ("lambda target" in card) == ("lambda_target" in settings)
-    assert ("per pair" in card) == ("per_pair_lambda" in settings)
 
 
 def answered(**figures):

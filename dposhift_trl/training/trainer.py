@@ -20,24 +20,18 @@ from datasets import Dataset, IterableDataset
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers.trainer_pt_utils import LengthGroupedSampler
-from trl import DPOTrainer, SFTTrainer, extract_prompt
+from trl import DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
-from trl.trainer.utils import add_fused_lm_head, create_model_from_path, get_config_model_id, use_adapter
+from trl.trainer.utils import add_fused_lm_head, create_model_from_path, get_config_model_id
 
-from . import __version__
-from .alignment import ALIGNMENT, gradient_alignment
-from .allocator import keep_freed_memory
-from .batching import SeededByEpoch, TokenBudgetSampler, pair_lengths
-from .callbacks import AdaptiveLambdaCallback, LambdaScheduleCallback
-from .collator import ROW_INDEX, PairCollator, with_row_index
-from .config import DPOShiftConfig
-from .deferred import GatherLater
-from .metrics import PairScores, evaluation_metrics, pair_metrics, save_table
-from .model_card import append_shift_section, log_until
-from .reference import cached_reference_logps, reference_fingerprint, reference_key
-from .schedules import ADAPTIVE, make_lambda_schedule
-from .seam import Replay, ShiftedModel, TrainingStopped
-from .shared_prompt import (
+from .. import __version__
+from ..artifacts import PAIRS, write_whole
+from ..columns import REFERENCE_LOGPS, ROW_INDEX, with_row_index
+from ..config import DPOShiftConfig
+from ..reference.cache import cached_reference_logps
+from ..reference.fingerprint import reference_fingerprint, reference_key
+from ..schedules import ADAPTIVE, make_lambda_schedule
+from ..scoring.shared_prompt import (
     BATCH,
     PREFIX,
     PairLayout,
@@ -47,6 +41,14 @@ from .shared_prompt import (
     shared_prompt_scores,
     verify_shared_prompt,
 )
+from .allocator import keep_freed_memory
+from .batching import SeededByEpoch, TokenBudgetSampler, pair_lengths
+from .callbacks import AdaptiveLambdaCallback, LambdaScheduleCallback
+from .collator import PairCollator
+from .deferred import GatherLater
+from .metrics import PairScores, evaluation_metrics, pair_metrics
+from .model_card import append_shift_section, log_until
+from .seam import Replay, ShiftedModel, TrainingStopped
 
 
 logger = get_logger(__name__)
@@ -54,9 +56,6 @@ logger = get_logger(__name__)
 
 # Set by `accelerate launch`
 LAUNCHED_SHARDED = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
-
-# Folder under the run's, of the scores that each evaluation gave each pair: <prefix>-<step>.parquet
-PAIRS = "pairs"
 
 # Releases whose DPOTrainer scores both answers through one call of a fused LM head that runs on a CPU too
 TRL_WINDOW = "trl>=1.16,<1.17"
@@ -124,20 +123,13 @@ class DPOShiftTrainer(DPOTrainer):
             train_dataset, eval_dataset = with_row_index(train_dataset), with_row_index(eval_dataset)
         asked = args.precompute_ref_log_probs
         measurable = self._shifts and _can_precompute(args, data_collator, train_dataset, eval_dataset)
-        if self._shifts and args.per_pair_lambda and not (measurable and args.disable_dropout):
-            raise ValueError(
-                "`per_pair_lambda` must be left out with streams, images, sharded models, `sync_ref_model`, dropout "
-                "or a data collator of your own, got True: the pairs' gradients are measured once, before training."
-            )
         self._reference_is_policy, self._reference_is_at_hand = ref_model is None, False
         try:
             if asked == "auto":
                 in_memory = not isinstance(model, str)
                 adapted = (in_memory and is_peft_model(model)) or kwargs.get("peft_config") or any(positional[5:6])
                 noisy = not args.disable_dropout and (adapted if ref_model is None else ref_model.training)
-                args.precompute_ref_log_probs = (
-                    measurable and not noisy and (args.per_pair_lambda or _pays_to_precompute(args, train_dataset))
-                )
+                args.precompute_ref_log_probs = measurable and not noisy and _pays_to_precompute(args, train_dataset)
                 if args.precompute_ref_log_probs and in_memory and ref_model is None and not adapted:
                     # The policy may no longer be what lies in its folder, from where DPOTrainer takes the reference
                     ref_model = _reference_in_folder(model.config, model.dtype, args)
@@ -256,7 +248,7 @@ class DPOShiftTrainer(DPOTrainer):
         if layout is None and self.shares_prompts:  # a stream's
             layout = PairLayout.from_batch({name: inputs[name].cpu() for name in BATCH}).to(self.accelerator.device)
         training = self.model.training
-        scored = ShiftedModel(self, model, inputs, layout, inputs.pop(ALIGNMENT, None))
+        scored = ShiftedModel(self, model, inputs, layout)
         accelerator = self.accelerator
         later = GatherLater(accelerator) if training else None
         try:
@@ -546,7 +538,7 @@ class DPOShiftTrainer(DPOTrainer):
         )
 
     def compute_ref_log_probs(self, model, inputs):
-        inputs = {key: value for key, value in inputs.items() if key not in (ROW_INDEX, ALIGNMENT)}
+        inputs = {key: value for key, value in inputs.items() if key != ROW_INDEX}
         layout = inputs.pop("shared_prompt", None)
         scored = model if layout is None else (lambda **kwargs: shared_prompt_scores(model, layout))
         return super().compute_ref_log_probs(scored, inputs)
@@ -562,9 +554,7 @@ class DPOShiftTrainer(DPOTrainer):
         if not isinstance(_inner_collator(self.data_collator), DataCollatorForPreference):
             return super()._precompute_ref_logps(dataset, name, batch_size)
         # Left by another trainer, whose reference may have been another one
-        known = [
-            column for column in ("ref_chosen_logps", "ref_rejected_logps", ALIGNMENT) if column in dataset.features
-        ]
+        known = [column for column in REFERENCE_LOGPS if column in dataset.features]
         dataset = dataset.remove_columns(known)
         model = self.model if self.ref_model is None else self.ref_model
         adapters = getattr(self.accelerator.unwrap_model(model), "peft_config", {})
@@ -617,10 +607,6 @@ class DPOShiftTrainer(DPOTrainer):
             )
         )
 
-        def alignment(batch):
-            with self.accelerator.autocast(), use_adapter(whole, adapter) if adapters else contextlib.nullcontext():
-                return gradient_alignment(base, batch)
-
         fingerprint = self._reference_fingerprint = reference_fingerprint(whole, adapter)
         self._reference_dtype = model.dtype
         description = {"model": model.config._name_or_path, "adapter": adapter, "rows": name}
@@ -636,14 +622,6 @@ class DPOShiftTrainer(DPOTrainer):
                 strict=True,
             )
         )
-        if self.args.per_pair_lambda:
-            columns[ALIGNMENT], _ = cached_reference_logps(
-                key(", gradients"),
-                len(dataset),
-                over(alignment, "Alignment of gradients"),
-                description={**description, "values": "gradient alignment"},
-                columns=(ALIGNMENT, "chosen_gradient_norm"),
-            )
         model.train(training)
         if self.ref_model is not None and not self._reference_is_at_hand:
             _move(model, "cpu")  # its scores are all that training needs of it
@@ -658,7 +636,7 @@ class DPOShiftTrainer(DPOTrainer):
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
         if self._shifts and ROW_INDEX not in self._signature_columns:
-            self._signature_columns += [ROW_INDEX, ALIGNMENT, self.args.length_column_name]
+            self._signature_columns += [ROW_INDEX, self.args.length_column_name]
 
     def evaluate(self, eval_dataset=None, *args, **kwargs):
         if not self._shifts:
@@ -743,7 +721,7 @@ class DPOShiftTrainer(DPOTrainer):
                 values |= evaluation_metrics(scores, self.beta)
                 if self.args.save_pair_scores and self.is_world_process_zero():
                     folder, name = Path(self.args.output_dir) / PAIRS, self._eval_prefix.replace("/", "_")
-                    save_table(scores.as_table(), folder / f"{name}-{self.state.global_step:06d}.parquet")
+                    write_whole(folder / f"{name}-{self.state.global_step:06d}.parquet", scores.as_table())
             metrics |= {name: [value] for name, value in values.items()}
         _read_from_device(metrics)
         if mode == "eval" and self._eval_prefix != "eval":
@@ -852,41 +830,3 @@ def _read_from_device(metrics: dict[str, list[Any]]) -> None:
         numbers = torch.stack([values[i].double() for values, i in places]).tolist()
         for (values, i), number in zip(places, numbers, strict=True):
             values[i] = number
-
-
-class ChosenSFTTrainer(SFTTrainer):
-    r"""
-    Trainer for stage 1, supervised fine-tuning on the chosen answers of preference data.
-
-    $$ \mathcal{L} = -\frac{1}{|y_w|} \sum_i \log \pi_\theta(y_{w,i} \mid x, y_{w,<i}) $$
-
-    Takes the arguments of [`~trl.SFTTrainer`]. Rows with `chosen` and `rejected`, and `prompt` explicit or implicit in
-    both, become rows of `prompt` and `completion`, on which [`~trl.SFTTrainer`] takes the loss on the completion
-    only; rows of any other kind pass unchanged.
-    """
-
-    def __init__(self, model, args=None, data_collator=None, train_dataset=None, eval_dataset=None, *rest, **kwargs):
-        super().__init__(
-            model, args, data_collator, _chosen_only(train_dataset), _chosen_only(eval_dataset), *rest, **kwargs
-        )
-
-    def train(self, *args, **kwargs):
-        if self.accelerator.device.type == "cpu":
-            keep_freed_memory()
-        return super().train(*args, **kwargs)
-
-    def evaluate(self, eval_dataset=None, *args, **kwargs):
-        return super().evaluate(_chosen_only(eval_dataset), *args, **kwargs)
-
-
-def _chosen_only(dataset):
-    if isinstance(dataset, dict):
-        return type(dataset)({name: _chosen_only(rows) for name, rows in dataset.items()})
-    if not isinstance(dataset, (Dataset, IterableDataset)):
-        return dataset
-    first: dict[str, Any] = next(iter(dataset), {})
-    if "chosen" not in first or "rejected" not in first:
-        return dataset
-    if "prompt" not in first:
-        dataset = dataset.map(extract_prompt)
-    return dataset.map(lambda row: {"completion": row["chosen"]}, remove_columns=["chosen", "rejected"])

@@ -1,15 +1,13 @@
 """Per-pair scores, and the exact means, shares, quantiles and intervals made of them."""
 
 from dataclasses import dataclass, fields
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from scipy.stats import bootstrap
 
-from .losses import dpo_shift_loss
+from ..losses import dpo_shift_loss
 
 
 QUANTILES = (5, 25, 50, 75, 95)
@@ -161,11 +159,3 @@ def evaluation_metrics(scores: PairScores, beta: float) -> dict[str, float]:
             ).confidence_interval
             metrics |= {f"rewards/{name}_low": float(interval.low), f"rewards/{name}_high": float(interval.high)}
     return metrics
-
-
-def save_table(table: pa.Table, path: Path) -> None:
-    """Write a Parquet file, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    pq.write_table(table, temporary)
-    temporary.replace(path)

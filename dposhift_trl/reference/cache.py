@@ -4,16 +4,13 @@ The frozen reference's log-probabilities on disk: computed once, shared by every
 `python -m dposhift_trl.reference list` shows what is stored, `clear` removes it.
 """
 
-import argparse
 import contextlib
 import json
 import logging
 import os
 import re
-import sys
-import time
 import uuid
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -29,15 +26,14 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from huggingface_hub.constants import HF_HOME
 
-from . import __version__
-from .fingerprint import reference_fingerprint as reference_fingerprint
-from .fingerprint import reference_key as reference_key
+from .. import __version__
+from ..artifacts import write_whole
+from ..columns import REFERENCE_LOGPS
 from .fingerprint import stable_hash
 
 
 logger = logging.getLogger(__name__)
 
-COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
 HEADER, CHECKSUM = b"dposhift_trl", b"dposhift_trl.checksum"
 # <key>.parquet, <key>.<first row>-<end>.parquet while that is made, <key>.<random>.tmp while a file is written
 FILE_NAME = re.compile(r"([0-9a-f]{32})(?:\.parquet|\.(\d{9,})-(\d{9,})\.parquet|\.[0-9a-f]{32}\.tmp)")
@@ -61,7 +57,7 @@ def cached_reference_logps(
     score: Callable[[range], tuple[torch.Tensor, torch.Tensor]],
     *,
     description: dict[str, Any],
-    columns: tuple[str, str] = COLUMNS,
+    columns: tuple[str, str] = REFERENCE_LOGPS,
     folder: str | Path | None = None,
     chunk_rows: int = 1024,
 ) -> Scores:
@@ -130,7 +126,7 @@ class _Store:
     key: str
     num_rows: int
     description: dict[str, Any]
-    columns: tuple[str, str] = COLUMNS
+    columns: tuple[str, str] = REFERENCE_LOGPS
 
     def on_main(self, function: Callable[..., Any], *args: Any) -> Any:
         """Call on the main process; what it returns or raises reaches every process, so that none waits in vain."""
@@ -166,7 +162,7 @@ class _Store:
     def read(self, rows: range) -> Scores | None:
         path = self.path(rows)
         try:
-            header, values = _load(path)
+            header, values = load_entry(path)
             if (header["key"], header["rows"]) == (self.key, [rows.start, rows.stop, self.num_rows]):
                 return values
             fault = "belongs to another key or other rows"
@@ -180,7 +176,7 @@ class _Store:
     def read_parts(self) -> dict[tuple[int, int], Scores]:
         found, end = {}, 0
         for start, stop in [
-            (int(name[2]), int(name[3])) for name in _entries(self.folder).get(self.key, []) if name[2]
+            (int(name[2]), int(name[3])) for name in entries(self.folder).get(self.key, []) if name[2]
         ]:
             # Parts overlap only where the file system's locks failed to keep two runs apart
             if start >= end and (values := self.read(range(start, stop))) is not None:
@@ -201,18 +197,11 @@ class _Store:
         buffer = pa.BufferOutputStream()
         pq.write_table(table, buffer, compression="none", use_dictionary=False)
         temporary = self.folder / f"{self.key}.{uuid.uuid4().hex}.tmp"
-        try:
-            with open(temporary, "xb") as file:
-                file.write(buffer.getvalue())
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, self.path(rows))
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_whole(self.path(rows), buffer.getvalue().to_pybytes(), temporary)
 
     def finish(self, values: Scores) -> None:
         self.write(range(self.num_rows), values)
-        for name in _entries(self.folder)[self.key]:
+        for name in entries(self.folder)[self.key]:
             if name.string != f"{self.key}.parquet":
                 (self.folder / name.string).unlink(missing_ok=True)
 
@@ -238,7 +227,7 @@ def _checked(scored: tuple[torch.Tensor, torch.Tensor], rows: range) -> Scores:
     return chosen, rejected
 
 
-def _load(path: Path) -> tuple[dict[str, Any], Scores]:
+def load_entry(path: Path) -> tuple[dict[str, Any], Scores]:
     """Header and values of a file; a `ValueError` if they are not, bit for bit, what was written."""
     data = path.read_bytes()
     try:
@@ -257,76 +246,10 @@ def _checksum(text: str, values: Scores) -> str:
     return stable_hash([text, [[str(array.dtype), xxhash.xxh3_128_hexdigest(array.tobytes())] for array in values]])
 
 
-def _entries(folder: Path) -> dict[str, list[re.Match[str]]]:
+def entries(folder: Path) -> dict[str, list[re.Match[str]]]:
     """Names of the files in the folder that are named as ours, by key."""
     entries: dict[str, list[re.Match[str]]] = {}
     for path in sorted(folder.glob("*")):
         if name := FILE_NAME.fullmatch(path.name):
             entries.setdefault(name[1], []).append(name)
     return entries
-
-
-def _row(folder: Path, key: str, names: list[re.Match[str]]) -> list[str]:
-    """Key, rows, bytes, date and description as `list` shows them; no date where no file is readable."""
-    paths = [path for name in names if (path := folder / name.string).exists()]
-    row = [key, "?", f"{sum(path.stat().st_size for path in paths):,}", "", "unreadable, scored again when needed"]
-    for path in paths:
-        with contextlib.suppress(ValueError, FileNotFoundError):
-            header = _load(path)[0]
-            row[3:] = header["date"][:16], ", ".join(f"{name} {x}" for name, x in header["description"].items())
-            row[1] = str(header["rows"][2])
-            if path.name != f"{key}.parquet":
-                row[1] = f"{sum(int(name[3]) - int(name[2]) for name in names if name[2])} of {row[1]}"
-    return row
-
-
-def _clear(folder: Path, keys: Sequence[str], days: float) -> list[str]:
-    """Remove entries, and say which were not and why."""
-    entries = _entries(folder)
-    faults = [f"{key}: nothing of that key in {folder}" for key in keys if key not in entries]
-    for key, names in entries.items():
-        row, written = _row(folder, key, names), max((folder / name.string).stat().st_mtime for name in names)
-        if (key not in keys if keys else not row[3]) or time.time() - written < days * 86400:
-            continue
-        lock = filelock.FileLock(folder / f"{key}.lock", timeout=0)
-        try:
-            with lock:
-                for name in names:
-                    (folder / name.string).unlink(missing_ok=True)
-                Path(lock.lock_file).unlink()
-            print(f"removed {key}: {row[2]} bytes, {row[4]}")
-        except filelock.Timeout:
-            faults.append(f"{key}: in use by a run, not removed")
-    return faults
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """List or clear the folder; 0 if all was done, 1 if something was not, 2 for a wrong command line."""
-    folder = default_folder()
-    parser = argparse.ArgumentParser(
-        prog="python -m dposhift_trl.reference", description=f"Reference log-probabilities kept in {folder}."
-    )
-    commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("list", help="show what is stored")
-    clear = commands.add_parser("clear", help="remove what is stored; what is unreadable, only where its key is given")
-    clear.add_argument("keys", nargs="*", metavar="KEY", help="keys as listed (default: all)")
-    clear.add_argument("--older-than", type=float, default=0.0, metavar="DAYS", help="only what was written before")
-    options = parser.parse_args(argv)
-    try:
-        if options.command == "clear":
-            faults = _clear(folder, options.keys, options.older_than)
-            for fault in faults:
-                print(fault, file=sys.stderr)
-            return 1 if faults else 0
-        rows = [_row(folder, key, names) for key, names in _entries(folder).items()]
-    except OSError as error:
-        print(error, file=sys.stderr)
-        return 1
-    for key, count, size, written, about in [["KEY", "ROWS", "BYTES", "WRITTEN (UTC)", "REFERENCE"], *rows]:
-        print(f"{key:32}  {count:>18}  {size:>13}  {written:16}  {about}")
-    print(f"{len(rows)} entries in {folder}")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -8,9 +8,9 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
+from ..schedules import LambdaSchedule
 from .adaptive import LambdaController
 from .metrics import PairScores
-from .schedules import LambdaSchedule
 
 
 class LambdaScheduleCallback(TrainerCallback):

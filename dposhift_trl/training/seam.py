@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate.utils import is_peft_model
 
-from .losses import dpo_shift_loss, sequence_logps
+from ..losses import dpo_shift_loss, sequence_logps
+from ..scoring.shared_prompt import PairLayout, shared_prompt_scores
 from .metrics import PairScores, widest_float
-from .shared_prompt import PairLayout, shared_prompt_scores
 
 
 if TYPE_CHECKING:
@@ -34,13 +34,11 @@ class ShiftedModel:
         model: torch.nn.Module,
         inputs: dict[str, Any],
         layout: PairLayout | None = None,
-        alignment: torch.Tensor | None = None,
     ):
         self.trainer = trainer
         self.model = model
         self.inputs = inputs
         self.layout = layout
-        self.alignment = alignment
         self.precomputed = trainer.precompute_ref_logps
         self.calls = 0
 
@@ -66,17 +64,8 @@ class ShiftedModel:
             )
         return self.trainer.compute_ref_log_probs(reference, {**self.inputs, "shared_prompt": self.layout})
 
-    def _lambda(self) -> float | torch.Tensor:
-        shift_lambda = self.trainer.shift_lambda
-        if not self.trainer.args.per_pair_lambda:
-            return shift_lambda
-        if self.alignment is None:
-            raise TrainingStopped(
-                "`per_pair_lambda` needs rows whose gradients were measured, and these were not, as in a stream. "
-                "Pass them to the trainer, or to `evaluate` as a `Dataset`."
-            )
-        of_all = torch.full_like(self.alignment, shift_lambda, dtype=widest_float(self.alignment.device))
-        return torch.where(self.alignment > 0, of_all, 1.0)
+    def _lambda(self) -> float:
+        return self.trainer.shift_lambda
 
     def _score(self, log_probs: torch.Tensor) -> PairScores:
         inputs, shift_lambda = self.inputs, self._lambda()
@@ -86,10 +75,7 @@ class ShiftedModel:
         chosen_logps, rejected_logps = logps.chunk(2)
         ref_chosen_logps, ref_rejected_logps = self._references()
         inputs["ref_chosen_logps"], inputs["ref_rejected_logps"] = ref_chosen_logps, ref_rejected_logps
-        if isinstance(shift_lambda, torch.Tensor):
-            factor = shift_lambda.to(rejected_logps.dtype)
-            inputs["ref_rejected_logps"] = rejected_logps - factor * (rejected_logps - ref_rejected_logps)
-        elif shift_lambda != 1.0:
+        if shift_lambda != 1.0:
             inputs["ref_rejected_logps"] = rejected_logps - shift_lambda * (rejected_logps - ref_rejected_logps)
         chosen_tokens, rejected_tokens = mask.sum(dim=1).chunk(2)
         unknown = torch.full_like(chosen_tokens, -1)

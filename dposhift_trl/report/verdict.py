@@ -3,10 +3,8 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from types import SimpleNamespace
-from typing import Any
 
-from .schedules import ADAPTIVE, make_lambda_schedule
+from ..schedules import LambdaPlan
 
 
 # Perplexity of the chosen answers, last over first. Conventions of ours, not figures of the paper: nats an answer grow
@@ -17,76 +15,7 @@ LARGE_RISE_OF_PERPLEXITY = 1.5
 LOW_LAMBDA = 0.75
 # Of the reference's margin, what a recommended run must keep; ours too
 KEPT_MARGIN = 0.5
-# Of the fields of `DPOShiftConfig`, whose import takes seconds
-LAMBDA_DEFAULTS: dict[str, Any] = {
-    "lambda_schedule": "fixed",
-    "shift_lambda": 0.95,
-    "lambda_min": 0.75,
-    "lambda_max": 1.0,
-    "lambda_target": 0.0,
-    "lambda_target_metric": "displacement/chosen",
-    "per_pair_lambda": False,
-}
 STILL = 1e-3  # nats an answer: float32 sums of log-probabilities agree to about this
-
-
-@dataclass(frozen=True)
-class LambdaPlan:
-    """
-    What a run was told of lambda, where its logged mean says less.
-
-    Args:
-        start, end (`float`, *optional*):
-            Lambda at both ends of the run, as far as it is known beforehand. With `per_pair` that of the pairs that
-            are shifted, where the logged one is a mean with the others' 1.
-        adaptive (`bool`, *optional*, defaults to `False`):
-            Whether a controller moves lambda between `low` and `high` to hold `metric` at `target`.
-        low, high, target (`float`), metric (`str`):
-            The controller's.
-        per_pair (`bool`, *optional*, defaults to `False`):
-            Whether only the pairs whose gradients point the same way are shifted.
-    """
-
-    start: float | None = None
-    end: float | None = None
-    adaptive: bool = False
-    low: float = 0.75
-    high: float = 1.0
-    target: float = 0.0
-    metric: str = "displacement/chosen"
-    per_pair: bool = False
-
-    @classmethod
-    def of(cls, settings: Mapping[str, Any], progress: tuple[float, float] = (0.0, 1.0)) -> "LambdaPlan":
-        """
-        From the fields of a [`DPOShiftConfig`], where missing its defaults; `progress` is that of start and end.
-
-        Raises:
-            TypeError, ValueError: If a field has no value that a run could have had.
-        """
-        fields = LAMBDA_DEFAULTS | {name: settings[name] for name in LAMBDA_DEFAULTS if name in settings}
-        low, high, target = (float(fields[name]) for name in ("lambda_min", "lambda_max", "lambda_target"))
-        adaptive = fields["lambda_schedule"] == ADAPTIVE
-        start: float | None = None
-        end: float | None = None
-        if not adaptive:
-            schedule = make_lambda_schedule(SimpleNamespace(**fields))
-            start, end = (float(schedule(share)) for share in progress)
-        elif low == high:
-            adaptive, start, end = False, low, low
-        per_pair = fields["per_pair_lambda"] is True and (adaptive or (start, end) != (1.0, 1.0))
-        return cls(start, end, adaptive, low, high, target, str(fields["lambda_target_metric"]), per_pair)
-
-    @property
-    def adaptive_text(self) -> str:
-        share = "share " if self.metric == "displacement/chosen_fell" else ""
-        return f"adaptive {self.low:.4g} to {self.high:.4g}, target {share}{self.target:.4g}"
-
-    def lambdas(self, first: Mapping[str, float], last: Mapping[str, float]) -> tuple[float, float] | None:
-        """Lambda at both ends: the logged one, or the plan's where that is a mean with the 1 of other pairs."""
-        if not self.per_pair:
-            return _lambdas(first, last)
-        return None if self.start is None or self.end is None else (self.start, self.end)
 
 
 def verdict(first: Mapping[str, float], last: Mapping[str, float], plan: LambdaPlan | None = None) -> str:
@@ -246,7 +175,7 @@ def _meaning_and_advice(
     last: Mapping[str, float],
     plan: LambdaPlan,
 ) -> str:
-    lambdas = plan.lambdas(first, last)
+    lambdas = _lambdas(first, last)
     if rejected >= STILL:
         if lambdas and min(lambdas) < 1 and chosen >= STILL:
             return (
@@ -275,7 +204,7 @@ def _meaning_and_advice(
         if large
         else "That is a clear fall, though not a large one: some probability left the good answers too."
     )
-    return f"{meaning} {_what_to_try_adaptive(lambdas, plan) if plan.adaptive else _what_to_try(lambdas, last, plan)}"
+    return f"{meaning} {_what_to_try_adaptive(lambdas, plan) if plan.adaptive else _what_to_try(lambdas)}"
 
 
 def _what_to_try_adaptive(lambdas: tuple[float, float] | None, plan: LambdaPlan) -> str:
@@ -295,28 +224,19 @@ def _what_to_try_adaptive(lambdas: tuple[float, float] | None, plan: LambdaPlan)
     )
 
 
-def _what_to_try(lambdas: tuple[float, float] | None, last: Mapping[str, float], plan: LambdaPlan) -> str:
-    if lambdas is None and plan.per_pair:
-        return "Lambda of the shifted pairs is not recorded, so it cannot be said whether there is room to lower it."
+def _what_to_try(lambdas: tuple[float, float] | None) -> str:
     if lambdas is None:
         return "Lambda was not logged, so it cannot be said whether there is room to lower it."
     start, end = lambdas
-    low, whose = min(lambdas), " of the shifted pairs" if plan.per_pair else ""
+    low = min(lambdas)
     if not math.isclose(start, end, rel_tol=1e-3):
         if low < LOW_LAMBDA:
-            return f"Lambda{whose}, from {start:.3g} to {end:.3g}, was already low in part; {_MOVE_LESS}"
-        return f"Lambda{whose} went from {start:.3g} to {end:.3g}. Try it fixed at {low:.3g}, {_SAME_PAIRS}"
+            return f"Lambda, from {start:.3g} to {end:.3g}, was already low in part; {_MOVE_LESS}"
+        return f"Lambda went from {start:.3g} to {end:.3g}. Try it fixed at {low:.3g}, {_SAME_PAIRS}"
     if low >= 1:
         return (
             f"With lambda {low:.3g} this is DPO{'' if low == 1 else ' or beyond'}. Try `shift_lambda: 0.95`, then "
             f"lower, {_SAME_PAIRS}"
-        )
-    if plan.per_pair:
-        mean = _number(last, "shift/lambda")
-        remedy = "it for all pairs, without `per_pair_lambda`" if low <= LOW_LAMBDA else "a lower one"
-        return (
-            f"Lambda was {low:.3g} for the shifted pairs and 1 for the others"
-            f"{'' if mean is None else f', {mean:.3g} on average'}. Try {remedy}, {_SAME_PAIRS}"
         )
     if low <= LOW_LAMBDA:
         return f"Lambda, {low:.3g}, is already low; {_MOVE_LESS}"
@@ -370,14 +290,13 @@ class Outcome:
         name: str,
         first: Mapping[str, float],
         last: Mapping[str, float],
-        plan: LambdaPlan | None = None,
         shifted_between: bool = False,
     ) -> "Outcome":
         """From the metrics that [`verdict`] takes."""
         logps, chosen = _number(last, "logps/chosen"), _number(last, "displacement/chosen")
         return cls(
             name,
-            (plan or LambdaPlan()).lambdas(first, last),
+            _lambdas(first, last),
             chosen,
             _number(last, "rewards/margins"),
             _number(last, "rewards/margins_low"),

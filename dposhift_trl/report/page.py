@@ -1,10 +1,8 @@
-"""`python -m dposhift_trl.report RUN_DIR [RUN_DIR ...]`: one self-contained page, and its figures as files."""
+"""One self-contained page about a run, or about several compared, and its figures as files."""
 
-import argparse
 import json
 import math
 import re
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +11,9 @@ import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 from markupsafe import Markup, escape
 
-from . import __version__
+from .. import __version__
+from ..artifacts import FIGURES as FIGURES_FOLDER
+from ..artifacts import GENERATIONS, PAGE, STATISTICS, write_whole
 from .figures import (
     DASHES,
     SERIES,
@@ -29,8 +29,6 @@ from .figures import (
 )
 from .run_folder import (
     FIGURES,
-    GENERATIONS,
-    STATISTICS,
     ReportError,
     Run,
     Stage,
@@ -43,38 +41,11 @@ from .run_folder import (
 from .verdict import RULE, degeneration, recommend_lambda
 
 
-PAGE = "report.html"
-MARK = f'<meta name="generator" content="{__package__}'  # by which a page is known as ours
+MARK = '<meta name="generator" content="dposhift_trl'  # by which a page is known as ours
 SHOWN_PAIRS = 5  # that fell most, and that rose most
 SHOWN_QUESTIONS = 6  # whose answers differ most
 LONGEST_OPENING = 90  # characters of a prompt by which a question is told
 LONGEST_TEXT = 4_000  # characters of a prompt or answer
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """
-    Write a report.
-
-    Returns:
-        `int`: Exit code: 0 done, 2 a mistake in what was asked for.
-    """
-    parser = argparse.ArgumentParser(
-        prog="python -m dposhift_trl.report", description="Write one HTML page about a run, or about several compared."
-    )
-    parser.add_argument("folders", nargs="+", metavar="RUN_DIR", help="folder of a run, for example runs/tiny_shift")
-    parser.add_argument(
-        "--output", metavar="DIR", help="default: RUN_DIR/report for one run, ./comparison for several"
-    )
-    options = parser.parse_args(argv)
-    folders = [Path(folder) for folder in options.folders]
-    default = folders[0] / "report" if len(folders) == 1 else Path("comparison")
-    try:
-        page = write_report(folders, Path(options.output) if options.output else default)
-    except ReportError as error:
-        print(error, file=sys.stderr)
-        return 2
-    print(f"The report is {page}")
-    return 0
 
 
 def write_report(folders: Sequence[Path], destination: Path) -> Path:
@@ -106,11 +77,10 @@ def write_report(folders: Sequence[Path], destination: Path) -> Path:
     else:
         page, drawings = _page_of_several(runs)
     try:
-        (destination / "figures").mkdir(parents=True, exist_ok=True)
-        _write(destination / PAGE, page.encode("utf-8"))
+        write_whole(destination / PAGE, page)
         for drawing in drawings:
-            _write(destination / "figures" / f"{drawing.name}.png", drawing.png)
-            _write(destination / "figures" / f"{drawing.name}.svg", drawing.svg)
+            write_whole(destination / FIGURES_FOLDER / f"{drawing.name}.png", drawing.png)
+            write_whole(destination / FIGURES_FOLDER / f"{drawing.name}.svg", drawing.svg)
     except OSError as error:
         raise ReportError(f"{destination}: the report cannot be written: {error.strerror or error}.") from error
     return destination / PAGE
@@ -128,13 +98,6 @@ def _check_destination(destination: Path) -> None:
         raise ReportError(f"{destination}: cannot be read: {error.strerror or error}.") from error
     if others:
         raise ReportError(f"{destination} holds other files ({others[0]}) and no report of ours. Choose a new folder.")
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(content)
-    temporary.replace(path)
 
 
 def _tell_apart(runs: Sequence[Run]) -> None:
@@ -212,8 +175,6 @@ def _curves_of(run: Run) -> list[Drawing | None]:
     bound = None
     if plan.adaptive:
         bound = (plan.low, "lower bound")
-    elif plan.per_pair and plan.start is not None and plan.start == plan.end:
-        bound = (plan.end, "shifted pairs")
     lambdas = stage.series("shift/lambda") if stage.series("shift/lambda")[0] else _series(stage, "shift/lambda")
     at_t, at_1 = both("loss", "at λ(t)", "slate"), both("dpo_loss", "at λ = 1", "accent")
     at_1[-1].dash = "--"  # with lambda 1 throughout it lies on the other
@@ -248,9 +209,9 @@ def _curves_of(run: Run) -> list[Drawing | None]:
         ),
         curves(
             "lambda",
-            "Lambda, mean over the pairs" if plan.per_pair else "Lambda",
+            "Lambda",
             "lambda (no unit)",
-            [Line("mean λ" if plan.per_pair else "λ", "purple", *lambdas)],
+            [Line("λ", "purple", *lambdas)],
             bound,
         ),
         curves("loss", "Loss at lambda(t) and at lambda 1", "nats", [*at_t, *at_1]),
@@ -367,7 +328,7 @@ def _summary(run: Run) -> list[tuple[str, str]]:
         "Reward accuracy": "rewards/accuracies",
         "Perplexity of the chosen answers": "perplexity/chosen",
         "Loss at lambda 1, nats": "dpo_loss",
-        "Lambda, mean over the pairs" if run.plan.per_pair else "Lambda": "shift/lambda",
+        "Lambda": "shift/lambda",
     }
     found = []
     for label, name in names.items():
@@ -610,7 +571,3 @@ def _render(**values: Any) -> str:
         dark=color_variables(dark=True),
         **values,
     )
-
-
-if __name__ == "__main__":
-    sys.exit(main())

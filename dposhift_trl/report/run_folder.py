@@ -15,13 +15,11 @@ import pyarrow.parquet as pq
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from .verdict import LambdaPlan, Outcome, verdict
+from ..artifacts import AUDIT, EVAL_ROWS, FINISHED, GENERATIONS, PAIRS, RECIPE, SIDE_BY_SIDE, STATE, STATISTICS
+from ..schedules import LambdaPlan
+from .verdict import Outcome, verdict
 
 
-STATE = "trainer_state.json"
-GENERATIONS = "generations"
-STATISTICS = "statistics.json"
-SIDE_BY_SIDE = "side_by_side.jsonl"
 FIGURES = ("count", "mean_tokens", "median_tokens", "empty", "cut", "repetition", "distinct_1", "distinct_2")
 
 
@@ -103,10 +101,10 @@ class Run:
 
     @property
     def outcome(self) -> Outcome:
-        return Outcome.of(self.name, *self.ends, self.plan, any(abs(value - 1) > 1e-9 for value in self.lambdas()))
+        return Outcome.of(self.name, *self.ends, any(abs(value - 1) > 1e-9 for value in self.lambdas()))
 
     def lambdas(self, first: float = -math.inf, last: float = math.inf) -> list[float]:
-        """Every logged lambda within two steps, of training and of evaluations; with one for each pair the means."""
+        """Every logged lambda within two steps, of training and of evaluations."""
         return [
             value
             for name in ("shift/lambda", f"{self.dpo.prefix}shift/lambda")
@@ -116,21 +114,20 @@ class Run:
 
     @property
     def lambda_text(self) -> str:
-        pairs = "per pair" if self.plan.per_pair else ""
         if self.plan.adaptive:
-            return f"λ {self.plan.adaptive_text}{pairs and f', {pairs}'}"
+            return f"λ {self.plan.adaptive_text}"
         ends = self.outcome.lambdas
         if ends is None:
-            return f"λ {pairs or 'unknown'}"
+            return "λ unknown"
         way = [ends[0], ends[1]]
-        logged = [] if pairs else self.lambdas(self.ends[0]["step"], self.ends[1]["step"])
+        logged = self.lambdas(self.ends[0]["step"], self.ends[1]["step"])
         if logged:  # knots may lead away and back
             furthest = max(logged, key=lambda value: max(min(ends) - value, value - max(ends)))
             if not min(ends) - 1e-3 <= furthest <= max(ends) + 1e-3:
                 way.insert(1, furthest)
         if len(way) == 2 and math.isclose(*ends):
             del way[0]
-        return f"λ {' to '.join(f'{value:.4g}' for value in way)}{pairs and f' {pairs}'}"
+        return f"λ {' to '.join(f'{value:.4g}' for value in way)}"
 
 
 def read_run(folder: Path) -> Run:
@@ -154,9 +151,9 @@ def read_run(folder: Path) -> Run:
         notes.append("There is no DPO stage (`dpo/`), so there is nothing to say of chosen and rejected answers.")
     elif "sft" not in stages:
         notes.append("There is no SFT stage (`sft/`): the run started from a given model, and SFT below means it.")
-    audit = read_file(folder / "audit.json", _as_mapping, {}, notes, "the row audit")
-    rows = read_file(folder / "eval_rows.parquet", _as_rows, {}, notes, "the text of the evaluated pairs")
-    recipe = read_file(folder / "recipe.yaml", _as_text, None, notes, "the recipe")
+    audit = read_file(folder / AUDIT, _as_mapping, {}, notes, "the row audit")
+    rows = read_file(folder / EVAL_ROWS, _as_rows, {}, notes, "the text of the evaluated pairs")
+    recipe = read_file(folder / RECIPE, _as_text, None, notes, "the recipe")
     if "dpo" in stages:
         if not any("displacement/chosen" in values for values in stages["dpo"].evaluations()):
             notes.append(
@@ -172,15 +169,15 @@ def read_run(folder: Path) -> Run:
 
 
 def _read_plan(recipe: str | None, stage: Stage) -> LambdaPlan:
-    """From the recipe; else, as for a plain trainer's folder, from the controller's state and the pairs' scores."""
+    """From the recipe; else, as for a plain trainer's folder, from the controller's state."""
     steps = [entry["step"] for entry in stage.evaluations()]
     length = number(stage.state.get("max_steps"))
     progress = (steps[0] / length, steps[-1] / length) if steps and length > 0 else (0.0, 1.0)
-    plan, known = LambdaPlan(), False
+    plan = LambdaPlan()
     try:
         values = {} if recipe is None else YAML(typ="safe", pure=True).load(recipe)
         if isinstance(values, dict) and isinstance(values.get("dpo"), dict):
-            plan, known = LambdaPlan.of(values["dpo"], progress), True
+            plan = LambdaPlan.of(values["dpo"], progress)
     except (YAMLError, ValueError, TypeError, AttributeError, RecursionError):
         pass
     controller = stage.state.get("stateful_callbacks", {})
@@ -190,23 +187,7 @@ def _read_plan(recipe: str | None, stage: Stage) -> LambdaPlan:
         low, high, target = (number(told.get(name)) for name in ("lambda_min", "lambda_max", "target"))
         if 0 < low < high and math.isfinite(target):
             plan = replace(plan, adaptive=True, low=low, high=high, target=target, metric=str(told.get("metric")))
-    if stage.pairs and (not known or plan.per_pair):
-        ends = [_pair_lambdas(stage.pairs[step]) for step in (min(stage.pairs), max(stage.pairs))]
-        mixed = any(len(found) == 2 and found[1] == 1 for found in ends)
-        if mixed and not known:
-            plan = replace(plan, per_pair=True)
-        if plan.per_pair and (plan.start is None or plan.adaptive) and all(ends):
-            plan = replace(plan, start=ends[0][0], end=ends[1][0])
     return plan
-
-
-def _pair_lambdas(path: Path) -> list[float]:
-    """The distinct lambdas of an evaluation's pairs, in order."""
-    try:
-        values = pq.read_table(path, columns=["shift_lambda"])["shift_lambda"].unique().to_pylist()
-        return sorted({round(number(value), 9) for value in values if math.isfinite(number(value))})
-    except (OSError, ValueError, KeyError, TypeError, pa.ArrowException):
-        return []
 
 
 def _as_answers(path: Path) -> Answers:
@@ -283,9 +264,9 @@ def _read_stage(folder: Path, notes: list[str]) -> Stage:
             break
     else:
         notes.append(f"{folder.name}: no {STATE} can be read, so there are no curves of this stage.")
-    stage.finished = read_file(folder / "finished.json", _as_mapping, None, [], "")
+    stage.finished = read_file(folder / FINISHED, _as_mapping, None, [], "")
     names = {name for entry in stage.history for name in entry}
-    pairs = sorted(path for path in folder.glob("pairs/*.parquet") if re.search(r"-\d+$", path.stem))
+    pairs = sorted(path for path in folder.glob(f"{PAIRS}/*.parquet") if re.search(r"-\d+$", path.stem))
     sets = sorted(
         {name.removesuffix("displacement/chosen") for name in names if name.endswith("_displacement/chosen")}
     )

@@ -3,8 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-from .config import DPOShiftConfig
-from .verdict import verdict_of
+from ..artifacts import write_whole
+from ..config import DPOShiftConfig
+from ..report.verdict import verdict_of
 
 
 CARD_METRICS = (
@@ -62,7 +63,6 @@ def append_shift_section(
             }
         ),
         **({"lambda target": f"{args.lambda_target} ({args.lambda_target_metric})"} if plan.adaptive else {}),
-        **({"lambda per pair": "only where both answers' gradients agree, else 1"} if plan.per_pair else {}),
         "beta": args.beta,
         "loss type": ", ".join(args.loss_type),
         "learning rate": args.learning_rate,
@@ -112,4 +112,4 @@ def append_recipe_section(folder: Path, recipe: str) -> None:
 
 def _append(folder: Path, lines: list[str]) -> None:
     card = folder / "README.md"
-    card.write_text(card.read_text(encoding="utf-8").rstrip() + "\n" + "\n".join(lines) + "\n", encoding="utf-8")
+    write_whole(card, card.read_text(encoding="utf-8").rstrip() + "\n" + "\n".join(lines) + "\n")

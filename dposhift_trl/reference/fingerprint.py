@@ -11,13 +11,13 @@ import torch
 import xxhash
 from accelerate.utils import gather_object, is_peft_model
 
+from ..columns import TOKEN_COLUMNS
+
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 FORMAT = 1  # in every key; raise it when the meaning of a score or the layout of its file changes
-
-ROW_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 
 # Settings of a model or an adapter that saving or training may change, but that never change what the weights compute
 VOLATILE_SETTINGS = {
@@ -125,8 +125,8 @@ def reference_key(
     Returns:
         `str`: 32 hexadecimal digits.
     """
-    digests = {column: (xxhash.xxh3_128(), xxhash.xxh3_128()) for column in ROW_COLUMNS}
-    for table in dataset.select_columns(list(ROW_COLUMNS)).with_format("arrow").iter(batch_size=1000):
+    digests = {column: (xxhash.xxh3_128(), xxhash.xxh3_128()) for column in TOKEN_COLUMNS}
+    for table in dataset.select_columns(list(TOKEN_COLUMNS)).with_format("arrow").iter(batch_size=1000):
         for column, (lengths, ids) in digests.items():
             lengths.update(pc.list_value_length(table[column]).cast(pa.int64()).to_numpy().tobytes())
             ids.update(pc.list_flatten(table[column]).cast(pa.int64()).to_numpy().tobytes())
