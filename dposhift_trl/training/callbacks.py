@@ -199,14 +199,20 @@ def configured_schedule(args: DPOShiftConfig) -> LambdaScheduleCallback:
     return LambdaScheduleCallback(make_lambda_schedule(args))
 
 
+def is_schedule(callback: Any) -> bool:
+    """Whether a callback, or the class of one, sets lambda."""
+    return issubclass(callback if isinstance(callback, type) else type(callback), LambdaScheduleCallback)
+
+
 def check_schedules(args: DPOConfig, callbacks: list[Any]) -> None:
     """Refuse a schedule passed as a callback if lambda has no meaning or another writer."""
-    schedules = [cb for cb in callbacks if isinstance(cb, LambdaScheduleCallback)]
+    schedules = [cb for cb in callbacks if is_schedule(cb)]
     if not schedules:
         return
+    name = (schedules[0] if isinstance(schedules[0], type) else type(schedules[0])).__name__
     if not isinstance(args, DPOShiftConfig):
         raise ValueError(
-            f"`args` must be a `DPOShiftConfig` if a `{type(schedules[0]).__name__}` sets lambda, got a "
+            f"`args` must be a `DPOShiftConfig` if a `{name}` sets lambda, got a "
             f"`{type(args).__name__}`, with which the trainer is TRL's. Pass `DPOShiftConfig(...)`."
         )
     if len(schedules) > 1:
@@ -216,7 +222,7 @@ def check_schedules(args: DPOConfig, callbacks: list[Any]) -> None:
         )
     if args.lambda_schedule == ADAPTIVE:
         raise ValueError(
-            f"`lambda_schedule='adaptive'` is not supported with a `{type(schedules[0]).__name__}` of your own, since "
+            f"`lambda_schedule='adaptive'` is not supported with a `{name}` of your own, since "
             "lambda has one writer. Leave `lambda_schedule` out, or do not pass the callback."
         )
     args.validate_loss_supports_shift()
