@@ -59,7 +59,7 @@ class PairScores:
     @classmethod
     def from_matrices(cls, matrices: list[torch.Tensor]) -> "PairScores":
         """Join matrices of [`PairScores.as_matrix`] into one set of scores, in float64 on the CPU."""
-        return cls(*torch.cat(matrices).to("cpu", torch.float64).unbind(dim=1))
+        return cls(*torch.cat(matrices).cpu().double().unbind(dim=1))
 
     def as_table(self) -> pa.Table:
         """One row a pair, in the order of the rows' indices; the log-ratios are columns too."""
