@@ -57,13 +57,13 @@ from trl import DPOConfig, DPOTrainer
 from trl.trainer.utils import FusedCausalLMOutput
 
 from dposhift_trl import DPOShiftConfig, DPOShiftTrainer
-from dposhift_trl.scoring.head import token_scores
-from dposhift_trl.scoring.shared_prompt import (
+from dposhift_trl.scoring import (
     PairLayout,
     SharedPromptCollator,
     enable_shared_prompt,
     shared_prompt_scores,
 )
+from dposhift_trl.scoring.head import token_scores
 from dposhift_trl.training.allocator import keep_freed_memory
 
 

@@ -31,7 +31,7 @@ from ..config import DPOShiftConfig
 from ..reference.cache import cached_reference_logps
 from ..reference.fingerprint import reference_fingerprint, reference_key
 from ..schedules import ADAPTIVE, make_lambda_schedule
-from ..scoring.shared_prompt import (
+from ..scoring import (
     BATCH,
     PREFIX,
     PairLayout,
@@ -185,19 +185,18 @@ class DPOShiftTrainer(DPOTrainer):
         obstacle = self._shared_prompt_obstacle(models)
         if not isinstance(self.data_collator, DataCollatorForPreference):
             obstacle = obstacle or "the data collator is not TRL's, and may pad or cut rows in another way"
-        if wanted == "auto" and self.accelerator.device.type != "cpu":
-            obstacle = obstacle or f"it has not been run on {self.accelerator.device.type} yet; True tries it"
         if obstacle is None:
             try:
                 for model in models:
                     enable_shared_prompt(model)
-                difference = max(map(verify_shared_prompt, models))
-                if difference > (1.0 if self._rounds_to_half(*models) else 1e-2):
-                    obstacle = f"its scores differ by {difference:.2g} nats"
+                ways = {verify_shared_prompt(model, self.accelerator.autocast): None for model in models}
             except ValueError as error:
                 obstacle = str(error)
         if obstacle is None:
-            logger.info("shared_prompt is on: scores agree with those of padded rows to rounding, not bit for bit")
+            logger.info(
+                "shared_prompt is on: scores agree with those of padded rows to rounding, not bit for bit; attention: "
+                + ", ".join(ways)
+            )
             return True
         if wanted is True:
             raise ValueError(
