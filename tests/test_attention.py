@@ -95,6 +95,8 @@ def test_segments_equal_branches_whatever_the_release_takes(function, window, sc
     assert torch.allclose(kernel(call), BranchAttention()(scaled), rtol=0, atol=1e-12)
 
 
+# Importing torch's compiler warns, though nothing is compiled
+@pytest.mark.filterwarnings("ignore:.*script_method.* is deprecated:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("window", [None, 4])
 def test_flex_attention_over_the_block_mask_equals_branches(window):
@@ -155,7 +157,6 @@ def flex_first(monkeypatch, kernels):
     monkeypatch.setattr(flex_attention, "_validate_device", lambda *_: None)
 
 
-# Importing torch's compiler warns, though nothing is compiled
 @pytest.mark.filterwarnings("ignore:.*script_method.* is deprecated:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 # Flex attention has no attention sinks on a CPU

@@ -86,9 +86,11 @@ def test_the_block_mask_lets_each_token_see_its_own_row():
             layout.block_mask(window).mask_mod, None, None, layout.padded_length, layout.padded_length, device="cpu"
         )[0, 0]
         padding = torch.arange(len(layout), layout.padded_length)
-        assert torch.equal(dense[len(layout) :].nonzero(), padding[:, None].expand(-1, 2))
+        assert torch.equal(dense[len(layout) :].nonzero(), torch.stack((padding - len(layout), padding), 1))
         for seen, row in zip(histories(layout), dense[: len(layout)], strict=True):
-            assert tuple(layout.input_ids[0][row].tolist()) == (seen if window is None else seen[-window:])
+            assert tuple(layout.input_ids[0, row.nonzero()[:, 0]].tolist()) == (
+                seen if window is None else seen[-window:]
+            )
         assert layout.block_mask(window) is layout.block_mask(window)
 
 

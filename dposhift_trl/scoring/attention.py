@@ -157,7 +157,7 @@ class VarlenAttention:
 
 @dataclass(frozen=True)
 class FlexAttention:
-    """The whole run at once, compiled for any length and padded to blocks of 128 tokens."""
+    """The whole run at once, compiled and padded to blocks of 128 tokens."""
 
     name = "flex attention"
 
@@ -270,8 +270,13 @@ def choose_kernel(call: AttentionCall, refused: Mapping[str, str]) -> tuple[Kern
 
 @functools.cache
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function, compiled for every length at once; inside a model that is compiled itself, as it is."""
-    own = torch.compile(function, dynamic=True)
+    """
+    The function, compiled; inside a model that is compiled itself, as it is.
+
+    At the second length torch makes lengths dynamic. It is not asked to from the start, since it would then take a
+    factor or bound of the scores for dynamic too, for which flex attention has no code.
+    """
+    own = torch.compile(function)
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
