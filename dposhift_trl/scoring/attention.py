@@ -25,9 +25,11 @@ from .layout import PairLayout
 
 
 try:
-    from torch.nn.attention import varlen
+    from torch.nn.attention.varlen import varlen_attn
+
+    VARLEN_ATTN: Callable[..., Any] | None = varlen_attn
 except ImportError:  # before torch 2.10
-    varlen = None  # type: ignore[assignment]
+    VARLEN_ATTN = None
 
 PREFIX = "shared_prompt_"
 
@@ -107,7 +109,7 @@ class VarlenAttention:
             Dtypes that `function` takes.
     """
 
-    function: Callable[..., Any] | None = getattr(varlen, "varlen_attn", None)
+    function: Callable[..., Any] | None = VARLEN_ATTN
     dtypes: frozenset[torch.dtype] = frozenset((torch.float16, torch.bfloat16))
     name = "varlen_attn"
 
