@@ -235,6 +235,7 @@ def check(part: Part) -> None:
     """The start-up check of every family by every kernel, in units of the effect of one rounding."""
     import pairs
     import torch
+    import torch._dynamo
 
     from dposhift_trl.scoring import enable_shared_prompt
     from dposhift_trl.scoring.hooks import hooks_of
@@ -289,6 +290,8 @@ def check(part: Part) -> None:
 def training(part: Part) -> None:
     """A few steps of stock TRL and of ours, with the same weights and rows: what they log."""
     import pairs
+    import torch
+    import torch._dynamo
     from conftest import make_rows, make_tokenizer
     from trl import DPOConfig, DPOTrainer
 
@@ -298,6 +301,7 @@ def training(part: Part) -> None:
     smoke = part.args.smoke
     kind = "cpu" if smoke else "cuda"
     ways = kernels(smoke)
+    torch._dynamo.config.recompile_limit = 64  # one process compiles for every family here
     rows, tokenizer = make_rows(16), make_tokenizer()
     families = ("llama",) if smoke else ("llama", "qwen2", "gemma3_text", "gpt2", "qwen3", "mistral", "gemma2", "phi3")
     chosen = {"bf16": ("varlen", "branches"), "float32": ("flex", "branches")}
@@ -592,7 +596,7 @@ class Bench:
             self.part.record(
                 profile=self.name,
                 shape=shape,
-                kind=CACHED if self.ours else BEST_STOCK,
+                kind=CACHED if self.ours else f"{STOCK}, reference cached",
                 waits=len(places),
                 waits_at=sorted(set(places)),
                 seconds_profiled=seconds,
@@ -606,10 +610,13 @@ class Bench:
 
         import torch
 
+        self.trainer.accelerator.free_memory()
         del self.trainer, self.model, self.reference
         gc.collect()
         if self.kind == "cuda":
             torch.cuda.empty_cache()
+            self.part.record(model=self.name, gib_left=torch.cuda.memory_allocated() / 2**30)
+        self.folder.cleanup()
 
 
 def steps(part: Part) -> None:

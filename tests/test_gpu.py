@@ -161,7 +161,7 @@ def test_flex_attention_agrees_with_padded_rows_to_rounding_in_float32(family):
 def test_a_trainer_shares_prompts_and_learns_what_dpo_trainer_learns(bf16, tiny_llama, settings, caplog):
     settings |= {"bf16": bf16, "use_cpu": False, "learning_rate": 1e-3}
     stock = on_one_gpu(DPOTrainer, tiny_llama, DPOConfig(**settings))
-    with caplog.at_level("INFO", logger="dposhift_trl.training.trainer"):
+    with caplog.at_level("INFO", logger="dposhift_trl"):
         ours = on_one_gpu(DPOShiftTrainer, tiny_llama, DPOShiftConfig(**settings, shift_lambda=1.0))
     assert ours.shares_prompts
     assert (

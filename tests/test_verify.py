@@ -195,7 +195,7 @@ def test_a_trainer_attends_by_segments_and_learns_what_branches_learn(bf16, tiny
         (None, "one call a branch (varlen_attn needs torch 2.10)"),
     ):
         by_segments(function)
-        with caplog.at_level("INFO", logger="dposhift_trl.training.trainer"):
+        with caplog.at_level("INFO", logger="dposhift_trl"):
             trainer = DPOShiftTrainer(tiny_model, args=DPOShiftConfig(**settings), train_dataset=make_rows(16))
         assert f"not bit for bit; attention: {attention}\n" in caplog.text
         caplog.clear()
