@@ -123,6 +123,22 @@ def test_an_enabled_model_saves_the_configuration_it_had(tmp_path):
     assert (tmp_path / "plain/config.json").read_text() == (tmp_path / "model/config.json").read_text()
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_call_scores_alike_and_trls_head_is_called_by_the_first_alone(family):
+    model = make_model(family, outputs=("log_probs", "entropy", "is_top1"))
+    enable_shared_prompt(model)
+    rows = []  # TRL's head uses the weight, not the module
+    model.get_output_embeddings().register_forward_pre_hook(lambda head, args: rows.append(args[0].shape[1]))
+    first, *rest = (shared_prompt_scores(model, PairLayout.from_batch(BATCH)) for _ in range(3))
+    for output in rest:
+        for name in ("log_probs", "entropy", "is_top1"):
+            assert torch.equal(output[name], first[name])
+        assert output.mean_logits is None
+    assert len(rows) == (1 if family == "opt" else 2)  # OPT's own forward passes the backbone by, which is found once
+    if family != "opt":
+        assert rows == [0, 0]
+
+
 def test_enabling_twice_changes_nothing():
     model = make_model(dtype=torch.float64)
     enable_shared_prompt(model)

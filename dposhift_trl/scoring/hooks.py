@@ -22,8 +22,9 @@ class SharedPromptHooks:
     """
     Forward hooks that let only the rows of a layout reach the feed-forward of the last layer and the head.
 
-    TRL's fused head is given no row, and its empty output is replaced by that of [`~.head.score_rows`], which knows
-    the number of rows beforehand. In a like way, the eight operations of `gelu_new` (GPT-2, Phi) are given one number,
+    The model's head is given no row, and its empty output is replaced by that of [`~.head.score_rows`]. TRL's fused
+    head is called once, to learn which statistics it returns: on a GPU it waits for the number of rows that a mask
+    selects, which a layout knows. In a like way, the eight operations of `gelu_new` (GPT-2, Phi) are given one number,
     and their output is replaced by that of PyTorch's one operation.
 
     Attributes:
@@ -33,22 +34,31 @@ class SharedPromptHooks:
             The attention kernel called last.
         attended (`dict[str, str]`):
             Every attention kernel called so far, by name, with the reasons against those before it.
+        outputs (`tuple[str, ...]` or `None`):
+            What TRL's fused head returns beside log-probabilities, once it has been called.
+        bypassed (`bool`):
+            Whether the model's own forward passes the backbone's hooks by (OPT), so that TRL's is always called.
     """
 
     layout: PairLayout | None = None
     hidden: torch.Tensor | None = None
     preactivation: torch.Tensor | None = None
     kernel: str | None = None
+    outputs: tuple[str, ...] | None = None
+    bypassed: bool = False
 
     def __init__(self) -> None:
         self.refused: dict[str, str] = {}
         self.attended: dict[str, str] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {
-            "refused": dict(self.refused),
-            "attended": {},
-        }  # not what a forward has left, which PEFT's copies of a module share
+        # Not what a forward has left, which PEFT's copies of a module share
+        return {"refused": dict(self.refused), "attended": {}}
+
+    def before_model(self, causal_lm: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        if kwargs.get("packed_pairs") is None or self.outputs is None or self.bypassed:
+            return None
+        return args, {name: value for name, value in kwargs.items() if name not in ("fused_lm_head", "shift_labels")}
 
     def before_backbone(self, backbone: nn.Module, args: Any) -> None:
         # Each attention sets it, in the second run of a checkpointed layer too
@@ -87,14 +97,20 @@ class SharedPromptHooks:
 
     def after_model(self, causal_lm: Any, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
         layout = kwargs.get("packed_pairs")
-        if layout is None or self.hidden is None:
+        if layout is None:
             return None
+        if self.hidden is None:
+            if self.outputs is None or self.bypassed:
+                return None
+            self.bypassed = True
+            return causal_lm(*args, **kwargs, fused_lm_head=True, shift_labels=layout.labels[:, :0])
         hidden, self.hidden = self.hidden, None
         head = causal_lm.get_output_embeddings()
-        outputs = tuple(name for name in OPTIONAL_OUTPUTS if getattr(output, name) is not None)
+        if self.outputs is None:
+            self.outputs = tuple(name for name in OPTIONAL_OUTPUTS if getattr(output, name) is not None)
         transform = logit_transform(causal_lm.config)
         with torch.autocast(hidden.device.type, enabled=False):
-            scores = score_rows(hidden, head.weight, head.bias, layout.labels[0], outputs, *transform)
+            scores = score_rows(hidden, head.weight, head.bias, layout.labels[0], self.outputs, *transform)
         return FusedCausalLMOutput(**{name: values[None] for name, values in scores.items()})
 
 
@@ -136,6 +152,7 @@ def enable_shared_prompt(model: nn.Module) -> None:
         mlp.register_forward_hook(hooks.after_mlp)
     causal_lm.base_model.register_forward_pre_hook(hooks.before_backbone)
     causal_lm.base_model.register_forward_hook(hooks.after_backbone, with_kwargs=True)
+    causal_lm.register_forward_pre_hook(hooks.before_model, with_kwargs=True)
     causal_lm.register_forward_hook(hooks.after_model, with_kwargs=True)
 
 
