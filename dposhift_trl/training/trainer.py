@@ -32,7 +32,7 @@ from ..columns import BATCH_KEYS, REFERENCE_LOGPS, ROW_INDEX, SHARED_PROMPT, STR
 from ..config import DPOShiftConfig
 from ..reference.precompute import precomputes_reference, reference_loader
 from ..reference.scorer import ReferenceScorer, ScoringSettings, StoredReference
-from ..scoring.shared_prompt import PairLayout, enable_shared_prompt, shared_prompt_scores
+from ..scoring import PairLayout, enable_shared_prompt, shared_prompt_scores
 from .batching import SeededByEpoch, data_seed, make_token_sampler, token_budget_dataloader, with_lengths
 from .callbacks import (
     KeepFreedMemoryCallback,
@@ -175,9 +175,7 @@ class DPOShiftTrainer(DPOTrainer):
             "the data collator is not TRL's, and may pad or cut rows in another way": not self._scores_rows,
         }
         obstacle = next((reason for reason, holds in obstacles.items() if holds), None)
-        device, half_precision = self.accelerator.device, self._rounds_to_half(*models)
-        wanted = self.args.shared_prompt
-        return prepare_shared_prompt(wanted, models, obstacle, device=device, half_precision=half_precision)
+        return prepare_shared_prompt(self.args.shared_prompt, models, obstacle, self.accelerator.autocast)
 
     def _prepare_reference(self, given: Any, quantization_config: Any) -> None:
         """Scores every row by the reference, if that pays or was asked for, and puts the model away."""
