@@ -126,7 +126,7 @@ def enable_shared_prompt(model: nn.Module, like: nn.Module | None = None) -> Non
             Causal language model given TRL's fused head by [`~trl.trainer.utils.add_fused_lm_head`], before it is
             wrapped for distributed training.
         like ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`], *optional*):
-            Model of the same architecture, already enabled and checked: kernels ruled out for it are ruled out here too.
+            Model of the same architecture, enabled and checked: kernels ruled out for it are ruled out here too.
 
     Raises:
         ValueError: If [`shared_prompt_obstacle`] names an obstacle.
