@@ -239,7 +239,7 @@ def test_scores_on_a_gpu_wait_for_nothing_and_make_nothing_dense(kernels, monkey
     kernels(VarlenAttention(attends_to_itself, ANY_DTYPE), BranchAttention())
     model = make_model("llama", vocab_size=20_000)
     enable_shared_prompt(model)
-    layout = PairLayout.from_batch(collate(*[([3] * 600, [4, 5, 2], [6, 7, 2])] * 2))
+    layout = PairLayout.from_batch(collate(*[([3] * 1200, [4, 5, 2], [6, 7, 2])] * 2))
     shared_prompt_scores(model, layout)  # which learns what TRL's head returns
     with Waits() as waits:
         shared_prompt_scores(model, layout)
