@@ -53,9 +53,12 @@ def test_sequence_logps_without_ld_alpha_is_the_plain_sum():
     assert sequence_logps(logps, (logps != 0).long()).tolist() == [-3.0, -12.0]
 
 
-def test_ld_alpha_weighs_the_tokens_past_the_shorter_answer():
-    # chosen has 3 answer tokens, rejected 1: the last two of chosen count a quarter
-    logps = torch.tensor([[0.0, -1.0, -2.0, -4.0], [0.0, -8.0, 0.0, 0.0]])
-    mask = torch.tensor([[0, 1, 1, 1], [0, 1, 0, 0]])
-    assert sequence_logps(logps, mask, ld_alpha=0.25).tolist() == [-1 + 0.25 * (-2 - 4), -8.0]
-    assert sequence_logps(logps, mask, ld_alpha=1.0).tolist() == [-7.0, -8.0]
+def test_ld_alpha_weighs_the_tokens_past_the_shorter_answer_of_each_pair():
+    # Answers of 3 and 1, 1 and 2, 0 and 1 tokens: what the other one lacks counts a quarter
+    chosen = [[0.0, -1.0, -2.0, -4.0], [-3.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0]]
+    rejected = [[0.0, -8.0, 0.0, 0.0], [0.0, -5.0, -6.0, 0.0], [0.0, 0.0, 0.0, -7.0]]
+    logps = torch.tensor(chosen + rejected)
+    mask = (logps != 0).long()
+    found = sequence_logps(logps, mask, ld_alpha=0.25).tolist()
+    assert found == [-1 + 0.25 * (-2 - 4), -3.0, 0.0, -8.0, -5 + 0.25 * -6, 0.25 * -7]
+    assert sequence_logps(logps, mask, ld_alpha=1.0).tolist() == logps.sum(dim=1).tolist()

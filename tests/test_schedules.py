@@ -1,11 +1,19 @@
 """Lambda as a function of progress, against values worked out by hand."""
 
+from dataclasses import fields
 from types import SimpleNamespace
 
 import pytest
 from reference import shift_schedule
 
-from dposhift_trl.schedules import LAMBDA_SCHEDULE_ALIASES, check_knots, make_lambda_schedule
+from dposhift_trl.config import DPOShiftConfig
+from dposhift_trl.schedules import (
+    LAMBDA_DEFAULTS,
+    LAMBDA_SCHEDULE_ALIASES,
+    LambdaPlan,
+    check_knots,
+    make_lambda_schedule,
+)
 
 
 def schedule(name, shift_lambda=0.9, lambda_min=0.75, lambda_max=1.0):
@@ -113,6 +121,7 @@ RANGE = RULE + "keep every knot's progress in [0, 1], got "
         pytest.param([[float("nan"), 1]], TypeError, PAIR + "[nan, 1].", id="nan progress"),
         pytest.param([[0, float("inf")]], TypeError, PAIR + "[0, inf].", id="infinite lambda"),
         pytest.param([[-0.1, 1]], ValueError, RANGE + "-0.1 in [-0.1, 1].", id="before the start"),
+        pytest.param([[0, 1], [1.01, 1]], ValueError, RANGE + "1.01 in [1.01, 1].", id="past the end"),
         pytest.param([[0, 1], [450, 1]], ValueError, RANGE + "450.0 in [450, 1].", id="a step number"),
         pytest.param(
             [[0.5, 1], [0, 1]],
@@ -133,3 +142,33 @@ def test_checked_knots_are_pairs_of_floats():
     checked = check_knots([[0, 1], (0.5, 0.75)])
     assert checked == [(0.0, 1.0), (0.5, 0.75)]
     assert all(type(number) is float for knot in checked for number in knot)
+
+
+def test_the_defaults_are_those_of_the_config():
+    defaults = {field.name: field.default for field in fields(DPOShiftConfig)}
+    assert {name: defaults[name] for name in LAMBDA_DEFAULTS} == LAMBDA_DEFAULTS
+    assert LAMBDA_DEFAULTS.keys() == {name for name in defaults if name.startswith(("lambda_", "shift_lambda"))}
+
+
+def test_a_plan_tells_lambda_at_both_ends_and_ignores_other_keys():
+    assert LambdaPlan.of({}) == LambdaPlan(0.95, 0.95)
+    settings = {"lambda_schedule": "linear_decrease", "lambda_min": 0.5, "learning_rate": 1.0}
+    assert LambdaPlan.of(settings) == LambdaPlan(1.0, 0.5, low=0.5)
+    assert LambdaPlan.of(settings, (0.0, 0.8)) == LambdaPlan(1.0, pytest.approx(0.6), low=0.5)
+    assert LambdaPlan.of({"lambda_schedule": [[0, 0.9], [1, 0.7]]}) == LambdaPlan(0.9, 0.7)
+
+
+def test_a_plan_that_a_controller_makes_has_no_ends_but_bounds():
+    settings = {"lambda_schedule": "adaptive", "lambda_min": 0.5, "lambda_target": -2.0}
+    plan = LambdaPlan.of(settings)
+    assert plan == LambdaPlan(None, None, True, 0.5, 1.0, -2.0, "displacement/chosen")
+    assert plan.adaptive_text == "adaptive 0.5 to 1, target -2"
+    share = LambdaPlan.of({**settings, "lambda_target": 0.3, "lambda_target_metric": "displacement/chosen_fell"})
+    assert share.adaptive_text == "adaptive 0.5 to 1, target share 0.3"
+    # A controller without room is a constant
+    assert LambdaPlan.of({**settings, "lambda_max": 0.5}) == LambdaPlan(0.5, 0.5, False, 0.5, 0.5, -2.0)
+
+
+def test_a_plan_of_a_value_that_no_run_could_have_is_refused():
+    with pytest.raises(ValueError, match="`lambda_schedule` must be one of"):
+        LambdaPlan.of({"lambda_schedule": "linear"})
