@@ -10,7 +10,7 @@ from dposhift_trl.training.metrics import PairScores, evaluation_metrics, pair_m
 
 
 def scores(chosen, rejected, shift_lambda):
-    """Scores whose references are all -50."""
+    """Scores with reference log-probabilities of -50."""
     count = len(chosen)
     columns = [chosen, rejected, [-50] * count, [-50] * count, [5] * count, [7] * count, shift_lambda, [0] * count]
     return PairScores(*(torch.tensor(column, dtype=torch.float64) for column in [*columns, range(count)]))
@@ -57,7 +57,7 @@ def test_a_tie_counts_as_not_preferred():
     assert metrics["rewards/accuracies"] == metrics["shift/accuracies"] == metrics["displacement/chosen_fell"] == 0.0
 
 
-def test_each_pair_that_moved_both_answers_is_in_one_quadrant_and_the_others_in_none():
+def test_a_pair_with_two_moved_answers_is_in_one_quadrant_and_others_are_in_none():
     moved = scores([-48, -48, -52, -52, -50, -48], [-48, -52, -48, -52, -50, -50], [1.0] * 6)
     metrics = pair_metrics(moved, beta=0.1)
     quadrants = ("both_rose", "only_chosen_rose", "only_rejected_rose", "both_fell")
@@ -81,7 +81,7 @@ def test_quantiles_and_intervals_of_known_samples():
     for quantile, expected in ((5, -1.645), (25, -0.674), (50, 0.0), (75, 0.674), (95, 1.645)):
         assert metrics[f"displacement/chosen_p{quantile}"] == pytest.approx(expected, abs=0.14)
         assert metrics[f"displacement/rejected_p{quantile}"] == pytest.approx(expected - 0.5, abs=0.14)
-    # The normal approximation of an interval of the mean, which at 4000 pairs the bootstrap must meet
+    # With 4000 pairs the bootstrap interval agrees with the normal approximation
     means = pair_metrics(pairs, beta=0.1)
     accuracy = means["rewards/accuracies"]
     for name, error in (
@@ -94,13 +94,13 @@ def test_quantiles_and_intervals_of_known_samples():
     assert metrics == evaluation_metrics(pairs, beta=0.1)
 
 
-def test_one_pair_has_quantiles_and_no_interval():
+def test_one_pair_gives_quantiles_but_no_interval():
     metrics = evaluation_metrics(scores([-48.0], [-52.0], [1.0]), beta=0.1)
     assert metrics["displacement/chosen_p5"] == metrics["displacement/chosen_p95"] == 2.0
     assert not any(name.endswith(("_low", "_high")) for name in metrics)
 
 
-def test_a_table_holds_one_row_a_pair_in_the_order_of_the_rows(tmp_path):
+def test_a_table_has_one_row_per_pair_sorted_by_row_index(tmp_path):
     pairs = scores([-48.0, -54.0, -50.0], [-52.0, -56.0, -50.0], [0.5] * 3)
     pairs.row_index = torch.tensor([7.0, 2.0, 5.0], dtype=torch.float64)
     write_whole(tmp_path / "pairs" / "eval-000003.parquet", pairs.as_table())
