@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from trl import DPOConfig, DPOTrainer
 
 from dposhift_trl import DPOShiftConfig, DPOShiftTrainer
-from dposhift_trl.scoring.shared_prompt import PairLayout
+from dposhift_trl.scoring import PairLayout
 from dposhift_trl.training.batching import TokenBudgetSampler, pair_lengths
 
 

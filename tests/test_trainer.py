@@ -24,7 +24,7 @@ from dposhift_trl import (
     LambdaScheduleCallback,
     make_lambda_schedule,
 )
-from dposhift_trl.scoring.shared_prompt import verify_shared_prompt
+from dposhift_trl.scoring.verify import measure_shared_prompt
 from dposhift_trl.training.trainer import TrainingStopped
 
 
@@ -144,7 +144,7 @@ def test_bf16_rounding_is_no_obstacle_to_the_shared_prompt(tiny_model, settings)
     shared = train(DPOShiftTrainer, DPOShiftConfig, tiny_model, settings, options=options, bf16=True)
     assert shared.shares_prompts
     reference = shared.accelerator.unwrap_model(shared.ref_model)
-    assert 1e-2 < verify_shared_prompt(reference) < 1
+    assert 1e-2 < measure_shared_prompt(reference, shared.accelerator.autocast).scores < 1
     rows = train(
         DPOShiftTrainer, DPOShiftConfig, tiny_model, settings, options=options, bf16=True, shared_prompt=False
     )

@@ -8,7 +8,7 @@ from datasets import Dataset
 from trl.trainer.utils import create_model_from_path, get_config_model_id
 
 from ..config import DPOShiftConfig
-from ..scoring.shared_prompt import PREFIX
+from ..scoring import PREFIX
 from .fingerprint import reference_fingerprint
 
 

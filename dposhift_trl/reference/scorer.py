@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from ..columns import REFERENCE_LOGPS
-from ..scoring.shared_prompt import PREFIX
+from ..scoring import PREFIX
 from .cache import cached_reference_logps
 from .fingerprint import reference_fingerprint, reference_key
 

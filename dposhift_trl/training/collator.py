@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from ..columns import ROW_INDEX, SHARED_PROMPT, STREAM_ROW_INDEX
-from ..scoring.shared_prompt import PairLayout
+from ..scoring import PairLayout
 
 
 class PairCollator:

@@ -9,7 +9,7 @@ import torch
 
 from ..columns import REFERENCE_LOGPS
 from ..losses import dpo_shift_loss, sequence_logps
-from ..scoring.shared_prompt import PairLayout, shared_prompt_scores
+from ..scoring import PairLayout, shared_prompt_scores
 from .metrics import PairScores, widest_float
 
 

@@ -1,11 +1,13 @@
 """Whether a trainer reads the tokens that both answers share once, and the preparation of its models for it."""
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from accelerate.logging import get_logger
 
-from ..scoring.shared_prompt import enable_shared_prompt, shared_prompt_obstacle, verify_shared_prompt
+from ..scoring import enable_shared_prompt, shared_prompt_obstacle, verify_shared_prompt
 from .checks import unreachable_dropout
 
 
@@ -13,7 +15,7 @@ logger = get_logger(__name__)
 
 
 def prepare_shared_prompt(
-    wanted: bool | str, models: list[Any], obstacle: str | None, *, device: torch.device, half_precision: bool
+    wanted: bool | str, models: list[Any], obstacle: str | None, autocast: Callable[[], AbstractContextManager[Any]]
 ) -> bool:
     """
     Prepare models to read shared tokens once, if that is exact, and log what was decided.
@@ -25,10 +27,8 @@ def prepare_shared_prompt(
             Policy and reference, with TRL's fused head, not wrapped for training.
         obstacle (`str`, *optional*):
             Why the run rules it out, whatever the models, as a phrase.
-        device (`torch.device`):
-            Where the models run.
-        half_precision (`bool`):
-            Whether scores are rounded to float16 or bfloat16.
+        autocast (`Callable`):
+            Makes the context in which training runs the models, [`~accelerate.Accelerator.autocast`].
 
     Returns:
         `bool`: Whether shared tokens are read once.
@@ -40,19 +40,18 @@ def prepare_shared_prompt(
         logger.info("shared_prompt is off, as asked: rows are scored as DPOTrainer scores them, bit for bit")
         return False
     obstacle = obstacle or next(filter(None, map(shared_prompt_obstacle, models)), None)
-    if wanted == "auto" and device.type != "cpu":
-        obstacle = obstacle or f"it has not been run on {device.type} yet; True tries it"
     if obstacle is None:
         try:
             for model in models:
                 enable_shared_prompt(model)
-            difference = max(map(verify_shared_prompt, models))
-            if difference > (1.0 if half_precision else 1e-2):
-                obstacle = f"its scores differ by {difference:.2g} nats"
+            ways = dict.fromkeys(verify_shared_prompt(model, autocast) for model in models)
         except ValueError as error:
             obstacle = str(error)
     if obstacle is None:
-        logger.info("shared_prompt is on: scores agree with those of padded rows to rounding, not bit for bit")
+        logger.info(
+            "shared_prompt is on: scores agree with those of padded rows to rounding, not bit for bit; attention: "
+            + ", ".join(ways)
+        )
         return True
     if wanted is True:
         raise ValueError(

@@ -32,7 +32,7 @@ from ..columns import BATCH_KEYS, REFERENCE_LOGPS, ROW_INDEX, SHARED_PROMPT, STR
 from ..config import DPOShiftConfig
 from ..reference.precompute import precomputes_reference, reference_loader
 from ..reference.scorer import ReferenceScorer, ScoringSettings, StoredReference
-from ..scoring.shared_prompt import PairLayout, enable_shared_prompt, shared_prompt_scores
+from ..scoring import PairLayout, enable_shared_prompt, shared_prompt_scores
 from .batching import SeededByEpoch, data_seed, make_token_sampler, token_budget_dataloader, with_lengths
 from .callbacks import (
     KeepFreedMemoryCallback,
@@ -174,50 +174,41 @@ class DPOShiftTrainer(DPOTrainer):
             "sharded models have not been verified": self._is_sharded,
             "the data collator is not TRL's, and may pad or cut rows in another way": not self._scores_rows,
         }
-        return prepare_shared_prompt(
-            self.args.shared_prompt,
-            models,
-            next((obstacle for obstacle, holds in obstacles.items() if holds), None),
-            device=self.accelerator.device,
-            half_precision=self._rounds_to_half(*models),
-        )
+        obstacle = next((reason for reason, holds in obstacles.items() if holds), None)
+        return prepare_shared_prompt(self.args.shared_prompt, models, obstacle, self.accelerator.autocast)
 
     def _prepare_reference(self, given: Any, quantization_config: Any) -> None:
         """Scores every row by the reference, if that pays or was asked for, and puts the model away."""
-        self.precompute_ref_logps = bool(self.precompute_ref_logps)
+        args, evaluated = self.args, self.eval_dataset
+        self.precompute_ref_logps = bool(args.precompute_ref_log_probs)
         noisy = is_peft_model(self.model) if given is None else given.training
-        draws_noise = noisy and not self.args.disable_dropout
-        rows = self.train_dataset, self.eval_dataset
-        if not self._scores_rows or not precomputes_reference(self.args, *rows, draws_noise=draws_noise):
+        draws_noise = noisy and not args.disable_dropout
+        if not self._scores_rows or not precomputes_reference(
+            args, self.train_dataset, evaluated, draws_noise=draws_noise
+        ):
             return
-        args, batch_size = self.args, self.args.precompute_ref_batch_size
         self.precompute_ref_logps = True
-        self._scorer = scorer = ReferenceScorer(
-            self.compute_ref_log_probs,
-            self.data_collator,
-            self.accelerator,
-            ScoringSettings(args.max_length, args.truncation_mode, self.ld_alpha, self.shares_prompts),
-            show_progress=not args.disable_tqdm,
+        settings = ScoringSettings(args.max_length, args.truncation_mode, self.ld_alpha, self.shares_prompts)
+        self._scorer = ReferenceScorer(
+            self.compute_ref_log_probs, self.data_collator, self.accelerator, settings, not args.disable_tqdm
         )
-        score = self._precompute_ref_logps
-        self.train_dataset = score(rows[0], "train", batch_size or args.per_device_train_batch_size)
-        size = batch_size or args.per_device_eval_batch_size
-        if isinstance(rows[1], dict):
-            self.eval_dataset = {name: score(dataset, name, size) for name, dataset in rows[1].items()}
-        elif rows[1] is not None:
-            self.eval_dataset = score(rows[1], "eval", size)
+        sizes = args.per_device_train_batch_size, args.per_device_eval_batch_size
+        train_size, eval_size = (args.precompute_ref_batch_size or size for size in sizes)
+        self.train_dataset = self._precompute_ref_logps(self.train_dataset, "train", train_size)
+        if isinstance(evaluated, dict):
+            scored = {name: self._precompute_ref_logps(rows, name, eval_size) for name, rows in evaluated.items()}
+            self.eval_dataset = scored
+        elif evaluated is not None:
+            self.eval_dataset = self._precompute_ref_logps(evaluated, "eval", eval_size)
         if self.ref_model is None:
             return
-        load, model = None, self.ref_model
-        assert scorer.fingerprint
+        load, fingerprint = None, str(self._scorer.fingerprint)
         if given is None:
-            load = reference_loader(
-                self.model, args, model.dtype, scorer.fingerprint, self._prepare_loaded, quantization_config
-            )
-            self.ref_model = None
-            self.accelerator.free_memory()  # which holds the model too
-        self._stored_reference = StoredReference(model, self.accelerator.device, load)
-        del model
+            dtype = self.ref_model.dtype
+            load = reference_loader(self.model, args, dtype, fingerprint, self._prepare_loaded, quantization_config)
+        self._stored_reference = StoredReference(self.ref_model, self.accelerator.device, load)
+        self.ref_model = None
+        self.accelerator.free_memory()  # which holds the model too
         self.ref_model = self._stored_reference.put_away()
 
     def _prepare_loaded(self, reference: Any) -> None:
@@ -236,10 +227,6 @@ class DPOShiftTrainer(DPOTrainer):
     def _rounds_to_half(self, *models: torch.nn.Module) -> bool:
         half = any(model.dtype in (torch.float16, torch.bfloat16) for model in models)
         return half or self.accelerator.mixed_precision != "no"
-
-    @property
-    def _token_count(self) -> TokenCountCallback:
-        return next(cb for cb in self.callback_handler.callbacks if isinstance(cb, TokenCountCallback))
 
     # Lambda
 
@@ -283,7 +270,8 @@ class DPOShiftTrainer(DPOTrainer):
         shift = Shift(self.shift_lambda, self.ld_alpha, lambda: self._references(inputs, layout))
         scored = ShiftedModel(model, inputs, shift, layout)
         gathers = GatherLater(self.accelerator) if training else None
-        view = self._view(accelerator=gathers or self.accelerator, _total_train_tokens=self._token_count.num_tokens)
+        tokens = next(cb for cb in self.callback_handler.callbacks if isinstance(cb, TokenCountCallback))
+        view = self._view(accelerator=gathers or self.accelerator, _total_train_tokens=tokens.num_tokens)
         try:
             result = super(DPOShiftTrainer, view).compute_loss(scored, inputs, return_outputs)
         except KeyError as error:
@@ -302,7 +290,7 @@ class DPOShiftTrainer(DPOTrainer):
             (matrix,), value_of = gathers.resolve(matrix)
             for values in self._metrics["train"].values():
                 values[-1] = value_of(values[-1])
-            self._token_count.num_tokens = self._total_train_tokens = value_of(view._total_train_tokens)
+            tokens.num_tokens = self._total_train_tokens = value_of(view._total_train_tokens)
         self._recorder.add(self._mode, self.state.global_step, matrix)
         if matrix.device.type == "cpu" or not self._seam_is_checked:
             self._stop_on_non_finite(newest=True)
@@ -371,7 +359,7 @@ class DPOShiftTrainer(DPOTrainer):
             return
         step, scores = found
         rows = self.train_dataset if self._mode == "train" else self._evaluated_rows
-        if isinstance(rows, dict):
+        if isinstance(rows, dict):  # of several sets, the one whose name ends the prefix
             names = [name for name in rows if self._eval_prefix.endswith(f"_{name}")]
             rows = rows[max(names, key=len)] if names else None
         settings = {
@@ -471,22 +459,16 @@ class DPOShiftTrainer(DPOTrainer):
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
     def evaluation_loop(
-        self,
-        dataloader: DataLoader,
-        description: str,
-        prediction_loss_only: bool | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
+        self, dataloader: DataLoader, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
     ) -> Any:
         """Starts the records of an evaluation anew, with the reference at hand for rows that it has not scored."""
-        arguments = dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
         if not self._shifts:
-            return super().evaluation_loop(*arguments)
+            return super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
         self._recorder.clear("eval")
         self._eval_prefix = metric_key_prefix
         columns = getattr(dataloader.dataset, "column_names", None) or ()
         with self._reference_at_hand(needed=REFERENCE_LOGPS[0] not in columns):
-            return super().evaluation_loop(*arguments)
+            return super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Replaces TRL's means of batch means by means over pairs, and adds the metrics of the shift."""
