@@ -16,17 +16,17 @@ def at(callback, args, global_step, max_steps):
     return callback.shift_lambda
 
 
-def test_progress_is_completed_steps_over_all_steps(args):
+def test_progress_is_the_share_of_completed_steps(args):
     callback = LambdaScheduleCallback(lambda progress: 1 - 0.5 * progress)
     assert [at(callback, args, step, 4) for step in range(5)] == [1.0, 0.875, 0.75, 0.625, 0.5]
 
 
-def test_before_any_training_lambda_is_that_of_progress_zero():
+def test_before_training_lambda_is_that_of_progress_zero():
     assert LambdaScheduleCallback(lambda progress: 0.9 - 0.1 * progress).shift_lambda == 0.9
 
 
 @pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf")], ids=str)
-def test_a_schedule_that_leaves_the_positive_numbers_is_stopped(value):
+def test_a_schedule_that_is_not_positive_and_finite_is_an_error(value):
     with pytest.raises(ValueError, match="`schedule` must return a lambda above 0"):
         LambdaScheduleCallback(lambda progress: value)
 
@@ -40,7 +40,9 @@ def test_a_schedule_above_one_needs_the_flag(args):
     assert at(callback, args, 1, 4) == 1.25
 
 
-def test_trls_own_config_takes_no_lambda_and_says_so(tiny_model, settings):
+def test_a_schedule_with_a_plain_dpo_config_is_an_error(tiny_model, settings):
     callback = LambdaScheduleCallback(lambda progress: 0.3)
-    with pytest.raises(ValueError, match="`args` must be a `DPOShiftConfig` if a `LambdaScheduleCallback` sets"):
+    with pytest.raises(
+        ValueError, match="must be a `DPOShiftConfig` with a `LambdaScheduleCallback`, got a `DPOConfig`"
+    ):
         DPOShiftTrainer(tiny_model, args=DPOConfig(**settings), train_dataset=make_rows(4), callbacks=[callback])
