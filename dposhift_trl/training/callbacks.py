@@ -204,6 +204,11 @@ def configured_schedule(args: DPOShiftConfig) -> LambdaScheduleCallback:
     return LambdaScheduleCallback(make_lambda_schedule(args))
 
 
+def is_schedule(callback: Any) -> bool:
+    """Whether a callback, or the class of one, sets lambda."""
+    return issubclass(callback if isinstance(callback, type) else type(callback), LambdaScheduleCallback)
+
+
 def check_schedules(args: DPOConfig, callbacks: list[Any]) -> None:
     """
     Check that the settings allow the [`LambdaScheduleCallback`]s among the callbacks.
@@ -212,12 +217,13 @@ def check_schedules(args: DPOConfig, callbacks: list[Any]) -> None:
         ValueError: If `args` is not a [`DPOShiftConfig`], more than one callback sets lambda, or the loss does not
             support a shift.
     """
-    schedules = [cb for cb in callbacks if isinstance(cb, LambdaScheduleCallback)]
+    schedules = [cb for cb in callbacks if is_schedule(cb)]
     if not schedules:
         return
+    name = (schedules[0] if isinstance(schedules[0], type) else type(schedules[0])).__name__
     if not isinstance(args, DPOShiftConfig):
         raise ValueError(
-            f"`args` must be a `DPOShiftConfig` with a `{type(schedules[0]).__name__}`, got a "
+            f"`args` must be a `DPOShiftConfig` with a `{name}`, got a "
             f"`{type(args).__name__}`, which trains with plain DPO. Pass a `DPOShiftConfig`."
         )
     if len(schedules) > 1:
@@ -227,7 +233,7 @@ def check_schedules(args: DPOConfig, callbacks: list[Any]) -> None:
         )
     if args.lambda_schedule == ADAPTIVE:
         raise ValueError(
-            f"`lambda_schedule='adaptive'` is not supported with a `{type(schedules[0]).__name__}` in `callbacks`, "
+            f"`lambda_schedule='adaptive'` is not supported with a `{name}` in `callbacks`, "
             "since both would set lambda. Remove `lambda_schedule` from the config, or the callback."
         )
     args.validate_loss_supports_shift()
