@@ -18,7 +18,6 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 from filelock import FileLock, Timeout
@@ -26,12 +25,12 @@ from filelock import FileLock, Timeout
 from .artifacts import FINISHED, RECIPE, write_whole
 from .config import DPOShiftConfig
 from .recipe import Recipe, RecipeError, changed_keys, dump_yaml, load_recipe, parse_yaml
-from .schedules import make_lambda_schedule
+from .schedules import LAMBDA_DEFAULTS, LambdaPlan
 
 
 BASE = "base"
 LOCKS = ".locks"
-LAMBDA_FIELDS = ("lambda_schedule", "shift_lambda", "lambda_min", "lambda_max")
+LAMBDA_FIELDS = (*LAMBDA_DEFAULTS, "allow_lambda_above_one")
 # What a W&B agent sets for its trial; stage 1, which all trials share, is no trial
 WANDB_TRIAL = ("WANDB_SWEEP_ID", "WANDB_SWEEP_PARAM_PATH", "WANDB_RUN_ID")
 COLUMNS = {
@@ -216,16 +215,16 @@ def plan(path: str, overrides: Sequence[str]) -> Sweep:
     for combination_of, recipe in recipes:
         dpo = recipe.stages["dpo"]
         assert isinstance(dpo, DPOShiftConfig)
-        in_force = _lambda_in_force(dpo)
         values = {key: value for key, value in recipe.resolved.items() if key != "sft"}
         others = {key: value for key, value in recipe.resolved["dpo"].items() if key not in LAMBDA_FIELDS}
-        values["dpo"] = {**in_force, **others}
+        permission = {"allow_lambda_above_one": True} if dpo.lambda_range[1] > 1 else {}
+        values["dpo"] = {**dpo.lambda_plan.settings, **permission, **others}
         if base is not None:
             values["model"] = {**values["model"], "model_name_or_path": str(base.folder / base.stage)}
         identity = json.dumps(values, sort_keys=True, default=str)
         if identity in points:
             continue
-        name = _point_name(in_force, combination_of, varied)
+        name = _point_name(dpo.lambda_plan, combination_of, varied)
         if name in names:
             raise RecipeError(f"{path}: two points have the name `{name}`. Run them in sweeps of their own.")
         names.add(name)
@@ -272,26 +271,17 @@ def _sweep_mistakes(recipe: Recipe, varied: set[str]) -> Iterator[str]:
         )
 
 
-def _lambda_in_force(dpo: DPOShiftConfig) -> dict[str, Any]:
-    """The lambda fields that have an effect, in one form for the same lambda."""
-    low, high = dpo.lambda_range
-    if low == high:
-        return {"lambda_schedule": "fixed", "shift_lambda": low}
-    if isinstance(dpo.lambda_schedule, str):
-        return {"lambda_schedule": dpo.lambda_schedule, "lambda_min": low, "lambda_max": high}
-    return {"lambda_schedule": dpo.lambda_schedule}
-
-
-def _point_name(in_force: dict[str, Any], overrides: dict[str, str], varied: set[str]) -> str:
-    schedule = in_force["lambda_schedule"]
-    if schedule == "fixed":
-        numbers = [in_force["shift_lambda"]]
-    elif isinstance(schedule, str):
-        ends = [in_force["lambda_min"], in_force["lambda_max"]]
-        numbers = ends if schedule.endswith("increase") else ends[::-1]
+def _point_name(plan: LambdaPlan, overrides: dict[str, str], varied: set[str]) -> str:
+    lambdas: list[Any]
+    if plan.adaptive:
+        lambdas = ["adaptive", plan.low, plan.high, plan.metric.removeprefix("displacement/"), plan.target]
+    elif plan.schedule == "fixed":
+        lambdas = ["fixed", plan.start]
+    elif isinstance(plan.schedule, str):
+        lambdas = [plan.schedule, plan.start, plan.end]
     else:
-        numbers, schedule = [*itertools.chain(*schedule)], "knots"
-    parts = ["-".join(map(str, [schedule, *numbers]))]
+        lambdas = ["knots", *itertools.chain(*plan.schedule)]
+    parts = ["-".join(map(str, lambdas))]
     for key, override in overrides.items():
         field = key.removeprefix("dpo.")
         if field not in LAMBDA_FIELDS and (field != key or key in varied):
@@ -318,9 +308,11 @@ def describe(sweep: Sweep) -> None:
     """Print the points with lambda at the start, middle and end, and their steps."""
     _introduce(sweep)
     for point, dpo in zip(sweep.points, sweep.settings, strict=True):
-        ends = ", ".join(f"{value:.4g}" for value in map(make_lambda_schedule(dpo), (0, 0.5, 1)))
+        plan = dpo.lambda_plan
+        values = ", ".join(f"{plan.at(progress):.4g}" for progress in (0, 0.5, 1)) if not plan.adaptive else ""
+        moves = plan.text if plan.adaptive else f"{values} (start, middle, end)"
         length = f"steps: {dpo.max_steps}" if dpo.max_steps > 0 else f"epochs: {dpo.num_train_epochs:g}"
-        print(f"{point.name}: lambda {ends} (start, middle, end), {length}{', finished' * point.finished}")
+        print(f"{point.name}: lambda {moves}, {length}{', finished' * point.finished}")
 
 
 def _introduce(sweep: Sweep) -> None:
@@ -570,14 +562,12 @@ def _table(folders: Sequence[Path]) -> str:
     for folder in folders:
         finished = json.loads((folder / "dpo" / FINISHED).read_text(encoding="utf-8"))
         metrics = finished["metrics"]
-        settings: Any = SimpleNamespace(**parse_yaml((folder / RECIPE).read_text(encoding="utf-8"))["dpo"])
-        start, end = map(make_lambda_schedule(settings), (0, 1))
-        moving = "" if settings.lambda_schedule == "fixed" else f" -> {end:.4g}"
+        plan = LambdaPlan.of(parse_yaml((folder / RECIPE).read_text(encoding="utf-8"))["dpo"])
         values = [metrics.get(key) for key in COLUMNS.values()]
         cells = [f"{value:.4g}" if value is not None else "-" for value in values]
         seconds = f"{finished['seconds']:.0f}"
         order = -values[0] if values[0] is not None else float("inf")
-        rows.append((order, [folder.name, f"{start:.4g}{moving}", *cells, seconds]))
+        rows.append((order, [folder.name, plan.text, *cells, seconds]))
     lines = [["point", "lambda", *COLUMNS, "seconds"], *(cells for _, cells in sorted(rows))]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]

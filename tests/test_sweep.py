@@ -159,6 +159,43 @@ def test_a_constant_schedule_is_the_fixed_one(recipe):
     assert names(recipe, *overrides, "dpo.lambda_min=1.0") == ["fixed-1.0"]
 
 
+@pytest.mark.parametrize(
+    ("overrides", "points"),
+    [
+        (["dpo.lambda_target=0,-0.5,-1"], ["fixed-0.75"]),
+        (["dpo.lambda_target_metric=displacement/chosen,displacement/chosen_fell"], ["fixed-0.75"]),
+        (["dpo.lambda_min=0.5,0.9", "dpo.lambda_max=1.0,0.95"], ["fixed-0.75"]),
+        (["dpo.allow_lambda_above_one=true,false"], ["fixed-0.75"]),
+        (["dpo.lambda_schedule=linear_increase", "dpo.shift_lambda=1.0,0.5"], ["linear_increase-0.5-1.0"]),
+        (["dpo.lambda_schedule=adaptive", "dpo.shift_lambda=1.0,0.5"], ["adaptive-0.5-1.0-chosen-0.0"]),
+        (["dpo.lambda_schedule=[[0, 1.0], [1, 0.5]]", "dpo.lambda_min=0.5,0.9"], ["linear_decrease-1.0-0.5"]),
+        (["dpo.lambda_schedule=[[0, 1.0], [1, 0.5]],linear_decrease"], ["linear_decrease-1.0-0.5"]),
+        (["dpo.lambda_schedule=fixed,adaptive", "dpo.shift_lambda=1", "dpo.lambda_min=1"], ["fixed-1.0"]),
+    ],
+    ids=["target", "metric", "bounds", "permission", "linear", "adaptive", "knots", "knots-or-name", "no-room"],
+)  # fmt: skip
+def test_values_without_effect_make_no_point(overrides, points, recipe):
+    assert names(recipe, *overrides) == points
+
+
+def test_adaptive_points_are_told_apart_by_bounds_target_and_metric(recipe):
+    targets = ["dpo.lambda_target=0,0.5", "dpo.lambda_target_metric=displacement/chosen,displacement/chosen_fell"]
+    planned = plan(str(recipe), ["dpo.lambda_schedule=adaptive", "dpo.lambda_min=0.5,0.25", *targets])
+    assert [point.name for point in planned.points] == [
+        f"adaptive-{low}-1.0-{metric}-{target}"
+        for low in (0.5, 0.25) for target in (0.0, 0.5) for metric in ("chosen", "chosen_fell")
+    ]  # fmt: skip
+    lambdas = {key for key in planned.points[0].values["dpo"] if "lambda" in key}
+    assert lambdas == {"lambda_schedule", "lambda_min", "lambda_max", "lambda_target", "lambda_target_metric"}
+
+
+def test_a_point_above_one_keeps_the_permission_for_it(recipe):
+    above, below = plan(str(recipe), ["dpo.shift_lambda=1.05,0.95", "dpo.allow_lambda_above_one=true"]).points
+    assert (above.name, below.name) == ("fixed-1.05", "fixed-0.95")
+    assert above.values["dpo"]["allow_lambda_above_one"] is True
+    assert "allow_lambda_above_one" not in below.values["dpo"]
+
+
 def test_one_value_applies_to_every_point_and_no_value_makes_one_point(recipe):
     assert names(recipe) == ["fixed-0.75"]
     assert names(recipe, "dpo.shift_lambda=1") == ["fixed-1.0"]  # as W&B may pass 1.0
@@ -251,6 +288,15 @@ def test_a_dry_run_prints_the_points_and_writes_nothing(recipe, tmp_path, here):
     assert not (tmp_path / "sweep").exists()
 
 
+def test_a_dry_run_describes_every_kind_of_schedule(recipe, here):
+    done = here(recipe, "dpo.lambda_schedule=fixed,adaptive,[[0, 1.0], [0.5, 0.6], [1, 1.0]]", "--dry-run")
+    assert [line.split(": ", 1)[1] for line in done.out.splitlines()[1:]] == [
+        "lambda 0.75, 0.75, 0.75 (start, middle, end), steps: 3",
+        "lambda adaptive 0.5 to 1, target 0, steps: 3",
+        "lambda 1, 0.6, 1 (start, middle, end), steps: 3",
+    ]
+
+
 def sweep_commands():
     texts = [path.read_text(encoding="utf-8") for path in [ROOT / "README.md", *(ROOT / "recipes").glob("*.yaml")]]
     lines = [line.strip("# ") for text in texts for line in text.splitlines()]
@@ -284,6 +330,29 @@ def test_stage_1_runs_once_then_every_point_and_again_nothing(recipe, tmp_path, 
     again = here(recipe, LAMBDAS)
     assert len(calls(folder)) == 4
     assert again.out.count("finished before, skipped") == 3
+
+
+def test_every_kind_of_schedule_has_its_line_in_the_table(recipe, here, stand_in, compared):
+    done = here(recipe, "sft=null", "dpo.lambda_schedule=fixed,adaptive,[[0, 1.0], [0.5, 0.6], [1, 1.0]]")
+    table = done.out[done.out.index("point ") :].splitlines()
+    lambdas = dict(re.split(r"  +", line)[:2] for line in table[1:4])
+    assert lambdas == {
+        "fixed-0.75": "0.75",
+        "adaptive-0.5-1.0-chosen-0.0": "adaptive 0.5 to 1, target 0",
+        "knots-0.0-1.0-0.5-0.6-1.0-1.0": "1 -> 0.6 -> 1",
+    }
+
+
+def test_a_saved_recipe_without_the_lambda_fields_has_their_defaults_in_the_table(
+    recipe, tmp_path, here, stand_in, compared
+):
+    here(recipe, LAMBDAS, "sft=null")
+    path = tmp_path / "sweep" / "fixed-1.0" / "recipe.yaml"
+    values = YAML(typ="safe").load(path)
+    path.write_text(json.dumps({**values, "dpo": {}}))
+    table = here(recipe, "dpo.shift_lambda=0.5", "sft=null").out
+    assert re.search(r"^fixed-1.0 +0.95 ", table, re.MULTILINE)
+    assert re.search(r"^fixed-0.5 +0.5 ", table, re.MULTILINE)
 
 
 def test_a_point_that_fails_does_not_stop_the_rest_and_is_tried_again(

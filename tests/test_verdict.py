@@ -258,10 +258,12 @@ def test_the_plan_of_lambda_has_the_defaults_of_the_config():
     ("settings", "expected"),
     [
         pytest.param({}, LambdaPlan(0.95, 0.95), id="defaults"),
-        pytest.param({"lambda_schedule": "cosine_decrease"}, LambdaPlan(1.0, 0.75), id="schedule"),
+        pytest.param(
+            {"lambda_schedule": "cosine_decrease"}, LambdaPlan(1.0, 0.75, schedule="cosine_decrease"), id="schedule"
+        ),
         pytest.param(
             {"lambda_schedule": "adaptive", "lambda_min": 0.25, "lambda_target": -3},
-            LambdaPlan(adaptive=True, low=0.25, target=-3.0),
+            LambdaPlan(adaptive=True, low=0.25, target=-3.0, schedule="adaptive"),
             id="adaptive",
         ),
         pytest.param(

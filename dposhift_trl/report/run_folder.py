@@ -16,7 +16,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from ..artifacts import AUDIT, EVAL_ROWS, FINISHED, GENERATIONS, PAIRS, RECIPE, SIDE_BY_SIDE, STATE, STATISTICS
-from ..schedules import LambdaPlan
+from ..schedules import LambdaPlan, lambda_path
 from .verdict import Outcome, verdict
 
 
@@ -119,15 +119,8 @@ class Run:
         ends = self.outcome.lambdas
         if ends is None:
             return "λ unknown"
-        way = [ends[0], ends[1]]
         logged = self.lambdas(self.ends[0]["step"], self.ends[1]["step"])
-        if logged:  # knots may lead away and back
-            furthest = max(logged, key=lambda value: max(min(ends) - value, value - max(ends)))
-            if not min(ends) - 1e-3 <= furthest <= max(ends) + 1e-3:
-                way.insert(1, furthest)
-        if len(way) == 2 and math.isclose(*ends):
-            del way[0]
-        return f"λ {' to '.join(f'{value:.4g}' for value in way)}"
+        return f"λ {' to '.join(f'{value:.4g}' for value in lambda_path(*ends, logged))}"
 
 
 def read_run(folder: Path) -> Run:
@@ -170,14 +163,11 @@ def read_run(folder: Path) -> Run:
 
 def _read_plan(recipe: str | None, stage: Stage) -> LambdaPlan:
     """From the recipe; else, as for a plain trainer's folder, from the controller's state."""
-    steps = [entry["step"] for entry in stage.evaluations()]
-    length = number(stage.state.get("max_steps"))
-    progress = (steps[0] / length, steps[-1] / length) if steps and length > 0 else (0.0, 1.0)
     plan = LambdaPlan()
     try:
         values = {} if recipe is None else YAML(typ="safe", pure=True).load(recipe)
         if isinstance(values, dict) and isinstance(values.get("dpo"), dict):
-            plan = LambdaPlan.of(values["dpo"], progress)
+            plan = LambdaPlan.of(values["dpo"])
     except (YAMLError, ValueError, TypeError, AttributeError, RecursionError):
         pass
     controller = stage.state.get("stateful_callbacks", {})
