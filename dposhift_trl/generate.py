@@ -48,7 +48,6 @@ import pyarrow.parquet as pq
 import torch
 from peft import AutoPeftModelForCausalLM
 from pyarrow import ArrowException
-from ruamel.yaml.error import YAMLError
 from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
@@ -64,9 +63,21 @@ from transformers import (
 from transformers.utils import logging
 from trl import get_quantization_config, maybe_extract_prompt
 
-from .artifacts import EVAL_ROWS, FINISHED, GENERATIONS, PAGE, RECIPE, REPORT, SIDE_BY_SIDE, STATISTICS, write_whole
+from .artifacts import (
+    EVAL_ROWS,
+    FINISHED,
+    GENERATIONS,
+    PAGE,
+    RECIPE,
+    REPORT,
+    SIDE_BY_SIDE,
+    STATISTICS,
+    ArtifactError,
+    read_mapping,
+    write_whole,
+)
 from .data.sources import one_line
-from .recipe import STAGES, RecipeModelConfig, parse_yaml
+from .recipe import STAGES, RecipeModelConfig
 
 
 MODES = ("greedy", "sampled")
@@ -628,9 +639,11 @@ def _evaluation_rows(folder: Path, limit: int) -> list[dict[str, Any]]:
         return []
     try:
         rows: list[dict[str, Any]] = pq.read_table(path).slice(0, limit).to_pylist()
-        return rows
     except (OSError, ArrowException) as error:
         raise GenerateError(f"{path}: cannot be read: {error}") from error
+    if rows and not {"chosen", "rejected"} <= set(rows[0]):
+        raise GenerateError(f"{path} must have the columns `chosen` and `rejected`, got {', '.join(rows[0])}.")
+    return rows
 
 
 def _row_question(row: dict[str, Any], index: int) -> Question:
@@ -719,16 +732,20 @@ def _read_run(folder: Path) -> _Run:
     if not folder.is_dir():
         raise GenerateError(f"the run folder must be a folder, got {folder}. There is no such folder.")
     path = folder / RECIPE
+    if not path.exists():
+        raise GenerateError(f"{folder} holds no {RECIPE}. Name the `output_dir` of a run.")
     try:
-        values = parse_yaml(path.read_text(encoding="utf-8"))
+        values = read_mapping(path)
         # Not the whole recipe: its training settings may not suit the machine that generates
         model = RecipeModelConfig(**values["model"])
         stages = [name for name in STAGES if values.get(name) is not None]
         run_name = str(values["run_name"])
-    except FileNotFoundError:
-        raise GenerateError(f"{folder} holds no {RECIPE}. Name the `output_dir` of a run.") from None
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, YAMLError) as error:
-        raise GenerateError(f"{path}: is not the recipe of a run: {error}") from error
+    except ArtifactError as error:
+        raise GenerateError(f"{error} Name the `output_dir` of a run.") from error
+    except KeyError as error:
+        raise GenerateError(f"{path} has no `{error.args[0]}`. Name the `output_dir` of a run.") from error
+    except (OSError, ValueError, TypeError) as error:
+        raise GenerateError(f"{path} has no valid section `model`: {error}") from error
     for name in stages:
         if not (folder / name / FINISHED).is_file():
             raise GenerateError(
@@ -824,8 +841,8 @@ def _check_destination(destination: Path, models: Sequence[str], described: dict
 
 def _earlier_settings(path: Path) -> dict[str, Any]:
     try:
-        earlier = json.loads(path.read_text(encoding="utf-8"))["settings"]
-    except (ValueError, KeyError, TypeError):
+        earlier = read_mapping(path).get("settings")
+    except ArtifactError:
         earlier = None
     return earlier if isinstance(earlier, dict) else {}
 

@@ -190,6 +190,8 @@ class LambdaPlan:
         Raises:
             TypeError, ValueError: If a field has no value that a run could have had.
         """
+        if not isinstance(settings, Mapping):
+            raise TypeError(f"The settings of lambda must be a mapping, got {settings!r}.")
         fields = LAMBDA_DEFAULTS | {name: settings[name] for name in LAMBDA_DEFAULTS if name in settings}
         low, high, target = (float(fields[name]) for name in ("lambda_min", "lambda_max", "lambda_target"))
         metric, schedule = str(fields["lambda_target_metric"]), fields["lambda_schedule"]

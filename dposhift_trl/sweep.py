@@ -7,6 +7,7 @@ import hashlib
 import importlib
 import itertools
 import json
+import math
 import os
 import re
 import shlex
@@ -22,9 +23,10 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from .artifacts import FINISHED, RECIPE, write_whole
+from .artifacts import FINISHED, RECIPE, ArtifactError, read_mapping, write_whole
 from .config import DPOShiftConfig
-from .recipe import Recipe, RecipeError, changed_keys, dump_yaml, load_recipe, parse_yaml
+from .recipe import Recipe, RecipeError, changed_keys, dump_yaml, load_recipe
+from .report.run_folder import number
 from .schedules import LAMBDA_DEFAULTS, LambdaPlan
 
 
@@ -81,9 +83,9 @@ class Run:
     def finished(self) -> bool:
         """Whether this very recipe has been run to its end."""
         try:
-            saved = parse_yaml((self.folder / RECIPE).read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            return False
+            saved = read_mapping(self.folder / RECIPE)
+        except ArtifactError:
+            return False  # the run says what is wrong with it
         same = not changed_keys({**saved, "output_dir": None}, {**self.values, "output_dir": None})
         return same and (self.folder / self.stage / FINISHED).is_file()
 
@@ -363,8 +365,11 @@ def run(sweep: Sweep, launch_options: Sequence[str] = ()) -> int:
             if file.stem != BASE and (sweep.folder / file.stem / "dpo" / FINISHED).is_file()
         ]
         if finished:
-            print(_table(finished))
-            code = max(code, _compare(finished, sweep.folder / "comparison"))
+            table, problems = _table(finished)
+            print(table)
+            for problem in problems:
+                print(problem, file=sys.stderr)
+            code = max(code, 1 if problems else 0, _compare(finished, sweep.folder / "comparison"))
     if failed:
         print(f"Failed: {', '.join(failed)}. The same command tries them again.", file=sys.stderr)
     return code
@@ -495,10 +500,10 @@ def _signals() -> Iterator[list[int]]:
     """The signals that asked to stop, remembered instead of acted on, as the runs have to be ended in order."""
     received: list[int] = []
     earlier = {}
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+    for which in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if which == signal.SIGHUP and signal.getsignal(which) == signal.SIG_IGN:
             continue  # under nohup
-        earlier[number] = signal.signal(number, lambda number, frame: received.append(number))
+        earlier[which] = signal.signal(which, lambda which, frame: received.append(which))
     try:
         yield received
     finally:
@@ -556,22 +561,37 @@ def last_error(text: str) -> str:
     return told[-1] if told else "no output"
 
 
-def _table(folders: Sequence[Path]) -> str:
-    """The last evaluation of each point, the highest chosen log-ratio first."""
-    rows = []
+def _table(folders: Sequence[Path]) -> tuple[str, list[str]]:
+    """The last evaluation of each point, highest chosen log-ratio first, and one line for each unreadable point."""
+    rows: list[tuple[float, list[str]]] = []
+    problems = []
     for folder in folders:
-        finished = json.loads((folder / "dpo" / FINISHED).read_text(encoding="utf-8"))
-        metrics = finished["metrics"]
-        plan = LambdaPlan.of(parse_yaml((folder / RECIPE).read_text(encoding="utf-8"))["dpo"])
-        values = [metrics.get(key) for key in COLUMNS.values()]
-        cells = [f"{value:.4g}" if value is not None else "-" for value in values]
-        seconds = f"{finished['seconds']:.0f}"
-        order = -values[0] if values[0] is not None else float("inf")
-        rows.append((order, [folder.name, plan.text, *cells, seconds]))
+        try:
+            rows.append(_row(folder))
+        except ArtifactError as error:
+            problems.append(f"{folder.name} is not in the table: {error}")
     lines = [["point", "lambda", *COLUMNS, "seconds"], *(cells for _, cells in sorted(rows))]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
-    return "\n".join(["", *text, ""])
+    return "\n".join(["", *text, ""]), problems
+
+
+def _row(folder: Path) -> tuple[float, list[str]]:
+    """Sort key and cells of one point."""
+    finished = read_mapping(folder / "dpo" / FINISHED)
+    metrics = finished.get("metrics")
+    if not isinstance(metrics, dict):
+        raise ArtifactError(folder / "dpo" / FINISHED, f"must hold a mapping `metrics`, got {metrics!r}")
+    recipe = read_mapping(folder / RECIPE)
+    try:
+        plan = LambdaPlan.of(recipe.get("dpo", {}))
+    except (TypeError, ValueError) as error:
+        raise ArtifactError(folder / RECIPE, f"has no valid section `dpo`: {error}") from None
+    values = [number(metrics.get(key)) for key in COLUMNS.values()]
+    cells = [f"{value:.4g}" if math.isfinite(value) else "-" for value in values]
+    seconds = number(finished.get("seconds"))
+    order = -values[0] if math.isfinite(values[0]) else math.inf
+    return order, [folder.name, plan.text, *cells, f"{seconds:.0f}" if math.isfinite(seconds) else "-"]
 
 
 def _compare(folders: Sequence[Path], destination: Path) -> int:

@@ -436,10 +436,33 @@ def test_a_run_folder_that_is_none_is_refused_in_one_line(run, tmp_path, refuse)
     assert "holds no recipe.yaml" in refuse(tmp_path)
     (run / "dpo" / "finished.json").unlink()
     assert "stage `dpo` is not finished" in refuse(run)
-    (run / "recipe.yaml").write_text("[1, 2")
-    assert "is not the recipe of a run" in refuse(run)
-    (run / "recipe.yaml").write_text("- 1")
-    assert "is not the recipe of a run" in refuse(run)
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"[1, 2", "is not valid YAML"),
+        (b"- 1", "must hold a mapping, got list"),
+        (b"", "is empty"),
+        (b" \n# comment\n", "must hold a mapping, got NoneType"),
+        (b"\0\1", "is not valid YAML"),
+        (b"\xff\xfe", "is not UTF-8 text"),
+        (None, "must be a file, got a directory"),
+        (b"seed: 1", "has no `model`"),
+        (b"model: 3\nrun_name: x", "has no valid section `model`"),
+        (b"model: {model_name_or_path: x, other: 1}\nrun_name: x", "has no valid section `model`"),
+    ],
+)
+def test_a_broken_recipe_of_a_run_is_refused_in_one_line(run, refuse, content, says):
+    path = run / "recipe.yaml"
+    path.unlink()
+    path.mkdir() if content is None else path.write_bytes(content)
+    assert refuse(run).startswith(f"{path} {says}")
+
+
+def test_evaluation_rows_without_answers_are_refused_in_one_line(run, refuse):
+    pq.write_table(pa.table({"prompt": ["w1"]}), run / "eval_rows.parquet")
+    assert "must have the columns `chosen` and `rejected`, got prompt." in refuse(run, *SHORT)
 
 
 def test_a_run_folder_with_broken_parts_is_refused_in_one_line(run, refuse):

@@ -89,7 +89,7 @@ def make_run(folder: Path, shift_lambda=0.75, pairs=40, fall=1.0, steps=(0, 10, 
         "cut": {"policy": "keep", "count": 0, "examples": []},
     }
     (folder / "audit.json").write_text(json.dumps({"train": {"rows": 50, "kept": 48, "findings": findings}}))
-    (folder / "recipe.yaml").write_text(f"seed: 1\nrun_name: {text!r}\n")
+    (folder / "recipe.yaml").write_text(f"seed: 1\nrun_name: {json.dumps(text)}\n")
     rows = [{"prompt": f"question {i}", "chosen": text, "rejected": "no", "row_index": i} for i in range(pairs)]
     pq.write_table(pa.Table.from_pylist(rows), folder / "eval_rows.parquet")
     return folder
@@ -287,7 +287,7 @@ def test_broken_figures_of_answers_are_noted_and_the_rest_is_shown(content, tmp_
     folder = add_answers(make_run(tmp_path / "run", pairs=3), ANSWERS)
     (folder / "generations" / "statistics.json").write_bytes(content)
     text = Page(write_report([folder], tmp_path / "out")).text
-    assert "statistics.json cannot be read" in text
+    assert re.search("statistics.json (is|must|cannot be read)", text)
     assert "chosen answers fell by" in text
     assert main([str(folder), str(make_run(tmp_path / "b", pairs=3)), "--output", str(tmp_path / "both")]) == 0
 
@@ -459,7 +459,7 @@ def test_without_a_run_at_lambda_1_there_is_no_recommendation(tmp_path, undrawn)
         pytest.param(["sft"], "There is no SFT stage", id="sft"),
         pytest.param(["dpo"], "There is no DPO stage", id="dpo"),
         pytest.param(["dpo/pairs"], "No scores of pairs are saved", id="pairs"),
-        pytest.param(["dpo/finished.json"], "not recorded: no finished.json in dpo/", id="finished"),
+        pytest.param(["dpo/finished.json"], "not recorded: no readable finished.json in dpo/", id="finished"),
         pytest.param(["dpo/trainer_state.json"], "dpo: no trainer_state.json can be read", id="state"),
         pytest.param(
             ["audit.json", "recipe.yaml", "sft", "dpo/pairs", "dpo/trainer_state.json", "dpo/finished.json"],
@@ -477,13 +477,49 @@ def test_what_is_missing_is_said_and_the_rest_is_shown(tmp_path, gone, says, und
 
 @pytest.mark.parametrize(
     "name",
-    ["audit.json", "eval_rows.parquet", "recipe.yaml", "dpo/trainer_state.json", "dpo/pairs/eval-000020.parquet"],
+    [
+        "audit.json",
+        "eval_rows.parquet",
+        "recipe.yaml",
+        "sft/finished.json",
+        "dpo/finished.json",
+        "dpo/trainer_state.json",
+        "dpo/pairs/eval-000020.parquet",
+    ],
 )
-@pytest.mark.parametrize("content", [b"", b"\xff\xfe{", b"[1, {}]"], ids=["empty", "binary", "other"])
-def test_a_broken_file_is_as_good_as_none(tmp_path, name, content, undrawn):
+@pytest.mark.parametrize(
+    "content", [b"", b"\xff\xfe{", b"[1, {}]", b"{", None], ids=["empty", "binary", "list", "cut", "directory"]
+)
+def test_a_broken_file_is_noted_and_the_rest_is_shown(tmp_path, name, content, undrawn, capsys):
     folder = make_run(tmp_path / "run", pairs=3, steps=(0, 20))
-    (folder / name).write_bytes(content)
+    (folder / name).unlink()
+    (folder / name).mkdir() if content is None else (folder / name).write_bytes(content)
     assert main([str(folder)]) == 0
+    assert capsys.readouterr().err == ""
+    text = Page(folder / "report" / "report.html").text
+    assert re.search(rf"{Path(name).name} (is |must |cannot be read)|no {Path(name).name} can be read", text)
+    assert "48 of 50 rows kept." in text or name == "audit.json"
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "recipe.yaml is empty"),
+        (b"- a", "recipe.yaml must hold a mapping, got list"),
+        (b"\xff", "recipe.yaml is not UTF-8 text"),
+        (b"\0", "recipe.yaml is not valid YAML: unacceptable character"),
+        (None, "recipe.yaml must be a file, got a directory"),
+        (b"dpo: text", "recipe.yaml has no valid settings of lambda"),
+    ],
+    ids=["empty", "list", "encoding", "binary", "directory", "section"],
+)
+def test_the_note_of_a_broken_recipe_says_what_is_wrong(tmp_path, content, reason):
+    folder = make_run(tmp_path / "run", 0.8, pairs=3, steps=(0, 20))
+    (folder / "recipe.yaml").unlink()
+    (folder / "recipe.yaml").mkdir() if content is None else (folder / "recipe.yaml").write_bytes(content)
+    run = read_run(folder)
+    assert [note for note in run.notes if note.startswith(reason)]
+    assert run.lambda_text == "λ 0.8"
 
 
 @pytest.mark.parametrize(

@@ -372,6 +372,43 @@ def test_a_point_that_fails_does_not_stop_the_rest_and_is_tried_again(
     assert compared[-1][0] == ["fixed-0.5", "fixed-1.0"]
 
 
+BROKEN = {
+    "empty": b"", "list": b"[1]", "binary": b"\0\1\xfe", "not UTF-8": b"\xe4", "cut": b'{"metrics": {',
+    "text": b"done", "other": b'{"dpo": 3, "metrics": 3}', "directory": None,
+}  # fmt: skip
+
+
+def break_file(path: Path, content: bytes | None) -> None:
+    path.unlink()
+    path.mkdir() if content is None else path.write_bytes(content)
+
+
+@pytest.mark.parametrize("content", BROKEN.values(), ids=BROKEN)
+@pytest.mark.parametrize("name", ["recipe.yaml", "dpo/finished.json"])
+def test_a_point_whose_files_are_broken_hides_no_other(name, content, recipe, tmp_path, here, stand_in, compared):
+    here(recipe, "sft=null", "dpo.shift_lambda=1.0,0.75,0.5")
+    break_file(tmp_path / "sweep" / "fixed-0.75" / name, content)
+    done = here(recipe, "sft=null", LAMBDAS, code=0 if (name, content) == ("dpo/finished.json", None) else 1)
+    assert re.search(r"^fixed-0.5 +0.5 .*\nfixed-1.0 +1 ", done.out, re.MULTILINE)
+    assert "fixed-0.5" in compared[-1][0]
+    assert "Traceback" not in done.err
+    if done.err:
+        (line,) = done.err.strip().splitlines()
+        assert line.startswith(f"fixed-0.75 is not in the table: {tmp_path / 'sweep' / 'fixed-0.75' / name} ")
+
+
+@pytest.mark.parametrize("content", BROKEN.values(), ids=BROKEN)
+def test_a_broken_recipe_in_the_folder_of_a_point_is_left_to_its_run(
+    content, recipe, tmp_path, here, stand_in, compared
+):
+    here(recipe, "sft=null", LAMBDAS)
+    break_file(tmp_path / "sweep" / "fixed-1.0" / "recipe.yaml", content)
+    done = here(recipe, "sft=null", LAMBDAS, code=0 if content is not None else 1)
+    ran = [name for name, _, _ in calls(tmp_path / "sweep")]
+    assert ran == ["fixed-1.0", "fixed-0.5", "fixed-1.0"]  # the stand-in replaces it where the run would refuse
+    assert "[2/2] fixed-0.5: finished before, skipped" in done.out
+
+
 def test_without_stage_1_no_point_runs(recipe, tmp_path, here, stand_in, monkeypatch):
     monkeypatch.setenv("STAND_IN_FAILS", "base")
     assert "no point could run" in here(recipe, LAMBDAS, code=1).err

@@ -13,7 +13,7 @@ from markupsafe import Markup, escape
 
 from .. import __version__
 from ..artifacts import FIGURES as FIGURES_FOLDER
-from ..artifacts import GENERATIONS, PAGE, STATISTICS, write_whole
+from ..artifacts import FINISHED, GENERATIONS, PAGE, STATISTICS, write_whole
 from .figures import (
     DASHES,
     SERIES,
@@ -428,7 +428,7 @@ def _facts(run: Run) -> list[tuple[str, list[tuple[str, str]]]]:
             )
             facts.append(("Time, seconds", f"{number(finished.get('seconds')):.1f}"))
         else:
-            facts.append(("Device, time, versions", f"not recorded: no finished.json in {stage.folder.name}/"))
+            facts.append(("Device, time, versions", f"not recorded: no readable {FINISHED} in {stage.folder.name}/"))
         tokens, seconds = stage.series("num_tokens")[1], stage.series("train_runtime")[1]
         if tokens and seconds and seconds[-1] > 0:
             facts.append(("Tokens per second, evaluations included", f"{tokens[-1] / seconds[-1]:,.0f}"))

@@ -12,10 +12,21 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
 
-from ..artifacts import AUDIT, EVAL_ROWS, FINISHED, GENERATIONS, PAIRS, RECIPE, SIDE_BY_SIDE, STATE, STATISTICS
+from ..artifacts import (
+    AUDIT,
+    EVAL_ROWS,
+    FINISHED,
+    GENERATIONS,
+    PAIRS,
+    RECIPE,
+    SIDE_BY_SIDE,
+    STATE,
+    STATISTICS,
+    ArtifactError,
+    read_mapping,
+    read_text,
+)
 from ..schedules import LambdaPlan, lambda_path
 from .verdict import Outcome, verdict
 
@@ -144,9 +155,10 @@ def read_run(folder: Path) -> Run:
         notes.append("There is no DPO stage (`dpo/`), so there is nothing to say of chosen and rejected answers.")
     elif "sft" not in stages:
         notes.append("There is no SFT stage (`sft/`): the run started from a given model, and SFT below means it.")
-    audit = read_file(folder / AUDIT, _as_mapping, {}, notes, "the row audit")
+    audit = read_file(folder / AUDIT, read_mapping, {}, notes, "the row audit")
     rows = read_file(folder / EVAL_ROWS, _as_rows, {}, notes, "the text of the evaluated pairs")
-    recipe = read_file(folder / RECIPE, _as_text, None, notes, "the recipe")
+    settings = read_file(folder / RECIPE, read_mapping, None, notes, "the recipe")
+    recipe = None if settings is None else read_text(folder / RECIPE)
     if "dpo" in stages:
         if not any("displacement/chosen" in values for values in stages["dpo"].evaluations()):
             notes.append(
@@ -154,22 +166,21 @@ def read_run(folder: Path) -> Run:
             )
         if not stages["dpo"].pairs:
             notes.append("No scores of pairs are saved (`pairs/`), so there are no histograms and no lists of pairs.")
-    plan = _read_plan(recipe, stages.get("dpo") or Stage(folder))
+    plan = _read_plan(settings or {}, stages.get("dpo") or Stage(folder), notes)
     answers = None
     if (folder / GENERATIONS / STATISTICS).exists():
         answers = read_file(folder / GENERATIONS / STATISTICS, _as_answers, None, notes, "the figures of answers")
     return Run(folder, folder.resolve().name, stages, recipe, audit, rows, notes, plan, answers)
 
 
-def _read_plan(recipe: str | None, stage: Stage) -> LambdaPlan:
+def _read_plan(recipe: dict[str, Any], stage: Stage, notes: list[str]) -> LambdaPlan:
     """From the recipe; else, as for a plain trainer's folder, from the controller's state."""
     plan = LambdaPlan()
-    try:
-        values = {} if recipe is None else YAML(typ="safe", pure=True).load(recipe)
-        if isinstance(values, dict) and isinstance(values.get("dpo"), dict):
-            plan = LambdaPlan.of(values["dpo"])
-    except (YAMLError, ValueError, TypeError, AttributeError, RecursionError):
-        pass
+    if recipe.get("dpo") is not None:
+        try:
+            plan = LambdaPlan.of(recipe["dpo"])
+        except (ValueError, TypeError) as error:
+            notes.append(f"{RECIPE} has no valid settings of lambda, so lambda is read from the log: {error}")
     controller = stage.state.get("stateful_callbacks", {})
     controller = controller.get("AdaptiveLambdaCallback") if isinstance(controller, dict) else None
     told = controller.get("args") if isinstance(controller, dict) else None
@@ -181,7 +192,7 @@ def _read_plan(recipe: str | None, stage: Stage) -> LambdaPlan:
 
 
 def _as_answers(path: Path) -> Answers:
-    content = _as_mapping(path)
+    content = read_mapping(path)
     models, modes = ([str(name) for name in content[key]] for key in ("models", "modes"))
     if not models or not modes:
         raise ValueError(models)
@@ -209,7 +220,7 @@ def read_examples(run: Run, limit: int) -> tuple[list[dict[str, Any]], int, int]
     """
     assert run.answers is not None
     models = run.answers.models
-    texts = read_file(run.folder / GENERATIONS / SIDE_BY_SIDE, _as_text, "", run.notes, "answers side by side")
+    texts = read_file(run.folder / GENERATIONS / SIDE_BY_SIDE, read_text, "", run.notes, "answers side by side")
     found: list[tuple[float, dict[str, Any]]] = []
     broken = same = 0
     for line in texts.split("\n"):
@@ -242,7 +253,7 @@ def _read_stage(folder: Path, notes: list[str]) -> Stage:
     stage = Stage(folder)
     states = [folder / STATE, *sorted(folder.glob(f"checkpoint-*/{STATE}"), key=_step_of, reverse=True)]
     for path in states:
-        state = read_file(path, _as_mapping, {}, [], "")
+        state = read_file(path, read_mapping, {}, [], "")
         history = state.get("log_history")
         if isinstance(history, list):
             stage.state, stage.history = state, [entry for entry in history if _has_step(entry)]
@@ -254,7 +265,8 @@ def _read_stage(folder: Path, notes: list[str]) -> Stage:
             break
     else:
         notes.append(f"{folder.name}: no {STATE} can be read, so there are no curves of this stage.")
-    stage.finished = read_file(folder / FINISHED, _as_mapping, None, [], "")
+    if (folder / FINISHED).exists():
+        stage.finished = read_file(folder / FINISHED, read_mapping, None, notes, "device, time and versions")
     names = {name for entry in stage.history for name in entry}
     pairs = sorted(path for path in folder.glob(f"{PAIRS}/*.parquet") if re.search(r"-\d+$", path.stem))
     sets = sorted(
@@ -279,25 +291,19 @@ def _step_of(path: Path) -> int:
 
 def read_file(path: Path, reader: Callable[[Path], Any], default: Any, notes: list[str], what: str) -> Any:
     """What a file holds, or `default` and a note."""
-    if not path.is_file():
+    if not path.exists():
         notes.append(f"{path.name} is missing, so {what} cannot be shown.")
         return default
     try:
+        if path.is_dir():
+            raise ArtifactError(path, "must be a file, got a directory")
         return reader(path)
+    except ArtifactError as error:
+        notes.append(f"{path.name} {error.reason}, so {what} cannot be shown.")
+        return default
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, pa.ArrowException) as error:
         notes.append(f"{path.name} cannot be read ({type(error).__name__}), so {what} cannot be shown.")
         return default
-
-
-def _as_text(path: Path) -> str:
-    return path.read_text(encoding="utf-8")
-
-
-def _as_mapping(path: Path) -> dict[str, Any]:
-    content = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(content, dict):
-        raise TypeError(type(content))
-    return content
 
 
 def _has_step(entry: Any) -> bool:
