@@ -14,6 +14,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
+from scipy.stats import gaussian_kde
 
 
 # Name: (on light, on dark). A figure is drawn in the light ones; inlined, each becomes the page's variable of its name
@@ -222,7 +223,7 @@ def density(name: str, title: str, xlabel: str, margins: np.ndarray) -> Drawing 
                 high if margins.mean() >= 0 else max(high, room),
             )
             grid = np.linspace(low, high, 300)
-            heights = kernel_density(margins, grid)
+            heights = gaussian_kde(margins)(grid)
             axes.plot(grid, heights, color=COLORS["accent"][0])
             axes.fill_between(grid, heights, color=COLORS["accent"][0], alpha=0.15, linewidth=0)
             axes.set_ylim(0, 1.2 * heights.max())
@@ -250,13 +251,6 @@ def density(name: str, title: str, xlabel: str, margins: np.ndarray) -> Drawing 
         )
         alt = f"Density over {len(margins)} pairs: mean {mean:.3g}, {positive:.0%} of the pairs above 0."
         return _draw(name, title, alt, figure)
-
-
-def kernel_density(values: np.ndarray, grid: np.ndarray) -> np.ndarray:
-    """Gaussian kernel density by Scott's rule, as `scipy.stats.gaussian_kde`, whose import takes a second."""
-    width = values.std(ddof=1) * len(values) ** -0.2
-    heights = [np.exp(-0.5 * ((point - values) / width) ** 2).mean() for point in grid]
-    return np.array(heights) / (width * np.sqrt(2 * np.pi))
 
 
 def scatter(name: str, title: str, chosen: np.ndarray, rejected: np.ndarray) -> Drawing | None:
