@@ -231,20 +231,27 @@ class LambdaPlan:
         return fields
 
     @property
+    def slug(self) -> str:
+        """Schedule and numbers for a file name: `fixed-0.95`, `adaptive-0.75-1.0-chosen-0.0`."""
+        if self.adaptive:
+            numbers: list[Any] = [self.low, self.high, self.metric.removeprefix("displacement/"), self.target]
+        elif not isinstance(self.schedule, str):
+            numbers = [number for knot in self.schedule for number in knot]
+        else:
+            numbers = [self.start] if self.schedule == "fixed" else [self.start, self.end]
+        name = self.schedule if isinstance(self.schedule, str) else "knots"
+        return "-".join(map(str, [name, *numbers]))
+
+    @property
     def text(self) -> str:
         """Lambda in a few words: `0.95`, `1 -> 0.75`, `1 -> 0.6 -> 1`, or bounds and target of the controller."""
         if self.adaptive:
-            return self.adaptive_text
+            share = "share " if self.metric == "displacement/chosen_fell" else ""
+            return f"adaptive {self.low:.4g} to {self.high:.4g}, target {share}{self.target:.4g}"
         if self.start is None or self.end is None:
             return "unknown"
         knots = [] if isinstance(self.schedule, str) else [value for _, value in self.schedule]
         return " -> ".join(f"{value:.4g}" for value in lambda_path(self.start, self.end, knots))
-
-    @property
-    def adaptive_text(self) -> str:
-        """Bounds and target in a few words."""
-        share = "share " if self.metric == "displacement/chosen_fell" else ""
-        return f"adaptive {self.low:.4g} to {self.high:.4g}, target {share}{self.target:.4g}"
 
 
 def lambda_path(start: float, end: float, between: Sequence[float] = ()) -> list[float]:
