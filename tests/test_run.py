@@ -213,7 +213,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(recipe, tmp_path):
 
 def test_sigterm_while_the_audit_reads_a_row_is_no_mistake_of_the_data(recipe, tmp_path):
     script = (
-        "import signal, sys; from dposhift_trl import run; from dposhift_trl.data import sources as data; "
+        "import signal, sys; from dposhift_trl import run; from dposhift_trl.data import audit as data; "
         "data.is_conversational = lambda row: signal.raise_signal(signal.SIGTERM); "
         "sys.exit(run.main(sys.argv[1:]))"
     )
