@@ -1,10 +1,11 @@
 """Names of the columns of preference rows and of the batches made of them, each in one place."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from accelerate import PartialState
-from datasets import Dataset, IterableDataset
-from torch.utils.data import get_worker_info
+
+# The names are also for those that only read files, such as the report; what numbers rows takes seconds to import
+if TYPE_CHECKING:
+    from datasets import IterableDataset
 
 
 # What TRL reads, and what its tokenization adds
@@ -37,6 +38,8 @@ def with_row_index(dataset: Any) -> Any:
         dataset (`Dataset`, `IterableDataset`, a dictionary of them, or anything else, which is returned unchanged):
             Preference rows.
     """
+    from datasets import Dataset, IterableDataset
+
     if isinstance(dataset, dict):
         return type(dataset)({name: with_row_index(rows) for name, rows in dataset.items()})
     if isinstance(dataset, Dataset) and ROW_INDEX not in dataset.column_names:
@@ -46,7 +49,7 @@ def with_row_index(dataset: Any) -> Any:
     return dataset
 
 
-def _column_names(dataset: IterableDataset) -> list[str]:
+def _column_names(dataset: "IterableDataset") -> list[str]:
     return dataset.column_names or list(next(iter(dataset), {}))
 
 
@@ -54,6 +57,8 @@ class _StreamNumbers:
     """Numbers the rows of an iterable dataset, whose shards are divided among processes, then among their workers."""
 
     def __init__(self, num_shards: int):
+        from accelerate import PartialState
+
         state = PartialState()
         # Accelerate divides the shards among processes if there are enough; else each process reads all rows
         divided = num_shards >= state.num_processes
@@ -62,6 +67,8 @@ class _StreamNumbers:
         self.shards = -(-num_shards // self.processes)
 
     def __call__(self, row: dict[str, Any], index: int) -> dict[str, int]:
+        from torch.utils.data import get_worker_info
+
         worker = get_worker_info()
         # Workers beyond the number of shards read nothing
         workers, number = (min(worker.num_workers, self.shards), worker.id) if worker is not None else (1, 0)

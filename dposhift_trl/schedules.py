@@ -164,7 +164,9 @@ class LambdaPlan:
         adaptive (`bool`, *optional*, defaults to `False`):
             Whether a controller moves lambda between `low` and `high` to hold `metric` at `target`.
         low (`float`), high (`float`), target (`float`), metric (`str`):
-            Settings of the controller.
+            Settings of the controller; `low` and `high` are also the bounds of a named schedule.
+        schedule (`str` or `tuple[tuple[float, float], ...]`, *optional*, defaults to `"fixed"`):
+            Name of the schedule, `"fixed"` whenever lambda does not move, or its knots.
     """
 
     start: float | None = None
@@ -174,34 +176,97 @@ class LambdaPlan:
     high: float = 1.0
     target: float = 0.0
     metric: str = "displacement/chosen"
+    schedule: str | tuple[tuple[float, float], ...] = "fixed"
 
     @classmethod
-    def of(cls, settings: Mapping[str, Any], progress: tuple[float, float] = (0.0, 1.0)) -> "LambdaPlan":
+    def of(cls, settings: Mapping[str, Any]) -> "LambdaPlan":
         """
         Read the plan from the fields of a [`DPOShiftConfig`], as its attributes or as a recipe has them.
 
         Args:
             settings (`Mapping[str, Any]`):
                 The fields by name; a missing field has its default, other keys are ignored.
-            progress (`tuple[float, float]`, *optional*, defaults to `(0.0, 1.0)`):
-                Progress at which `start` and `end` are taken.
 
         Raises:
             TypeError, ValueError: If a field has no value that a run could have had.
         """
+        if not isinstance(settings, Mapping):
+            raise TypeError(f"The settings of lambda must be a mapping, got {settings!r}.")
         fields = LAMBDA_DEFAULTS | {name: settings[name] for name in LAMBDA_DEFAULTS if name in settings}
         low, high, target = (float(fields[name]) for name in ("lambda_min", "lambda_max", "lambda_target"))
-        metric = str(fields["lambda_target_metric"])
-        if fields["lambda_schedule"] != ADAPTIVE:
-            schedule = make_lambda_schedule(SimpleNamespace(**fields))
-            start, end = (float(schedule(share)) for share in progress)
-            return cls(start, end, False, low, high, target, metric)
-        if low == high:
+        metric, schedule = str(fields["lambda_target_metric"]), fields["lambda_schedule"]
+        if schedule == ADAPTIVE and low == high:
             return cls(low, low, False, low, high, target, metric)
-        return cls(None, None, True, low, high, target, metric)
+        if schedule == ADAPTIVE:
+            return cls(None, None, True, low, high, target, metric, ADAPTIVE)
+        in_force = make_lambda_schedule(SimpleNamespace(**fields))
+        start, end = float(in_force(0.0)), float(in_force(1.0))
+        if isinstance(schedule, str):
+            schedule = LAMBDA_SCHEDULE_ALIASES.get(schedule, schedule) if start != end else "fixed"
+        else:
+            schedule = tuple(check_knots(schedule))
+            if len({value for _, value in schedule}) == 1:
+                schedule = "fixed"
+            elif [progress for progress, _ in schedule] == [0, 1]:
+                schedule = "linear_increase" if start < end else "linear_decrease"
+                low, high = min(start, end), max(start, end)
+        return cls(start, end, False, low, high, target, metric, schedule)
+
+    def at(self, progress: float) -> float | None:
+        """Lambda at a progress in [0, 1]; `None` if a controller sets it."""
+        if self.adaptive:
+            return None
+        return make_lambda_schedule(SimpleNamespace(**LAMBDA_DEFAULTS | self.settings))(progress)
 
     @property
-    def adaptive_text(self) -> str:
-        """Bounds and target in a few words."""
-        share = "share " if self.metric == "displacement/chosen_fell" else ""
-        return f"adaptive {self.low:.4g} to {self.high:.4g}, target {share}{self.target:.4g}"
+    def settings(self) -> dict[str, Any]:
+        """The fields of [`DPOShiftConfig`] that have an effect: equal for two plans with the same lambda."""
+        if self.schedule == "fixed":
+            return {"lambda_schedule": "fixed", "shift_lambda": self.start}
+        if not isinstance(self.schedule, str):
+            return {"lambda_schedule": [list(knot) for knot in self.schedule]}
+        fields = {"lambda_schedule": self.schedule, "lambda_min": self.low, "lambda_max": self.high}
+        if self.adaptive:
+            fields |= {"lambda_target": self.target, "lambda_target_metric": self.metric}
+        return fields
+
+    @property
+    def slug(self) -> str:
+        """Schedule and numbers for a file name: `fixed-0.95`, `adaptive-0.75-1.0-chosen-0.0`."""
+        if self.adaptive:
+            numbers: list[Any] = [self.low, self.high, self.metric.removeprefix("displacement/"), self.target]
+        elif not isinstance(self.schedule, str):
+            numbers = [number for knot in self.schedule for number in knot]
+        else:
+            numbers = [self.start] if self.schedule == "fixed" else [self.start, self.end]
+        name = self.schedule if isinstance(self.schedule, str) else "knots"
+        return "-".join(map(str, [name, *numbers]))
+
+    @property
+    def text(self) -> str:
+        """Lambda in a few words: `0.95`, `1 -> 0.75`, `1 -> 0.6 -> 1`, or bounds and target of the controller."""
+        if self.adaptive:
+            share = "share " if self.metric == "displacement/chosen_fell" else ""
+            return f"adaptive {self.low:.4g} to {self.high:.4g}, target {share}{self.target:.4g}"
+        if self.start is None or self.end is None:
+            return "unknown"
+        knots = [] if isinstance(self.schedule, str) else [value for _, value in self.schedule]
+        return " -> ".join(f"{value:.4g}" for value in lambda_path(self.start, self.end, knots))
+
+
+def lambda_path(start: float, end: float, between: Sequence[float] = ()) -> list[float]:
+    """
+    The values that describe how lambda moves: both ends, and the one between them that is furthest outside, if any.
+
+    >>> lambda_path(1.0, 1.0)
+    [1.0]
+    >>> lambda_path(1.0, 0.8, [1.0, 0.9, 0.8])
+    [1.0, 0.8]
+    >>> lambda_path(1.0, 1.0, [1.0, 0.6, 1.0])
+    [1.0, 0.6, 1.0]
+    """
+    low, high = min(start, end), max(start, end)
+    furthest = max(between, key=lambda value: max(low - value, value - high), default=start)
+    if not low - 1e-3 <= furthest <= high + 1e-3:
+        return [start, furthest, end]
+    return [end] if math.isclose(start, end) else [start, end]

@@ -286,6 +286,21 @@ def test_the_best_checkpoint_is_chosen_by_the_loss_at_lambda_one_unless_a_metric
 
 
 @pytest.mark.parametrize(
+    ("metric", "greater"),
+    [
+        ("loss", False), ("dpo_loss", False), ("eval_loss", False), ("entropy", False), ("runtime", False),
+        ("perplexity/chosen", False), ("displacement/chosen_fell", False), ("displacement/both_fell", False),
+        ("rewards/rejected", False), ("logps/rejected", False), ("displacement/rejected", False),
+        ("displacement/rejected_per_token", False), ("rewards/chosen", True), ("rewards/margins", True),
+        ("rewards/accuracies", True), ("displacement/chosen", True), ("logps/chosen", True),
+    ],
+)  # fmt: skip
+def test_the_direction_of_a_named_metric_follows_from_its_name(make, metric, greater):
+    assert make(metric_for_best_model=metric).greater_is_better is greater
+    assert make(metric_for_best_model=metric, greater_is_better=not greater).greater_is_better is not greater
+
+
+@pytest.mark.parametrize(
     ("arguments", "expected"),
     [
         pytest.param([], ("fixed", 0.95, False), id="none"),

@@ -5,7 +5,13 @@ from types import SimpleNamespace
 import pytest
 from reference import shift_schedule
 
-from dposhift_trl.schedules import LAMBDA_SCHEDULE_ALIASES, check_knots, make_lambda_schedule
+from dposhift_trl.schedules import (
+    LAMBDA_DEFAULTS,
+    LAMBDA_SCHEDULE_ALIASES,
+    LambdaPlan,
+    check_knots,
+    make_lambda_schedule,
+)
 
 
 def schedule(name, shift_lambda=0.9, lambda_min=0.75, lambda_max=1.0):
@@ -133,3 +139,57 @@ def test_checked_knots_are_pairs_of_floats():
     checked = check_knots([[0, 1], (0.5, 0.75)])
     assert checked == [(0.0, 1.0), (0.5, 0.75)]
     assert all(type(number) is float for knot in checked for number in knot)
+
+
+@pytest.mark.parametrize(
+    ("settings", "text", "in_force"),
+    [
+        pytest.param({}, "0.95", {"lambda_schedule": "fixed", "shift_lambda": 0.95}, id="defaults"),
+        pytest.param(
+            {"lambda_schedule": "decrease_linear", "lambda_min": 0.5},
+            "1 -> 0.5",
+            {"lambda_schedule": "linear_decrease", "lambda_min": 0.5, "lambda_max": 1.0},
+            id="name",
+        ),
+        pytest.param(
+            {"lambda_schedule": [[0, 0.5], [1, 1]]},
+            "0.5 -> 1",
+            {"lambda_schedule": "linear_increase", "lambda_min": 0.5, "lambda_max": 1.0},
+            id="knots of a line",
+        ),
+        pytest.param(
+            {"lambda_schedule": [[0, 1], [0.5, 0.6], [1, 1]]},
+            "1 -> 0.6 -> 1",
+            {"lambda_schedule": [[0.0, 1.0], [0.5, 0.6], [1.0, 1.0]]},
+            id="knots",
+        ),
+        pytest.param(
+            {"lambda_schedule": "cosine_increase", "lambda_min": 0.9, "lambda_max": 0.9},
+            "0.9",
+            {"lambda_schedule": "fixed", "shift_lambda": 0.9},
+            id="constant",
+        ),
+        pytest.param(
+            {"lambda_schedule": "adaptive", "lambda_target": 0.5, "lambda_target_metric": "displacement/chosen_fell"},
+            "adaptive 0.75 to 1, target share 0.5",
+            {
+                "lambda_schedule": "adaptive", "lambda_min": 0.75, "lambda_max": 1.0, "lambda_target": 0.5,
+                "lambda_target_metric": "displacement/chosen_fell",
+            },
+            id="adaptive",
+        ),
+    ],
+)  # fmt: skip
+def test_a_plan_is_described_and_reduced_to_the_fields_with_an_effect(settings, text, in_force):
+    plan = LambdaPlan.of(settings)
+    assert (plan.text, plan.settings) == (text, in_force)
+    assert LambdaPlan.of(plan.settings).settings == in_force
+    if not plan.adaptive:
+        assert [plan.at(0.0), plan.at(1.0)] == [plan.start, plan.end]
+        original = make_lambda_schedule(SimpleNamespace(**{**LAMBDA_DEFAULTS, **settings}))
+        assert all(plan.at(step / 7) == original(step / 7) for step in range(8))
+
+
+def test_a_plan_that_nothing_is_known_of_says_so():
+    assert LambdaPlan().text == "unknown"
+    assert LambdaPlan(adaptive=True, schedule="adaptive").at(0.5) is None
