@@ -164,7 +164,7 @@ def test_a_budget_with_an_unsupported_setting_is_an_error(changes, stream, reaso
 
 @pytest.mark.parametrize("value", [0, -5, True, 1.5, "100"])
 def test_a_budget_that_is_not_a_positive_integer_is_an_error(value, settings):
-    with pytest.raises(ValueError, match="`max_tokens_per_batch` must be a whole number above 0"):
+    with pytest.raises(ValueError, match="`max_tokens_per_batch` must be a positive integer, got"):
         DPOShiftConfig(**settings, max_tokens_per_batch=value)
 
 
@@ -198,7 +198,7 @@ def test_group_by_length_does_not_change_evaluation_metrics(tiny_model, settings
 
 
 def test_batch_rebalance_is_an_error_that_names_the_alternative(settings):
-    with pytest.raises(ValueError, match="For batches of even cost set `max_tokens_per_batch`"):
+    with pytest.raises(ValueError, match="To balance the tokens of batches, set `max_tokens_per_batch`"):
         DPOShiftConfig(**settings, train_sampling_strategy="batch_rebalance")
 
 

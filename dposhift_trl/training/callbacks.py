@@ -10,7 +10,7 @@ from transformers.trainer_callback import ExportableState
 from trl import DPOConfig
 
 from ..config import DPOShiftConfig
-from ..schedules import ADAPTIVE, LambdaSchedule, make_lambda_schedule
+from ..schedules import LambdaSchedule
 from .adaptive import LambdaController
 from .allocator import keep_freed_memory
 from .metrics import PairScores
@@ -199,9 +199,10 @@ class KeepFreedMemoryCallback(TrainerCallback):
 
 def configured_schedule(args: DPOShiftConfig) -> LambdaScheduleCallback:
     """Create the callback for the lambda settings of a config."""
-    if args.lambda_schedule == ADAPTIVE:
-        return AdaptiveLambdaCallback(args.lambda_target, args.lambda_target_metric, args.lambda_min, args.lambda_max)
-    return LambdaScheduleCallback(make_lambda_schedule(args))
+    plan = args.lambda_plan
+    if plan.adaptive:
+        return AdaptiveLambdaCallback(plan.target, plan.metric, plan.low, plan.high)
+    return LambdaScheduleCallback(plan.function)
 
 
 def is_schedule(callback: Any) -> bool:
@@ -231,7 +232,7 @@ def check_schedules(args: DPOConfig, callbacks: list[Any]) -> None:
             f"`callbacks` must contain at most one `LambdaScheduleCallback`, got {len(schedules)}. Remove the others "
             "with `trainer.remove_callback(...)`."
         )
-    if args.lambda_schedule == ADAPTIVE:
+    if args.lambda_plan.adaptive:
         raise ValueError(
             f"`lambda_schedule='adaptive'` is not supported with a `{name}` in `callbacks`, "
             "since both would set lambda. Remove `lambda_schedule` from the config, or the callback."

@@ -51,18 +51,14 @@ def append_shift_section(
     for entry in log_history:
         latest.update(entry)
     plan = args.lambda_plan
-    settings = {
-        **(
-            {"lambda schedule": "a function of progress, given in code"}
-            if given_schedule
-            else {
-                "lambda schedule": args.lambda_schedule,
-                "lambda": "{} to {}".format(*args.lambda_range)
-                if args.lambda_schedule != "fixed"
-                else args.shift_lambda,
-            }
-        ),
-        **({"lambda target": f"{args.lambda_target} ({args.lambda_target_metric})"} if plan.adaptive else {}),
+    settings: dict[str, Any] = {"lambda schedule": "a function of progress, given in code"}
+    if not given_schedule:
+        smallest, largest = plan.range
+        settings["lambda schedule"] = args.lambda_schedule
+        settings["lambda"] = smallest if smallest == largest else f"{smallest} to {largest}"
+    if plan.adaptive:
+        settings["lambda target"] = f"{args.lambda_target} ({args.lambda_target_metric})"
+    settings |= {
         "beta": args.beta,
         "loss type": ", ".join(args.loss_type),
         "learning rate": args.learning_rate,
