@@ -237,9 +237,10 @@ class DPOShiftConfig(DPOConfig):
                 "lambda over training, keep min <= max and set `lambda_schedule: linear_decrease`."
             )
         schedule = _parsed_schedule(self.lambda_schedule)
-        if not isinstance(schedule, str):
-            schedule = [[progress, self._lambda("lambda_schedule", value)] for progress, value in schedule]
-        self.lambda_schedule = schedule
+        if isinstance(schedule, str):
+            self.lambda_schedule = schedule
+        else:
+            self.lambda_schedule = [[progress, self._lambda("lambda_schedule", x)] for progress, x in schedule]
 
     def _lambda(self, name: str, value: Any) -> float:
         if isinstance(value, bool) or not isinstance(value, (int, float)):

@@ -182,7 +182,7 @@ def test_accumulated_batches_count_as_one_measurement(tiny_model, settings, tmp_
         (
             {"lambda_target_metric": "displacement/chosen_fell", "lambda_target": -1.0},
             ValueError,
-            "`lambda_target` must be in [0, 1] with `lambda_target_metric: displacement/chosen_fell`, which is a share",
+            "`lambda_target` must be in [0, 1] with `lambda_target_metric: displacement/chosen_fell`, which is a",
         ),
     ],
 )
