@@ -8,7 +8,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from trl import DPOConfig, DPOTrainer
 
 from dposhift_trl import DPOShiftConfig, DPOShiftTrainer
-from dposhift_trl.training.deferred import Deferred, GatherLater
+from dposhift_trl.training.deferred import Deferred, GatherLater, read_from_device
+from dposhift_trl.training.metrics import PairScores
 
 
 class Counter(TorchDispatchMode):
@@ -79,3 +80,42 @@ def test_a_mean_over_zero_tokens_is_zero_as_in_trl():
 def test_a_comparison_that_would_synchronize_is_an_error():
     with pytest.raises(NotImplementedError, match="can only be compared with 0, got a comparison with 1"):
         _ = GatherLater(Accelerator(cpu=True)).gather(torch.ones(1)) > 1
+
+
+class WithoutFloat64(torch.Tensor):
+    """A CPU tensor that behaves like a tensor on Apple's GPU, which has no float64."""
+
+    device = torch.device("mps")
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function == torch.Tensor.cpu:
+            return args[0].as_subclass(torch.Tensor)
+        result = super().__torch_function__(function, types, args, kwargs or {})
+        if torch.is_tensor(result) and result.dtype == torch.float64:
+            raise TypeError(
+                "Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support float64"
+            )
+        return result
+
+
+def on_mps(values):
+    return torch.tensor(values).as_subclass(WithoutFloat64)
+
+
+def test_metrics_are_read_from_a_device_without_float64():
+    metrics = {"loss": [on_mps(0.5), 2.0, on_mps(0.25)], "num_tokens": [on_mps(7)], "empty": []}
+    read_from_device(metrics)
+    assert metrics == {"loss": [0.5, 2.0, 0.25], "num_tokens": [7.0], "empty": []}
+    with pytest.raises(TypeError, match="doesn't support float64"):
+        on_mps(0.5).double()
+
+
+def test_gathers_and_scores_are_read_from_a_device_without_float64():
+    later = GatherLater(Accelerator(cpu=True))
+    mean = (later.gather(on_mps([3.0])).sum() / later.gather(on_mps([2])).sum()).item()
+    (gathered,), value_of = later.resolve(on_mps([[1.0, 2.0]]))
+    assert (gathered.tolist(), value_of(mean).tolist()) == ([[1.0, 2.0]], 1.5)
+    fields = [on_mps([float(place)]) for place in range(9)]
+    scores = PairScores.from_matrices([PairScores(*fields).as_matrix()])
+    assert (scores.rejected_logps.tolist(), scores.row_index.dtype) == ([1.0], torch.float64)

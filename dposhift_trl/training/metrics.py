@@ -60,7 +60,7 @@ class PairScores:
     @classmethod
     def from_matrices(cls, matrices: list[torch.Tensor]) -> "PairScores":
         """Concatenate matrices from [`PairScores.as_matrix`], in float64 on the CPU."""
-        return cls(*torch.cat(matrices).to("cpu", torch.float64).unbind(dim=1))
+        return cls(*torch.cat(matrices).cpu().double().unbind(dim=1))
 
     def as_table(self) -> pa.Table:
         """One row per pair, sorted by row index, with the log-ratios as additional columns."""
