@@ -134,8 +134,8 @@ class _CacheEntry:
         if PartialState().is_main_process:
             try:
                 outcome[0] = function(*args)
-            except BaseException as fault:  # including signals, so that no process waits forever
-                outcome[1] = fault
+            except BaseException as exception:  # including signals, so that no process waits forever
+                outcome[1] = exception
         result, error = broadcast_object_list(outcome)
         if isinstance(error, OSError):
             raise ReferenceCacheError(
@@ -147,10 +147,12 @@ class _CacheEntry:
         return result
 
     def path(self, rows: range) -> Path:
+        """The file with the scores of these rows."""
         part = "" if len(rows) == self.num_rows else f".{rows.start:09d}-{rows.stop:09d}"
         return self.folder / f"{self.key}{part}.parquet"
 
     def acquire(self, lock: filelock.BaseFileLock, seconds: float) -> bool:
+        """Try to lock the entry, and log once if another run has it."""
         self.folder.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(filelock.Timeout):
             lock.acquire(timeout=seconds)
@@ -160,6 +162,7 @@ class _CacheEntry:
         return False
 
     def read(self, rows: range) -> Scores | None:
+        """Scores of these rows, or `None` if their file is missing or damaged."""
         path = self.path(rows)
         try:
             header, values = load_entry(path)
@@ -174,6 +177,7 @@ class _CacheEntry:
         return None
 
     def read_parts(self) -> dict[tuple[int, int], Scores]:
+        """Scores of the finished chunks, by first row and end."""
         found, end = {}, 0
         for start, stop in [
             (int(file[2]), int(file[3])) for file in entries(self.folder).get(self.key, []) if file[2]
@@ -184,6 +188,7 @@ class _CacheEntry:
         return found
 
     def write(self, rows: range, values: Scores) -> None:
+        """Store the scores of these rows."""
         header = {
             "key": self.key,
             "rows": [rows.start, rows.stop, self.num_rows],
@@ -200,6 +205,7 @@ class _CacheEntry:
         write_whole(self.path(rows), buffer.getvalue().to_pybytes(), temporary)
 
     def finish(self, values: Scores) -> None:
+        """Store the scores of all rows, and remove the chunks."""
         self.write(range(self.num_rows), values)
         for file in entries(self.folder)[self.key]:
             if file.string != f"{self.key}.parquet":
