@@ -60,9 +60,10 @@ class DPOShiftConfig(DPOConfig):
             Whether to allow lambda above 1. Above 1, rejected answers are pushed down harder than in DPO; the paper
             reports unreadable text at 1.05.
         shared_prompt (`str` or `bool`, *optional*, defaults to `"auto"`):
-            Whether to read the tokens that both answers of a pair share once, without padding. `"auto"` does so if it
-            is supported, and logs the reason otherwise. `True` raises an error where it is not supported. `False`
-            reads both rows padded, as DPOTrainer does; with lambda = 1, training then equals DPOTrainer bit for bit.
+            Whether to read the tokens that both answers of a pair share once, without padding. `"auto"` does so if
+            that is supported and exact, and logs the reason otherwise. `True` raises an error where it is not
+            supported. `False` reads both rows padded, as DPOTrainer does; with lambda = 1, training then equals
+            DPOTrainer bit for bit.
         precompute_ref_log_probs (`str` or `bool`, *optional*, defaults to `"auto"`):
             Whether to score the reference once, before training, and to keep the scores on disk for every run with the
             same reference, rows, lengths and precision. `"auto"` does so if the reference is frozen and has no
@@ -132,9 +133,9 @@ class DPOShiftConfig(DPOConfig):
         default="auto",
         metadata={
             "help": "Whether to read the tokens that both answers of a pair share once, without padding. `'auto'` "
-            "does so if it is supported, and logs the reason otherwise. `True` raises an error where it is "
-            "not supported. `False` reads both rows padded, as DPOTrainer does; with lambda = 1, training "
-            "then equals DPOTrainer bit for bit.",
+            "does so if that is supported and exact, and logs the reason otherwise. `True` raises an error where it "
+            "is not supported. `False` reads both rows padded, as DPOTrainer does; with lambda = 1, training then "
+            "equals DPOTrainer bit for bit.",
         },
     )
     precompute_ref_log_probs: AutoSpec = field(
