@@ -1,14 +1,21 @@
 """Batches by tokens: budget, order, several processes, and training."""
 
+import json
+import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import make_rows
 from datasets import Dataset
+from ddp_token_budget import train
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from trl import DPOConfig, DPOTrainer
 
 from dposhift_trl import DPOShiftConfig, DPOShiftTrainer
@@ -130,6 +137,33 @@ def test_a_step_with_a_budget_is_the_mean_over_its_pairs(tiny_model, settings):
         assert split.state.log_history[0][name] == pytest.approx(whole.state.log_history[0][name], rel=1e-5), name
     for left, right in zip(whole.model.parameters(), split.model.parameters(), strict=True):
         assert torch.allclose(left, right, rtol=1e-4, atol=1e-6)
+
+
+def test_a_step_of_two_processes_on_a_budget_is_the_mean_over_its_pairs_too(tiny_model, tmp_path):
+    script = Path(__file__).with_name("ddp_token_budget.py")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    arguments = [tiny_model, str(tmp_path / "two")]
+    done = subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    sizes, two = json.loads(done.stdout.splitlines()[-1])
+    assert (len(sizes), sum(sizes)) == (3, 11)
+    assert len(set(sizes)) > 1
+    _, one = train(tiny_model, str(tmp_path / "one"), per_device_train_batch_size=22)
+    assert len(two) == len(one) == 3
+    for left, right in zip(two, one, strict=True):
+        for name in ("loss", "grad_norm", "rewards/margins", "logps/chosen"):
+            assert left[name] == pytest.approx(right[name], rel=1e-4, abs=1e-6), name
+    left, right = (load_file(tmp_path / run / "model.safetensors") for run in ("two", "one"))
+    assert all(torch.allclose(left[name], right[name], rtol=1e-4, atol=1e-6) for name in right)
+
+
+def test_the_loss_of_an_evaluation_is_not_scaled_by_the_batches_of_training(tiny_model, settings):
+    trainer = make_trainer(tiny_model, settings, max_tokens_per_batch=100, shift_lambda=1.0)
+    trainer.train()
+    assert trainer._pairs_per_batch not in (None, 4)
+    metrics = trainer.evaluate(make_rows(8, seed=1))
+    assert metrics["eval_loss"] == pytest.approx(metrics["eval_dpo_loss"], rel=1e-5)
 
 
 @pytest.mark.parametrize(
