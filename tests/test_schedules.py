@@ -1,10 +1,12 @@
 """Lambda as a function of progress, against values worked out by hand."""
 
+import doctest
 from types import SimpleNamespace
 
 import pytest
 from reference import shift_schedule
 
+from dposhift_trl import schedules
 from dposhift_trl.schedules import (
     LAMBDA_DEFAULTS,
     LAMBDA_SCHEDULE_ALIASES,
@@ -190,6 +192,10 @@ def test_a_plan_is_described_and_reduced_to_the_fields_with_an_effect(settings, 
         assert all(plan.at(step / 7) == original(step / 7) for step in range(8))
 
 
-def test_a_plan_that_nothing_is_known_of_says_so():
+def test_the_examples_are_right():
+    assert doctest.testmod(schedules) == (0, 3)
+
+
+def test_a_plan_without_settings_is_unknown():
     assert LambdaPlan().text == "unknown"
     assert LambdaPlan(adaptive=True, schedule="adaptive").at(0.5) is None
