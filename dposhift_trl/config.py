@@ -59,9 +59,9 @@ class DPOShiftConfig(DPOConfig):
             Whether lambda may exceed 1. Above 1 the rejected answers are pushed down harder than in DPO; the paper
             reports unreadable text at 1.05.
         shared_prompt (`str` or `bool`, *optional*, defaults to `"auto"`):
-            Whether tokens that both answers of a pair share are read once and no padding is read: `"auto"` on CPUs
-            where that is exact, with the reason logged where it is off; `True` to have an error there; `False` to read
-            both rows padded, as stock DPO does, to which it is then equal bit for bit at lambda = 1.
+            Whether tokens that both answers of a pair share are read once and no padding is read: `"auto"` where that
+            is exact, with the reason logged where it is off; `True` to have an error there; `False` to read both rows
+            padded, as stock DPO does, to which it is then equal bit for bit at lambda = 1.
         precompute_ref_log_probs (`str` or `bool`, *optional*, defaults to `"auto"`):
             Whether to score the reference once, before training, and keep the scores on disk for every run with the
             same reference, rows, lengths and precision: `"auto"` where the reference is frozen and without dropout,
@@ -128,8 +128,8 @@ class DPOShiftConfig(DPOConfig):
         default="auto",
         metadata={
             "help": "Whether tokens that both answers of a pair share are read once and no padding is read: `'auto'` "
-            "on CPUs where that is exact, with the reason logged where it is off; `True` to have an error there; "
-            "`False` to read both rows padded, as stock DPO does, to which it is then equal bit for bit at lambda = 1."
+            "where that is exact, with the reason logged where it is off; `True` to have an error there; `False` to "
+            "read both rows padded, as stock DPO does, to which it is then equal bit for bit at lambda = 1."
         },
     )
     precompute_ref_log_probs: AutoSpec = field(

@@ -10,6 +10,7 @@ from pairs import BATCH, CASES, FAMILIES, Float64Throughout, assert_alike, colla
 from torch import nn
 from torch._dynamo import config as dynamo_config
 from torch.nn.attention import flex_attention
+from torch.utils._python_dispatch import TorchDispatchMode
 from varlen import varlen_attn, varlen_attn_of_torch_2_10, varlen_attn_of_torch_2_11
 
 from dposhift_trl.scoring import PairLayout, enable_shared_prompt, shared_prompt_scores
@@ -210,3 +211,38 @@ def test_flex_attention_is_compiled_for_every_length_and_window(trains, compiled
             assert_alike({"log_probs": ours}, {"log_probs": theirs}, 1e-5)
             if grad:
                 assert_alike(gradients(model, ours), gradients(separate, theirs), 1e-4)
+
+
+class Waits(TorchDispatchMode):
+    """Counts operations for whose result the host would wait for a GPU, and the largest result that is no view."""
+
+    def __init__(self):
+        super().__init__()
+        self.count, self.largest = 0, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function._schema.name
+        by_mask = name == "aten::index" and any(x is not None and x.dtype == torch.bool for x in args[1])
+        self.count += by_mask or name in {"aten::_local_scalar_dense", "aten::nonzero"}
+        result = function(*args, **(kwargs or {}))
+        given = {x.untyped_storage().data_ptr() for x in args if isinstance(x, torch.Tensor)}
+        if isinstance(result, torch.Tensor) and result.untyped_storage().data_ptr() not in given:
+            self.largest = max(self.largest, result.numel())
+        return result
+
+
+def test_scores_on_a_gpu_wait_for_nothing_and_make_nothing_dense(kernels, monkeypatch):
+    def attends_to_itself(query, key, value, *args, window_size, enable_gqa):
+        return query * 1
+
+    monkeypatch.setitem(HEADS, "cpu", chunked_scores)
+    kernels(VarlenAttention(attends_to_itself, ANY_DTYPE), BranchAttention())
+    model = make_model("llama", vocab_size=20_000)
+    enable_shared_prompt(model)
+    layout = PairLayout.from_batch(collate(*[([3] * 1200, [4, 5, 2], [6, 7, 2])] * 2))
+    shared_prompt_scores(model, layout)  # which learns what TRL's head returns
+    with Waits() as waits:
+        shared_prompt_scores(model, layout)
+    assert waits.count == 0
+    assert waits.largest < len(layout) ** 2 / 4  # no mask of all tokens by all
+    assert waits.largest < len(layout) * 20_000 / 100  # no logits but those of scored rows

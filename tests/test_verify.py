@@ -117,6 +117,15 @@ def test_a_wrong_kernel_is_left_out_with_its_reason(name, wrong, precision, by_s
     assert set(hooks_of(model).attended) == {"one call a branch"}  # in the steps that follow, too
 
 
+def test_a_model_enabled_like_another_does_without_the_same_kernels(by_segments):
+    by_segments(not_finite)
+    first, second = make_model("llama"), make_model("llama")
+    enable_shared_prompt(first)
+    verify_shared_prompt(first)
+    enable_shared_prompt(second, like=first)
+    assert shared_prompt_scores(second, PairLayout.from_batch(CASES["several pairs"])).log_probs.isfinite().all()
+
+
 def test_only_the_tolerance_keeps_a_wrong_kernel_out(by_segments, monkeypatch):
     by_segments(causal_from_the_top_left)
     model = make_model("llama")

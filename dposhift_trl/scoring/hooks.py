@@ -114,7 +114,7 @@ class SharedPromptHooks:
         return FusedCausalLMOutput(**{name: values[None] for name, values in scores.items()})
 
 
-def enable_shared_prompt(model: nn.Module) -> None:
+def enable_shared_prompt(model: nn.Module, like: nn.Module | None = None) -> None:
     """
     Let a model be scored by [`shared_prompt_scores`]; everything else about it stays bitwise as it was.
 
@@ -125,6 +125,8 @@ def enable_shared_prompt(model: nn.Module) -> None:
         model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
             Causal language model given TRL's fused head by [`~trl.trainer.utils.add_fused_lm_head`], before it is
             wrapped for distributed training.
+        like ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`], *optional*):
+            Model of the same architecture, enabled and checked: kernels ruled out for it are ruled out here too.
 
     Raises:
         ValueError: If [`shared_prompt_obstacle`] names an obstacle.
@@ -140,6 +142,8 @@ def enable_shared_prompt(model: nn.Module) -> None:
     base = causal_lm.config._attn_implementation.removeprefix(PREFIX)
     causal_lm.set_attn_implementation(NAMES[base])
     hooks, layers = SharedPromptHooks(), decoder_layers(causal_lm)
+    if like is not None:
+        hooks.refused |= hooks_of(like).refused
     for layer in layers:
         for attention in attentions(layer):
             attention.shared_prompt_hooks = hooks

@@ -214,7 +214,7 @@ class DPOShiftTrainer(DPOTrainer):
     def _prepare_loaded(self, reference: Any) -> None:
         add_fused_lm_head(reference)
         if self.shares_prompts:
-            enable_shared_prompt(reference)
+            enable_shared_prompt(reference, like=self.accelerator.unwrap_model(self.model))
 
     @property
     def _is_sharded(self) -> bool:
