@@ -104,7 +104,7 @@ def read_mapping(path: Path) -> dict[str, Any]:
     Read a mapping from a JSON file (`.json`) or a YAML file (any other suffix).
 
     Raises:
-        ArtifactError: If the file cannot be read, is empty, is not valid, or does not hold a mapping.
+        ArtifactError: If the file cannot be read, is empty, is not valid, or does not contain a mapping.
     """
     text = read_text(path)
     if not text.strip():
@@ -115,5 +115,5 @@ def read_mapping(path: Path) -> dict[str, Any]:
     except Exception as error:  # the YAML library converts some values unchecked
         raise ArtifactError(path, f"is not valid {language}: {str(error) or type(error).__name__}") from None
     if not isinstance(content, dict):
-        raise ArtifactError(path, f"must hold a mapping, got {type(content).__name__}")
+        raise ArtifactError(path, f"must contain a mapping, got {type(content).__name__}")
     return content

@@ -1,5 +1,6 @@
 """Answers of a run's models: independent of the batch, seeded, and in the formats of the judges."""
 
+import doctest
 import hashlib
 import json
 import os
@@ -19,7 +20,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 
 from dposhift_trl import DPOShiftConfig, DPOShiftTrainer
 from dposhift_trl.data.sources import PLAIN_CHAT_TEMPLATE
-from dposhift_trl.generate import GenerateError, GenerationSettings, answer_statistics, generate_answers
+from dposhift_trl.generate import (
+    GenerateError,
+    GenerationSettings,
+    answer_statistics,
+    generate_answers,
+    statistics,
+)
 from dposhift_trl.generate.__main__ import main
 from dposhift_trl.generate.questions import Question, load_questions, prompt_tokens
 from dposhift_trl.generate.sampling import SeededSampling, answer_questions
@@ -127,6 +134,10 @@ def test_statistics_agree_with_a_calculation_by_hand():
     }
 
 
+def test_the_examples_of_the_statistics_are_right():
+    assert doctest.testmod(statistics) == (0, 2)
+
+
 def test_statistics_of_nothing_are_null_and_an_answer_without_text_is_empty_by_its_tokens():
     nothing = answer_statistics([])
     assert nothing.pop("count") == 0
@@ -191,7 +202,7 @@ def test_sampling_draws_from_the_softmax_and_each_seed_has_its_own_stream():
     assert torch.equal(draws[:7], SeededSampling(seeds[:7])(None, logits.expand(7, 4)).argmax(dim=1))
 
 
-def test_top_p_keeps_the_likeliest_tokens_and_a_small_temperature_comes_to_the_greedy_answers(made):
+def test_a_small_top_p_or_temperature_gives_the_greedy_answers(made):
     model, tokenizer = load(made / "dpo")
     questions = ragged_questions(4)
     settings = {
@@ -434,9 +445,9 @@ def test_a_folder_without_a_finished_run_is_refused_in_one_line(run, tmp_path, r
     ("content", "says"),
     [
         (b"[1, 2", "is not valid YAML"),
-        (b"- 1", "must hold a mapping, got list"),
+        (b"- 1", "must contain a mapping, got list"),
         (b"", "is empty"),
-        (b" \n# comment\n", "must hold a mapping, got NoneType"),
+        (b" \n# comment\n", "must contain a mapping, got NoneType"),
         (b"\0\1", "is not valid YAML"),
         (b"\xff\xfe", "is not UTF-8 text"),
         (None, "must be a file, got a directory"),

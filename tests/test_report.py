@@ -264,7 +264,7 @@ def test_the_page_is_accessible(which, request):
     assert all(region["tabindex"] == "0" and region["aria-label"] for region in scrolled)
 
 
-def test_generated_answers_have_a_table_a_sentence_and_the_examples_that_differ_most(one):
+def test_generated_answers_have_a_table_a_verdict_and_the_examples_that_differ_most(one):
     text = Page(one).text
     assert "sft greedy 9 12.3 11.5 0% 25% 0.050 0.400 –" in text
     assert "chosen in the data 9 12.3" in text
@@ -284,7 +284,7 @@ def test_a_run_without_answers_names_the_command_that_writes_them(tmp_path, undr
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff{", b"[]", b"{}", b"[" * 99_999, b'{"models": ["a"], "modes": ["b"]}'])
-def test_broken_figures_of_answers_are_noted_and_the_rest_is_shown(content, tmp_path, undrawn):
+def test_broken_statistics_of_answers_are_noted_and_the_rest_is_shown(content, tmp_path, undrawn):
     folder = add_answers(make_run(tmp_path / "run", pairs=3), ANSWERS)
     (folder / "generations" / "statistics.json").write_bytes(content)
     text = Page(write_report([folder], tmp_path / "out")).text
@@ -364,7 +364,7 @@ def test_an_adaptive_run_is_named_by_its_bounds_and_target_and_is_not_dpo(recipe
     assert "this is DPO" not in run.verdict
 
 
-def test_an_adaptive_run_of_another_target_says_so_and_draws_it(tmp_path, monkeypatch):
+def test_the_target_of_an_adaptive_run_is_named_and_drawn(tmp_path, monkeypatch):
     drawn = {}
     draw = figures.draw
     monkeypatch.setattr(figures, "draw", lambda name, *rest: drawn.setdefault(name, draw(name, *rest)))
@@ -376,7 +376,7 @@ def test_an_adaptive_run_of_another_target_says_so_and_draws_it(tmp_path, monkey
     assert read_run(share).lambda_text == "λ adaptive 0.25 to 1, target share 0.5"
 
 
-def test_knots_that_lead_away_and_back_are_named_with_what_lies_between(tmp_path):
+def test_knots_that_return_to_their_start_are_named_with_the_value_between(tmp_path):
     run = read_run(as_adaptive(make_run(tmp_path / "run", pairs=5), lambda_schedule=[[0, 1], [0.5, 0.6], [1, 1]]))
     assert run.plan.adaptive  # the controller's state is what ran
     path = run.folder / "dpo" / "trainer_state.json"
@@ -396,7 +396,7 @@ def test_knots_that_lead_away_and_back_are_named_with_what_lies_between(tmp_path
         "dpo: {lambda_schedule: [[0]]}", "dpo: {shift_lambda: [1]}", "dpo:",
     ],
 )  # fmt: skip
-def test_a_recipe_of_another_shape_leaves_lambda_to_the_log(recipe, tmp_path):
+def test_without_a_valid_recipe_lambda_is_read_from_the_log(recipe, tmp_path):
     folder = make_run(tmp_path / "run", 0.8, pairs=3)
     (folder / "recipe.yaml").write_text(recipe)
     assert read_run(folder).lambda_text == "λ 0.8"
@@ -444,9 +444,9 @@ def test_every_text_color_has_a_contrast_of_4_5_on_page_and_card(dark, one):
             assert (light + 0.05) / (dim + 0.05) >= 4.5, (name, background)
 
 
-def test_no_color_of_a_drawing_is_left_fixed_on_the_page(one):
+def test_every_color_of_a_drawing_is_a_variable_on_the_page(one):
     body = one.read_text(encoding="utf-8").split("</style>")[1]
-    assert set(re.findall(r"#[0-9a-f]{6}\b", body)) <= set()
+    assert re.findall(r"#[0-9a-f]{6}\b", body) == []
 
 
 def test_several_runs_are_compared_with_a_recommendation_and_its_rule(several):
@@ -488,7 +488,7 @@ def test_without_a_run_at_lambda_1_there_is_no_recommendation(tmp_path, undrawn)
         ),
     ],
 )
-def test_what_is_missing_is_said_and_the_rest_is_shown(tmp_path, gone, says, undrawn):
+def test_a_missing_file_is_noted_and_the_rest_is_shown(tmp_path, gone, says, undrawn):
     folder = make_run(tmp_path / "run", pairs=3, steps=(0, 20))
     for name in gone:
         shutil.rmtree(folder / name) if (folder / name).is_dir() else (folder / name).unlink()
@@ -525,7 +525,7 @@ def test_a_broken_file_is_noted_and_the_rest_is_shown(tmp_path, name, content, u
     ("content", "reason"),
     [
         (b"", "recipe.yaml is empty"),
-        (b"- a", "recipe.yaml must hold a mapping, got list"),
+        (b"- a", "recipe.yaml must contain a mapping, got list"),
         (b"\xff", "recipe.yaml is not UTF-8 text"),
         (b"\0", "recipe.yaml is not valid YAML: unacceptable character"),
         (None, "recipe.yaml must be a file, got a directory"),
@@ -546,13 +546,13 @@ def test_the_note_of_a_broken_recipe_says_what_is_wrong(tmp_path, content, reaso
     "audit",
     [{"train": None}, {"train": {"findings": {"empty": 3}}}, {"train": {"rows": None, "kept": None, "findings": {}}}],
 )
-def test_an_audit_of_another_shape_does_not_stop_it(tmp_path, audit, undrawn):
+def test_an_audit_with_other_content_raises_no_error(tmp_path, audit, undrawn):
     folder = make_run(tmp_path / "run", pairs=3, steps=(0, 20))
     (folder / "audit.json").write_text(json.dumps(audit))
     assert main([str(folder)]) == 0
 
 
-def test_numbers_that_are_none_leave_gaps_and_a_note(tmp_path, undrawn):
+def test_scores_that_are_not_numbers_are_left_out_and_noted(tmp_path, undrawn):
     folder = make_run(tmp_path / "run", pairs=6, steps=(0, 20))
     path = folder / "dpo" / "pairs" / "eval-000020.parquet"
     table = pq.read_table(path).to_pydict()
@@ -616,7 +616,7 @@ def test_the_same_run_gives_the_same_files(tmp_path):
     assert sums[0] == sums[1]
 
 
-def test_our_own_report_is_written_anew_and_others_are_left_alone(tmp_path, capsys, undrawn):
+def test_an_earlier_report_is_replaced_and_other_files_are_kept(tmp_path, capsys, undrawn):
     folder = make_run(tmp_path / "run", pairs=3, steps=(0, 20))
     assert main([str(folder)]) == main([str(folder)]) == 0
     foreign = tmp_path / "foreign"
@@ -634,7 +634,7 @@ def test_our_own_report_is_written_anew_and_others_are_left_alone(tmp_path, caps
     assert "is a file" in capsys.readouterr().err
 
 
-def test_a_folder_that_holds_no_run_is_a_mistake_in_one_line(tmp_path, capsys):
+def test_a_folder_without_a_run_is_refused_in_one_line(tmp_path, capsys):
     assert main([str(tmp_path / "none")]) == 2
     assert "is not a folder" in capsys.readouterr().err
     assert main([str(tmp_path)]) == 2
@@ -658,7 +658,7 @@ def test_the_pareto_front_is_what_no_other_run_beats():
     assert pareto_front(points) == [False, True, True, False, True, False, True]
 
 
-def test_labels_are_pushed_apart_and_stay_on_the_figure():
+def test_labels_are_moved_apart_and_stay_on_the_figure():
     assert spread([0.2, 0.8], 0.1) == [0.2, 0.8]
     assert spread([0.5, 0.5, 0.5], 0.1) == pytest.approx([0.5, 0.6, 0.7])
     assert spread([0.95, 0.99], 0.1) == pytest.approx([0.9, 1.0])

@@ -292,7 +292,7 @@ def test_a_dry_run_prints_the_points_and_writes_nothing(recipe, tmp_path, here):
     assert not (tmp_path / "sweep").exists()
 
 
-def test_a_dry_run_describes_every_kind_of_schedule(recipe, here):
+def test_a_dry_run_describes_every_type_of_schedule(recipe, here):
     done = here(recipe, "dpo.lambda_schedule=fixed,adaptive,[[0, 1.0], [0.5, 0.6], [1, 1.0]]", "--dry-run")
     assert [line.split(": ", 1)[1] for line in done.out.splitlines()[1:]] == [
         "lambda 0.75, 0.75, 0.75 (start, middle, end), steps: 3",
@@ -336,7 +336,7 @@ def test_stage_1_runs_once_then_every_point_and_again_nothing(recipe, tmp_path, 
     assert again.out.count("finished before, skipped") == 3
 
 
-def test_every_kind_of_schedule_has_its_line_in_the_table(recipe, here, stand_in, compared):
+def test_every_type_of_schedule_is_in_the_table(recipe, here, stand_in, compared):
     done = here(recipe, "sft=null", "dpo.lambda_schedule=fixed,adaptive,[[0, 1.0], [0.5, 0.6], [1, 1.0]]")
     table = done.out[done.out.index("point ") :].splitlines()
     lambdas = dict(re.split(r"  +", line)[:2] for line in table[1:4])
@@ -543,7 +543,7 @@ def test_every_trial_of_the_wandb_sweep_is_one_point_of_one_sweep_folder(monkeyp
         assert [point.name for point in planned.points] == [f"fixed-{shift_lambda}_beta-{fixed['dpo.beta']}"]
 
 
-def test_two_agents_at_once_share_one_stage_1_which_is_no_trial(recipe, tmp_path, stand_in):
+def test_two_agents_share_one_stage_1_which_is_not_a_trial(recipe, tmp_path, stand_in):
     def agent(run_id, shift_lambda):
         words = trial(run_id, **{"dpo.shift_lambda": shift_lambda})
         words[3:5] = [str(recipe)]

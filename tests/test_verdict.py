@@ -81,7 +81,7 @@ def test_the_advice_depends_on_lambda(start, end, says):
 
 
 @pytest.mark.parametrize("shift_lambda", [1.0, 0.95, 0.5])
-def test_a_slight_fall_or_a_rise_asks_for_nothing(shift_lambda):
+def test_a_slight_fall_or_a_rise_needs_no_change(shift_lambda):
     slight = verdict(at(shift_lambda), metrics(chosen=-1.0, growth=1.02, shift_lambda=shift_lambda))
     risen = verdict(at(shift_lambda), metrics(chosen=4.0, growth=0.8, shift_lambda=shift_lambda))
     assert "no reason to change lambda" in slight

@@ -65,7 +65,7 @@ class Stage:
         return sorted(points), [points[step] for step in sorted(points)]
 
     def evaluation_series(self, name: str) -> tuple[list[float], list[float]]:
-        """Steps and values of a metric of the evaluations. Accuracy is left out where every pair is a tie."""
+        """Steps and values of a metric of the evaluations. Accuracy is left out if every pair is a tie."""
         steps, values = self.series(self.prefix + name)
         if name.startswith("rewards/accuracies"):
             # Before the first step the policy is the reference, so no pair prefers either answer

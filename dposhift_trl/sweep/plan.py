@@ -215,8 +215,7 @@ def _point_recipe(recipe: Recipe, dpo: DPOShiftConfig, base: SweepRun | None) ->
     """
     The recipe of a point: stage 2 alone, starting from stage 1.
 
-    Of the settings of lambda it has only those with an effect, so that the folder of a point fits every sweep that
-    contains it.
+    It has only the lambda settings with an effect, so its folder fits every sweep that contains the point.
     """
     values = {key: value for key, value in recipe.resolved.items() if key != "sft"}
     others = {key: value for key, value in values["dpo"].items() if key not in LAMBDA_FIELDS}

@@ -46,7 +46,7 @@ def _row(folder: Path) -> tuple[float, list[str]]:
     finished, recipe = read_mapping(folder / "dpo" / FINISHED), read_mapping(folder / RECIPE)
     metrics = finished.get("metrics")
     if not isinstance(metrics, dict):
-        raise ArtifactError(folder / "dpo" / FINISHED, f"must hold a mapping `metrics`, got {metrics!r}")
+        raise ArtifactError(folder / "dpo" / FINISHED, f"must contain a mapping `metrics`, got {metrics!r}")
     try:
         plan = LambdaPlan.of(recipe.get("dpo", {}))
     except (TypeError, ValueError) as error:
