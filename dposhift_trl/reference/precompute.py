@@ -18,7 +18,7 @@ def precomputes_reference(args: DPOShiftConfig, train_dataset: Any, eval_dataset
 
     If `args.precompute_ref_log_probs` is `None`, the rows are scored if the scores stay valid and save time: the
     datasets are map-style, the reference is frozen and has no dropout, the run sees each row at least once, and
-    `shared_prompt=False` does not ask for the arithmetic of [`~trl.DPOTrainer`].
+    `shared_prompt` is not `False`, which selects the arithmetic of [`~trl.DPOTrainer`].
 
     Args:
         args ([`DPOShiftConfig`]):
