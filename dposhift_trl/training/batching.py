@@ -11,6 +11,7 @@ from accelerate.data_loader import prepare_data_loader
 from datasets import Dataset
 from torch.utils.data import DataLoader, Sampler
 
+from ..columns import TOKEN_COLUMNS
 from ..config import DPOShiftConfig
 from .checks import check_rows_left
 
@@ -35,9 +36,7 @@ def pair_lengths(dataset: Dataset, max_length: int | None, truncation_mode: str,
     """
     kept = slice(None, max_length) if truncation_mode == "keep_start" else slice(-(max_length or 0), None)
     lengths = []
-    for prompt, chosen, rejected in zip(
-        dataset["prompt_ids"], dataset["chosen_ids"], dataset["rejected_ids"], strict=True
-    ):
+    for prompt, chosen, rejected in zip(*(dataset[column] for column in TOKEN_COLUMNS), strict=True):
         rows = [np.asarray([*prompt, *answer][kept]) for answer in (chosen, rejected)]
         shorter, longer = sorted(map(len, rows))
         if shared:
