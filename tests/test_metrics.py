@@ -1,3 +1,4 @@
+import dataclasses
 import math
 
 import numpy as np
@@ -45,12 +46,17 @@ def test_every_metric_is_the_mean_over_pairs_worked_out_by_hand():
     assert metrics == pytest.approx(expected, rel=1e-12)
 
 
-def test_metrics_do_not_depend_on_how_pairs_were_batched():
-    generator = torch.Generator().manual_seed(0)
-    whole = PairScores(*(-50 * torch.rand(9, generator=generator) for _ in range(9)))
-    matrix = whole.as_matrix()
-    means = [pair_metrics(PairScores.from_matrices(list(matrix.split(size))), 0.1) for size in (9, 4, 8, 1)]
-    assert means[0] == means[1] == means[2] == means[3]
+def test_a_matrix_keeps_every_field_exactly_and_in_its_column():
+    """Lambda and large row numbers too, though policies score in float32."""
+    pairs = PairScores(*(torch.tensor([-10.25 * field, 0.1 * field]) for field in range(9)))
+    pairs.shift_lambda = torch.tensor([0.95, 0.9], dtype=torch.float64)
+    pairs.row_index = torch.tensor([2**24 + 1, 7])
+    matrix = pairs.as_matrix()
+    assert matrix.shape == (2, 9)
+    rows = PairScores.from_matrices([matrix[1:], matrix[:1]])
+    for field in dataclasses.fields(pairs):
+        assert getattr(rows, field.name).tolist() == getattr(pairs, field.name).flip(0).tolist(), field.name
+    assert not PairScores(*[torch.ones(1, requires_grad=True)] * 9).as_matrix().requires_grad
 
 
 def test_a_tie_counts_as_not_preferred():
