@@ -92,9 +92,8 @@ class ShiftedModel:
             ref_rejected_logps=ref_rejected_logps,
             chosen_tokens=chosen_tokens,
             rejected_tokens=rejected_tokens,
-            shift_lambda=torch.as_tensor(
-                shift_lambda, dtype=widest_float(chosen_logps.device), device=chosen_logps.device
-            ).expand_as(chosen_logps),
+            # Filled on the device, where a copy from the host would wait
+            shift_lambda=torch.full_like(chosen_tokens, shift_lambda, dtype=widest_float(chosen_logps.device)),
             batch_loss=unknown,
             row_index=unknown,
         )
