@@ -476,7 +476,7 @@ def test_a_callback_of_the_users_own_moves_lambda(tiny_model, settings):
 
 def test_a_callback_of_the_users_own_is_refused_where_lambda_has_no_meaning(tiny_model, settings):
     args = DPOShiftConfig(**{**settings, "shift_lambda": 1.0, "loss_type": ["apo_zero"]})
-    with pytest.raises(ValueError, match="`loss_type` must be built on the difference"):
+    with pytest.raises(ValueError, match="`loss_type` must be based on the difference"):
         DPOShiftTrainer(
             tiny_model, args=args, train_dataset=ROWS, callbacks=[LambdaScheduleCallback(lambda progress: 0.9)]
         )
@@ -508,6 +508,25 @@ def test_evaluation_metrics_do_not_depend_on_the_batch_size(tiny_model, settings
     assert seen[0]["eval_rewards/accuracies"] * 9 == pytest.approx(round(seen[0]["eval_rewards/accuracies"] * 9))
     assert seen[1] == pytest.approx(seen[0], rel=1e-5, abs=1e-6)
     assert seen[2] == pytest.approx(seen[0], rel=1e-5, abs=1e-6)
+
+
+def test_each_of_several_evaluation_sets_has_its_own_loss_though_workers_persist(tiny_model, settings):
+    sets = {"first": EVAL_ROWS, "second": make_rows(7, seed=2)}
+
+    def losses(trainer_class, config_class, **changes):
+        args = config_class(**{**settings, "eval_strategy": "steps", "eval_steps": 2, **changes})
+        trainer = trainer_class(tiny_model, args=args, train_dataset=ROWS, eval_dataset=sets)
+        trainer.train()
+        return [{k: v for k, v in e.items() if k.endswith("_loss") and k.count("_") == 2} for e in logs(trainer)]
+
+    workers = {"dataloader_num_workers": 1, "dataloader_persistent_workers": True}
+    exact = {"shift_lambda": 1.0, "shared_prompt": False}
+    persistent = losses(DPOShiftTrainer, DPOShiftConfig, **exact, **workers)
+    assert persistent == losses(DPOShiftTrainer, DPOShiftConfig, **exact)
+    assert persistent == losses(DPOTrainer, DPOConfig, **workers)
+    found = {name: value for entry in persistent for name, value in entry.items()}
+    assert found.keys() == {"eval_first_loss", "eval_second_loss"}
+    assert found["eval_first_loss"] != pytest.approx(found["eval_second_loss"], rel=1e-4)
 
 
 def test_train_metrics_weigh_each_pair_once_over_an_uneven_accumulation_window(tiny_model, settings):
@@ -591,6 +610,31 @@ def test_two_processes_evaluate_a_stream_as_one_does(tiny_model, tmp_path):
     pairs = [pq.read_table(tmp_path / run / "pairs" / "eval-000002.parquet").to_pydict() for run in ("one", "two")]
     assert pairs[0]["row_index"] == pairs[1]["row_index"] == list(range(16))
     assert pairs[1]["chosen_logps"] == pytest.approx(pairs[0]["chosen_logps"], rel=1e-5)
+
+
+def test_chosen_sft_with_a_formatting_function_is_sft_trainer(tiny_model, settings):
+    def implicit(rows):
+        answers = ("chosen", "rejected")
+        return Dataset.from_list([{answer: row["prompt"] + row[answer] for answer in answers} for row in rows])
+
+    def both(row):
+        return f"{row['rejected']} {row['chosen']}"
+
+    found = []
+    for trainer_class in (SFTTrainer, ChosenSFTTrainer):
+        trainer = trainer_class(
+            tiny_model,
+            SFTConfig(**settings),
+            train_dataset=implicit(ROWS),
+            eval_dataset=implicit(EVAL_ROWS),
+            formatting_func=both,
+        )
+        trainer.train()
+        losses = [entry["loss"] for entry in logs(trainer) if "loss" in entry]
+        found.append((losses, trainer.evaluate()["eval_loss"], weights(trainer)))
+    assert len(found[0][0]) == 4
+    assert found[0][:2] == found[1][:2]
+    assert same(found[0][2], found[1][2])
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["table", "stream"])

@@ -609,7 +609,7 @@ def test_the_fault_shows_where_a_callback_of_the_users_own_moves_lambda(folder, 
 
 def test_a_trl_without_the_fused_head_is_stopped_by_name(folder, settings, monkeypatch):
     monkeypatch.setattr(DPOTrainer, "_compute_loss", has_no_fused_head)
-    assert_stopped(make(DPOShiftTrainer, folder, settings), "")
+    assert_stopped(make(DPOShiftTrainer, folder, settings), "its loss does not score the answers by a fused head")
 
 
 # --- and leaves a TRL that fits alone --------------------------------------------------------------------------------

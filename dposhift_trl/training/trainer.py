@@ -40,6 +40,7 @@ from .callbacks import (
     TokenCountCallback,
     check_schedules,
     configured_schedule,
+    is_schedule,
 )
 from .checks import TrainingStopped, check_rows_left, check_starts_at_reference, stop_on_non_finite
 from .collator import PairCollator
@@ -248,12 +249,11 @@ class DPOShiftTrainer(DPOTrainer):
 
     def add_callback(self, callback: Any) -> None:
         """A [`LambdaScheduleCallback`] replaces the one made from the config, since lambda has one writer."""
-        if self._schedule_is_configured and isinstance(callback, LambdaScheduleCallback):
-            check_schedules(self.args, [callback])
-            self.remove_callback(self.lambda_callback)
+        if is_schedule(callback):
+            check_schedules(self.args, [*([] if self._schedule_is_configured else self._schedules), callback])
+            for configured in self._schedules:
+                self.remove_callback(configured)
             self._schedule_is_configured = False
-        elif isinstance(callback, LambdaScheduleCallback):
-            check_schedules(self.args, [*self._schedules, callback])
         super().add_callback(callback)
 
     def compute_loss(
