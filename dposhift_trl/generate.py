@@ -65,7 +65,7 @@ from transformers.utils import logging
 from trl import get_quantization_config, maybe_extract_prompt
 
 from .artifacts import EVAL_ROWS, FINISHED, GENERATIONS, PAGE, RECIPE, REPORT, SIDE_BY_SIDE, STATISTICS, write_whole
-from .data.sources import one_line
+from .data.errors import one_line
 from .recipe import STAGES, RecipeModelConfig, parse_yaml
 
 

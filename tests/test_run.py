@@ -201,7 +201,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(recipe, tmp_path):
     process.send_signal(signal.SIGTERM)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGTERM
-    assert "SIGTERM, saved at step" in stderr
+    assert "stopped by SIGTERM, saved at step" in stderr
     assert "Traceback" not in stderr
     resumed = succeed(recipe, "sft=null", *options)
     assert "going on from" in resumed.stdout
@@ -213,8 +213,8 @@ def test_sigterm_saves_and_the_same_command_goes_on(recipe, tmp_path):
 
 def test_sigterm_while_the_audit_reads_a_row_is_no_mistake_of_the_data(recipe, tmp_path):
     script = (
-        "import signal, sys; from dposhift_trl import run; from dposhift_trl.data import sources as data; "
-        "data.is_conversational = lambda row: signal.raise_signal(signal.SIGTERM); "
+        "import signal, sys; from dposhift_trl import run; from dposhift_trl.data import tokens; "
+        "tokens.is_conversational = lambda row: signal.raise_signal(signal.SIGTERM); "
         "sys.exit(run.main(sys.argv[1:]))"
     )
     done = subprocess.run(
@@ -222,7 +222,7 @@ def test_sigterm_while_the_audit_reads_a_row_is_no_mistake_of_the_data(recipe, t
     )
     assert done.returncode == 128 + signal.SIGTERM, done.stderr
     assert done.stderr.splitlines()[-1] == (
-        "ended by SIGTERM outside of training; the same command goes on from what is saved"
+        "Stopped by SIGTERM outside of training. Run the same command again to continue."
     )
     assert "Traceback" not in done.stderr
 
@@ -239,8 +239,8 @@ def test_a_full_disk_is_one_line_and_loses_no_checkpoint(recipe, tmp_path):
     done = command(recipe, *options, f"output_dir={tmp_path / 'full'}", preexec_fn=limit)
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
-    assert "dpo: cannot write under" in done.stderr
-    assert "Nothing was saved yet; make room and run the same command again." in done.stderr
+    assert "dpo: cannot write to" in done.stderr
+    assert "No checkpoint is saved yet. Free some space and run the same command again." in done.stderr
     succeed(recipe, *options, f"output_dir={tmp_path / 'full'}")
 
 
