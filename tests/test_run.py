@@ -264,6 +264,47 @@ def test_a_run_killed_between_the_last_checkpoint_and_the_end_only_saves(recipe,
     assert [entry["step"] for entry in history(folder)] in (steps, steps[:-1])
 
 
+# Lambda falls with every evaluation
+BEST_IS_FIRST = [
+    "sft=null", "dpo.max_steps=4", "dpo.load_best_model_at_end=true", "dpo.metric_for_best_model=shift/lambda",
+    "dpo.greater_is_better=true",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("extra", [[], LORA], ids=["full", "lora"])
+def test_a_run_killed_after_its_last_checkpoint_ends_with_the_best_weights_as_one_left_alone(
+    extra, recipe, tmp_path, here
+):
+    options = [*extra, *BEST_IS_FIRST]
+    here(recipe, *options)
+    folder = tmp_path / "run" / "dpo"
+    (weights,) = (path.name for path in folder.glob("*model.safetensors"))
+    expected, last = load_file(folder / weights), load_file(folder / "checkpoint-4" / weights)
+    card = (folder / "README.md").read_text()
+    best = json.loads((folder / "finished.json").read_text())["best_checkpoint"]
+    assert Path(best).name == "checkpoint-2"
+    trained = [key for key in expected if "mlp.c_fc.weight" in key or "lora" in key]
+    assert trained
+    assert not any(torch.equal(expected[key], last[key]) for key in trained)
+    for name in ("finished.json", weights, "README.md"):
+        (folder / name).unlink()
+    here(recipe, *options)
+    found = load_file(folder / weights)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+    assert json.loads((folder / "finished.json").read_text())["best_checkpoint"] == best
+    assert (folder / "README.md").read_text() == card
+
+
+def test_a_best_checkpoint_that_is_gone_is_one_line(recipe, tmp_path, here):
+    here(recipe, *BEST_IS_FIRST)
+    folder = tmp_path / "run" / "dpo"
+    (folder / "finished.json").unlink()
+    shutil.rmtree(folder / "checkpoint-2")
+    done = here(recipe, *BEST_IS_FIRST, code=2)
+    assert "`load_best_model_at_end` requires the best checkpoint, got no folder" in done.err.splitlines()[-1]
+
+
 def test_lora_loads_with_peft_and_merged(recipe, tmp_path, here):
     here(recipe, *LORA)
     folder = tmp_path / "run" / "dpo"

@@ -98,13 +98,20 @@ def run_stage(
 
 
 def _train(trainer: ChosenSFTTrainer | DPOShiftTrainer, checkpoint: Path | None) -> None:
+    """Train from a checkpoint, or if it is the last one only load what training would have ended with."""
+    args = trainer.args
     state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME)) if checkpoint else None
     if checkpoint and state and 0 < state.max_steps <= state.global_step:
-        # Only saving is left. `train` would take one more step if `max_steps` ends within an epoch
-        trainer._load_from_checkpoint(str(checkpoint))
+        # `train` would take one more step if `max_steps` ends within an epoch
+        best = state.best_model_checkpoint if args.load_best_model_at_end else None
+        if best and not Path(best).is_dir():
+            raise RunError(
+                f"`load_best_model_at_end` requires the best checkpoint, got no folder {best}. Restore it, or pass "
+                "`load_best_model_at_end=false` for this stage and --accept-changes to save the last weights."
+            )
+        trainer._load_from_checkpoint(best or str(checkpoint))
         trainer.state = state
         return
-    args = trainer.args
     args.eval_on_start = args.eval_on_start and not checkpoint  # it has been logged already
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
 
