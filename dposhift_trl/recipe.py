@@ -169,9 +169,8 @@ class Recipe:
 
     @property
     def truncations(self) -> dict[str, Truncation]:
-        """How rows are truncated for each stage, by name."""
-        lengths = [stage.max_length for stage in self.stages.values() if stage.max_length]
-        return dict.fromkeys(self.stages, Truncation(min(lengths, default=None)))
+        """How each stage truncates rows, by name."""
+        return {name: Truncation.from_args(args) for name, args in self.stages.items()}
 
 
 STAGES: dict[str, type] = {"sft": SFTConfig, "dpo": DPOShiftConfig}

@@ -10,8 +10,10 @@ import pytest
 from datasets import Dataset, DatasetDict
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
-from trl import DPOConfig, DPOTrainer
+from trl import DPOConfig, DPOTrainer, SFTConfig
+from trl.trainer.dpo_trainer import DataCollatorForPreference
 
+from dposhift_trl import ChosenSFTTrainer
 from dposhift_trl.columns import ROW_INDEX
 from dposhift_trl.data.audit import _RowCheck, audit_preferences
 from dposhift_trl.data.chat_template import PLAIN_CHAT_TEMPLATE, use_plain_chat_template
@@ -19,7 +21,7 @@ from dposhift_trl.data.config import AUDIT_KINDS, DataConfig, DataSource
 from dposhift_trl.data.demo import demo_dataset
 from dposhift_trl.data.errors import DataError
 from dposhift_trl.data.sources import load_preferences
-from dposhift_trl.data.tokens import Truncation
+from dposhift_trl.data.tokens import Truncation, tokenize_pair
 
 
 TEMPLATE = (
@@ -798,14 +800,18 @@ def test_a_row_of_two_kinds_goes_unless_both_are_kept(kept_kind, other, tokenize
 
 
 @pytest.mark.parametrize(
-    ("max_length", "expected"),
-    [(1, "lost"), (2, "lost"), (3, "cut"), (4, "cut"), (5, None), (None, None)],
+    ("mode", "max_length", "expected"),
+    [
+        *(("keep_start", length, kind) for length, kind in enumerate(["lost", "lost", "cut", "cut", None], start=1)),
+        *(("keep_end", length, kind) for length, kind in enumerate(["cut", "cut", None, None], start=1)),
+        ("keep_start", None, None),
+    ],
 )
-def test_lost_and_cut_are_told_apart_by_the_token(max_length, expected, tokenizer, streaming):
+def test_lost_and_cut_are_told_apart_by_the_token(mode, max_length, expected, tokenizer, streaming):
     # Two tokens of prompt, and three of the longer answer with the EOS that TRL appends
     rows = [row("w1 w2", " w3", " w4 w5")]
     policies = {kind: "keep" for kind in ("lost", "cut") if kind != expected}
-    settings = {"tokenizer": tokenizer, "max_length": max_length, "streaming": streaming}
+    settings = {"tokenizer": tokenizer, "max_length": max_length, "mode": mode, "streaming": streaming}
     assert audit(rows, audit="keep", **settings)[0] == rows
     if expected is None:
         assert audit(rows, audit="error", **settings)[0] == rows
@@ -822,33 +828,77 @@ def test_an_answer_that_ends_with_eos_is_given_no_second_one(tokenizer):
 LENGTHS = [(prompt, chosen, rejected) for prompt in (1, 4) for chosen in (1, 3) for rejected in (1, 5)]
 
 
-def trl_lengths(rows, tokenizer):
-    args = DPOConfig(output_dir="out", bf16=False, use_cpu=True, report_to="none", max_length=None)
+def trl_kinds(rows, tokenizer, max_length, mode):
+    """How many rows TRL drops, and in how many of the others it truncates an answer."""
+    args = DPOConfig(
+        output_dir="out", bf16=False, use_cpu=True, report_to="none", max_length=max_length, truncation_mode=mode
+    )
     prepared = DPOTrainer._prepare_dataset(
         SimpleNamespace(_tokenizer=tokenizer), Dataset.from_list(rows), tokenizer, args, "train"
     )
-    return [
-        (len(row["prompt_ids"]), len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"])))
-        for row in prepared
-    ]
+    collator = DataCollatorForPreference(tokenizer.pad_token_id, max_length=max_length, truncation_mode=mode)
+    cut = 0
+    for pair in prepared:
+        kept = collator([pair])["completion_mask"].sum(dim=1).tolist()
+        cut += kept != [len(pair["chosen_ids"]), len(pair["rejected_ids"])]
+    return +Counter(lost=len(rows) - len(prepared), cut=cut)
 
 
+@pytest.mark.filterwarnings("ignore:The `'keep_end'` truncation mode is deprecated:FutureWarning")
+@pytest.mark.parametrize("mode", ["keep_start", "keep_end"])
 @pytest.mark.parametrize(
     "rows",
     [
         pytest.param([row("w1 " * p, " w2" * c, " w3" * r) for p, c, r in LENGTHS], id="text"),
         pytest.param([chat("w1 " * p, "w2 " * c, "w3 " * r) for p, c, r in LENGTHS], id="conversation"),
-        pytest.param([{**chat("w1 " * p), "tools": json.dumps([{"name": "f"}] * p)} for p in (1, 2, 5)], id="tools"),
+        pytest.param(
+            [{**chat("w1 " * p, "w2 w2"), "tools": json.dumps([{"name": "f"}] * p)} for p in (1, 2, 5)], id="tools"
+        ),
     ],
 )
-def test_the_audit_counts_tokens_as_trl_does(rows, chat_tokenizer):
-    lengths = trl_lengths(rows, chat_tokenizer)
-    for max_length in range(1, max(whole for _, whole in lengths) + 1):
-        findings = Counter(
-            "lost" if prompt >= max_length else "cut" for prompt, whole in lengths if whole > max_length
-        )
-        _, _, audits = audit(rows, tokenizer=chat_tokenizer, max_length=max_length, audit="keep")
-        assert counts(audits["train"]) == findings
+def test_rows_are_lost_and_cut_as_trl_drops_and_truncates_them(rows, mode, chat_tokenizer):
+    seen = Counter()
+    for max_length in range(1, 13):
+        _, _, audits = audit(rows, tokenizer=chat_tokenizer, max_length=max_length, mode=mode, audit="keep")
+        assert counts(audits["train"]) == trl_kinds(rows, chat_tokenizer, max_length, mode)
+        seen.update(counts(audits["train"]))
+    assert seen["cut"] > 0
+    assert (seen["lost"] > 0) is (mode == "keep_start")
+
+
+@pytest.mark.filterwarnings("ignore:The `'keep_end'` truncation mode is deprecated:FutureWarning")
+@pytest.mark.parametrize(
+    ("options", "lost"),
+    [
+        ({}, True),
+        ({"truncation_mode": "keep_end"}, False),
+        ({"max_length": None}, False),
+        ({"packing": True}, True),
+        ({"packing": True, "truncation_mode": "keep_end"}, True),
+        ({"packing": True, "packing_strategy": "bfd_split"}, False),
+        ({"packing": True, "packing_strategy": "wrapped"}, False),
+    ],
+    ids=str,
+)
+def test_a_prompt_that_fills_a_stage_of_sft_is_lost_where_no_token_of_the_answer_is_trained_on(
+    options, lost, tokenizer, tiny_model
+):
+    settings = {"max_length": 8, **options}
+    args = SFTConfig(output_dir="out", bf16=False, use_cpu=True, report_to="none", padding_free=False, **settings)
+    rows = [row("w1 " * 9)]
+    try:
+        trained = ChosenSFTTrainer(tiny_model, args, train_dataset=Dataset.from_list(rows)).train_dataset
+    except (IndexError, ValueError):  # packing nothing
+        trained = []
+    learned = any(label != -100 for sequence in trained for label in sequence["labels"])
+    truncation = Truncation.from_args(args)
+    assert learned is not lost
+    assert truncation.loses_answers(tokenize_pair(rows[0], tokenizer)) is lost
+
+
+def test_a_dpo_stage_truncates_by_its_own_settings():
+    args = DPOConfig(output_dir="out", bf16=False, use_cpu=True, report_to="none", max_length=7)
+    assert Truncation.from_args(args) == Truncation(7, "keep_start")
 
 
 def test_tools_count_where_the_prompt_is_implicit_too(chat_tokenizer):

@@ -182,15 +182,12 @@ def test_a_mixture_becomes_sources(load):
     assert recipe.stages["dpo"].eval_strategy == "steps"
 
 
-def test_the_shortest_length_holds_for_every_stage(load):
-    lengths = "sft: {bf16: false, max_length: 64}\ndpo: {bf16: false, max_length: 32}\n"
-    for overrides, expected in (
-        ([], 32),
-        (["dpo.max_length=null"], 64),
-        (["dpo.max_length=null", "sft.max_length=null"], None),
-    ):
-        truncations = load(HEAD + DATA + lengths, *overrides).truncations
-        assert truncations == {"sft": Truncation(expected), "dpo": Truncation(expected)}
+@pytest.mark.filterwarnings("ignore:The `'keep_end'` truncation mode is deprecated:FutureWarning")
+def test_each_stage_truncates_by_its_own_length_and_mode(load):
+    lengths = "sft: {bf16: false, max_length: 64, truncation_mode: keep_end}\ndpo: {bf16: false, max_length: 32}\n"
+    truncations = load(HEAD + DATA + lengths).truncations
+    assert truncations == {"sft": Truncation(64, "keep_end"), "dpo": Truncation(32)}
+    assert load(HEAD + DATA + lengths, "dpo.max_length=null").truncations["dpo"] == Truncation(None)
 
 
 # Mistakes

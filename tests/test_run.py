@@ -264,6 +264,29 @@ def test_a_run_killed_between_the_last_checkpoint_and_the_end_only_saves(recipe,
     assert [entry["step"] for entry in history(folder)] in (steps, steps[:-1])
 
 
+@pytest.mark.filterwarnings("ignore:The `'keep_end'` truncation mode is deprecated:FutureWarning")
+def test_each_stage_trains_on_the_rows_that_its_own_truncation_leaves(recipe, tmp_path, here):
+    """Prompts of 1 to 20 words, answers of one word and EOS, which TRL adds."""
+    rows = [{"prompt": "w1 " * n, "chosen": " w2", "rejected": " w3"} for n in range(1, 21)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    options = ["data.eval_size=null", "dpo.max_length=10", "data.min_rows_kept=0.1"]
+    options += [f"{stage}.{key}" for stage in ("sft", "dpo") for key in ("eval_strategy=no", "max_steps=-1")]
+    cases = [
+        (["sft.max_length=10"], (8, 8)),
+        (["sft.max_length=15"], (13, 8)),
+        (["sft.max_length=10", "sft.truncation_mode=keep_end"], (20, 8)),
+    ]
+    for number, (truncation, kept) in enumerate(cases):
+        folder = tmp_path / f"run-{number}"
+        done = here(recipe, *options, *truncation, f"output_dir={folder}")
+        audits = json.loads((folder / "audit.json").read_text())
+        assert audits["train"]["kept"] == kept[1]
+        assert ("sft train" in audits) is (kept[0] != kept[1])
+        assert f"sft train: {kept[0]} of 20 rows kept" in done.out or kept[0] == kept[1]
+        steps = [json.loads((folder / stage / "finished.json").read_text())["step"] for stage in ("sft", "dpo")]
+        assert steps == [3 * -(-count // 4) for count in kept]  # three epochs, four rows per step
+
+
 # Lambda falls with every evaluation
 BEST_IS_FIRST = [
     "sft=null", "dpo.max_steps=4", "dpo.load_best_model_at_end=true", "dpo.metric_for_best_model=shift/lambda",

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
-from trl import is_conversational
+from trl import DPOConfig, SFTConfig, is_conversational
 
 from .errors import DataError
 
@@ -36,6 +36,14 @@ class Truncation:
 
     max_length: int | None
     mode: str = "keep_start"
+
+    @classmethod
+    def from_args(cls, args: SFTConfig | DPOConfig) -> "Truncation":
+        """Truncation in the stage with these settings."""
+        if isinstance(args, SFTConfig) and args.packing:
+            # `bfd` discards what exceeds `max_length`; the other strategies move it into another sequence
+            return cls(args.max_length if args.packing_strategy == "bfd" else None)
+        return cls(args.max_length, args.truncation_mode)
 
     def loses_answers(self, tokens: PairTokens) -> bool:
         """Whether no token of an answer is left. TRL drops such rows."""
