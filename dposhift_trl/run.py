@@ -17,7 +17,7 @@ from .data.errors import DataError, reading_rows
 from .pipeline.checkpoints import explaining_disk_errors
 from .pipeline.checkpoints import last_complete_checkpoint as last_complete_checkpoint
 from .pipeline.dry_run import describe
-from .pipeline.errors import RunError, Terminated, WriteError
+from .pipeline.errors import RUN_AGAIN, RunError, Terminated, WriteError
 from .pipeline.loading import base_model, findings, load_rows, load_tokenizer
 from .pipeline.processes import complain, from_main, say
 from .pipeline.run_folder import claimed, save_evaluated_rows
@@ -109,13 +109,16 @@ def run(recipe: Recipe, accept_changes: bool = False) -> None:
                 save_evaluated_rows(last.evaluation, recipe.output_dir / EVAL_ROWS)
         for split, audit in audits.items():
             say(f"{split}: {audit}")
-        for name in recipe.stages:
+        *_, last_stage = recipe.stages
+        for name, args in recipe.stages.items():
             folder = recipe.output_dir / name
             if from_main((folder / FINISHED).is_file()):
                 say(f"{name}: finished before, skipped ({folder})")
             else:
                 with explaining_disk_errors(name, folder), reading_rows():
                     run_stage(name, recipe, start, tokenizer, rows[name], sigterm)
+                if name != last_stage and sigterm.received_anywhere(args):
+                    raise Terminated(f"{name}: finished, then stopped by SIGTERM. {RUN_AGAIN}")
             start = str(folder)
         if recipe.report and PartialState().is_main_process:
             from .report.page import write_report  # imports matplotlib, which takes seconds

@@ -19,6 +19,7 @@ from ruamel.yaml import YAML
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
+from dposhift_trl import ChosenSFTTrainer, DPOShiftTrainer
 from dposhift_trl.recipe import load_recipe
 from dposhift_trl.run import last_complete_checkpoint, main
 
@@ -209,6 +210,73 @@ def test_sigterm_saves_and_the_same_command_goes_on(recipe, tmp_path):
     succeed(recipe, f"output_dir={tmp_path / 'whole'}", "sft=null", *options)
     left, right = (load_file(tmp_path / run / "dpo" / "model.safetensors") for run in ("run", "whole"))
     assert all(torch.equal(left[key], right[key]) for key in left)
+
+
+@pytest.fixture
+def sigterm_in_last_step(monkeypatch):
+    """Send SIGTERM to this process in the forward pass of the last optimizer step of a stage."""
+
+    def arm(trainer_class):
+        step = trainer_class.training_step
+
+        def training_step(self, *args, **kwargs):
+            if self.state.global_step == self.state.max_steps - 1:
+                signal.raise_signal(signal.SIGTERM)
+            return step(self, *args, **kwargs)
+
+        monkeypatch.setattr(trainer_class, "training_step", training_step)
+
+    return arm
+
+
+def test_sigterm_in_the_very_last_step_lets_the_run_finish(recipe, tmp_path, here, sigterm_in_last_step):
+    sigterm_in_last_step(DPOShiftTrainer)
+    done = here(recipe, "sft=null")
+    assert "SIGTERM" not in done.err
+    assert f"The model is in {tmp_path / 'run' / 'dpo'}" in done.out
+    assert json.loads((tmp_path / "run" / "dpo" / "finished.json").read_text())["step"] == 6
+    assert (tmp_path / "run" / "dpo" / "model.safetensors").is_file()
+
+
+def test_sigterm_in_the_last_step_of_stage_1_finishes_the_stage_and_stops_before_the_next(
+    recipe, tmp_path, here, sigterm_in_last_step
+):
+    sigterm_in_last_step(ChosenSFTTrainer)
+    done = here(recipe, code=128 + signal.SIGTERM)
+    assert done.err.splitlines()[-1] == (
+        "sft: finished, then stopped by SIGTERM. Run the same command again to continue."
+    )
+    assert json.loads((tmp_path / "run" / "sft" / "finished.json").read_text())["step"] == 6
+    assert not (tmp_path / "run" / "dpo").exists()
+    assert "sft: finished before, skipped" in here(recipe).out
+
+
+@pytest.mark.parametrize(
+    ("options", "code"),
+    [
+        (["sft=null", "dpo.max_steps=1"], 0),
+        (["data.path=nowhere.jsonl"], 2),
+        (["sft=null", "dpo.learning_rate=1e30"], 1),
+        (["sft=null", "dpo.learning_rate=0.25"], 128 + signal.SIGTERM),
+    ],
+    ids=["finished", "refused", "stopped", "terminated"],
+)
+def test_the_handler_of_sigterm_is_the_caller_s_again_after_the_run(options, code, recipe, here, monkeypatch):
+    step = DPOShiftTrainer.training_step
+
+    def training_step(self, *args, **kwargs):
+        if self.args.learning_rate == 0.25:
+            signal.raise_signal(signal.SIGTERM)
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(DPOShiftTrainer, "training_step", training_step)
+    before = signal.signal(signal.SIGTERM, lambda *_: None)
+    ours = signal.getsignal(signal.SIGTERM)
+    try:
+        here(recipe, *options, code=code)
+        assert signal.getsignal(signal.SIGTERM) is ours
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_sigterm_while_the_audit_reads_a_row_is_no_mistake_of_the_data(recipe, tmp_path):

@@ -1,5 +1,7 @@
 """What ends a run before its time. Each message is written for the user."""
 
+RUN_AGAIN = "Run the same command again to continue."
+
 
 class RunError(RuntimeError):
     """The run cannot start or continue."""

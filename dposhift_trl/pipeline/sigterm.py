@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from .errors import Terminated
+from .errors import RUN_AGAIN, Terminated
 
 
 class SaveOnSigterm(TrainerCallback):
@@ -28,7 +28,7 @@ class SaveOnSigterm(TrainerCallback):
     def receive(self, signum: int, frame: FrameType | None) -> None:
         """Handle the signal."""
         if not self.in_training:
-            raise Terminated("Stopped by SIGTERM outside of training. Run the same command again to continue.")
+            raise Terminated(f"Stopped by SIGTERM outside of training. {RUN_AGAIN}")
         self.received = True
 
     def received_anywhere(self, args: TrainingArguments) -> bool:

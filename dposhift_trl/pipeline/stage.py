@@ -27,7 +27,7 @@ from ..training.model_card import append_recipe_section, log_until
 from ..training.sft import ChosenSFTTrainer
 from ..training.trainer import DPOShiftTrainer, check_rows_left
 from .checkpoints import last_complete_checkpoint
-from .errors import RunError, Terminated
+from .errors import RUN_AGAIN, RunError, Terminated
 from .processes import from_main, say
 from .sigterm import SaveOnSigterm
 from .tracking import wandb_run
@@ -84,10 +84,7 @@ def run_stage(
     with wandb_run(name, recipe):
         _train(trainer, checkpoint)
         if sigterm.stopped_at is not None:
-            raise Terminated(
-                f"{name}: stopped by SIGTERM, saved at step {sigterm.stopped_at}. Run the same command again to "
-                "continue."
-            )
+            raise Terminated(f"{name}: stopped by SIGTERM, saved at step {sigterm.stopped_at}. {RUN_AGAIN}")
         _save(trainer, recipe, name)
     if PartialState().is_main_process:
         if is_peft_model(trainer.model):
