@@ -431,6 +431,36 @@ def test_a_dry_run_prints_steps_and_lambda_and_writes_nothing(recipe, tmp_path, 
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        [],
+        ["dpo.max_tokens_per_batch=60"],
+        ["dpo.max_tokens_per_batch=60", "dpo.gradient_accumulation_steps=2"],
+        ["dpo.max_tokens_per_batch=20", "dpo.max_length=8", "data.audit=keep"],
+        ["dpo.max_length=6", "data.audit=keep"],
+        ["dpo.dataloader_drop_last=true", "dpo.gradient_accumulation_steps=3"],
+    ],
+    ids=" ".join,
+)
+def test_a_dry_run_prints_the_steps_that_training_takes(options, recipe, tmp_path, here):
+    options = [*options, "sft=null", "dpo.max_steps=-1", "dpo.num_train_epochs=2", "dpo.eval_strategy=no"]
+    done = here(recipe, "--dry-run", *options)
+    here(recipe, *options)
+    steps = json.loads((tmp_path / "run" / "dpo" / "finished.json").read_text())["step"]
+    assert f"dpo: {steps} optimizer steps" in done.out
+
+
+def test_a_dry_run_refuses_a_token_budget_that_the_longest_pair_exceeds(recipe, here):
+    done = here(recipe, "--dry-run", "sft=null", "dpo.max_steps=-1", "dpo.max_tokens_per_batch=4", code=2)
+    assert done.err.startswith("stage `dpo` cannot start: `max_tokens_per_batch` must hold the longest pair")
+
+
+def test_a_dry_run_does_not_guess_the_steps_of_packed_rows(recipe, here):
+    done = here(recipe, "--dry-run", "sft.packing=true", "sft.max_steps=-1", "sft.eval_packing=false")
+    assert "sft: unknown number of optimizer steps" in done.out
+
+
 def test_letters_that_a_terminal_lacks_are_escaped(recipe):
     done = command(recipe, "run_name=é", "--dry-run", env={**ENVIRONMENT, "PYTHONIOENCODING": "ascii"})
     assert done.returncode == 0, done.stderr

@@ -5,13 +5,16 @@ import tempfile
 from pathlib import Path
 
 from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
 from trl import SFTConfig
 
 from ..config import DPOShiftConfig
 from ..data.errors import DataError
 from ..data.sources import Rows
+from ..data.tokens import PairTokens, Truncation, tokenize_pair
 from ..recipe import Recipe, dump_yaml
 from ..schedules import ADAPTIVE, make_lambda_schedule
+from ..training.batching import TokenBudgetSampler, pair_lengths
 from .errors import RunError
 from .loading import base_model, findings, load_rows, load_tokenizer
 from .processes import say
@@ -20,18 +23,22 @@ from .processes import say
 def describe(recipe: Recipe) -> None:
     """Print the resolved recipe, the optimizer steps of each stage, and lambda at the start, middle and end."""
     say(dump_yaml(recipe.resolved))
-    rows: dict[str, Rows] = {}
+    tokenizer, rows = None, {}
     try:
         with tempfile.TemporaryDirectory() as folder:
             tokenizer = load_tokenizer(recipe, base_model(recipe, Path(folder)))
-            audited = load_rows(recipe, tokenizer)
-        for split, audit in findings(audited).items():
+            rows = load_rows(recipe, tokenizer)
+        for split, audit in findings(rows).items():
             say(f"{split}: {audit}")
-        rows = {name: stage_rows.train for name, stage_rows in audited.items()}
     except (DataError, RunError) as error:
         say(f"rows unknown: {error}")
     for name, args in recipe.stages.items():
-        steps = _optimizer_steps(args, rows.get(name))
+        steps = args.max_steps if args.max_steps > 0 else None
+        if steps is None and tokenizer is not None and name in rows:
+            try:
+                steps = _optimizer_steps(args, rows[name].train, tokenizer)
+            except ValueError as error:
+                raise RunError(f"stage `{name}` cannot start: {error}") from error
         say(f"{name}: {steps if steps is not None else 'unknown number of'} optimizer steps")
         if isinstance(args, DPOShiftConfig) and args.lambda_schedule == ADAPTIVE:
             say("lambda: {:.4g} to {:.4g}, adapted during training".format(*args.lambda_range))
@@ -44,10 +51,28 @@ def describe(recipe: Recipe) -> None:
             )
 
 
-def _optimizer_steps(args: SFTConfig | DPOShiftConfig, rows: Rows | None) -> int | None:
-    if args.max_steps > 0:
-        return args.max_steps
-    if not isinstance(rows, Dataset):
+def _optimizer_steps(args: SFTConfig | DPOShiftConfig, rows: Rows, tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """Optimizer steps of training on the rows, or `None` if that is only known once they are read or packed."""
+    if not isinstance(rows, Dataset) or (isinstance(args, SFTConfig) and args.packing):
         return None
-    batches = math.ceil(len(rows) / (args.per_device_train_batch_size * args.world_size))
+    max_tokens = args.max_tokens_per_batch if isinstance(args, DPOShiftConfig) else None
+    trained_on = _trained_on(rows, args, tokenizer)
+    if max_tokens is not None:
+        sampler = TokenBudgetSampler(
+            pair_lengths(trained_on, args.max_length, args.truncation_mode, shared=True),
+            max_tokens,
+            gradient_accumulation_steps=args.gradient_accumulation_steps,
+            num_processes=args.world_size,
+        )
+        batches = len(sampler)
+    else:
+        round_off = math.floor if args.dataloader_drop_last else math.ceil
+        batches = round_off(len(trained_on) / (args.per_device_train_batch_size * args.world_size))
     return math.ceil(args.num_train_epochs * max(math.ceil(batches / args.gradient_accumulation_steps), 1))
+
+
+def _trained_on(rows: Dataset, args: SFTConfig | DPOShiftConfig, tokenizer: PreTrainedTokenizerBase) -> Dataset:
+    """The rows as tokens, without those that TRL drops."""
+    truncation = Truncation.from_args(args)
+    tokens = rows.map(lambda row: tokenize_pair(row, tokenizer)._asdict(), remove_columns=rows.column_names)
+    return tokens.filter(lambda row: not truncation.loses_answers(PairTokens(**row)))
