@@ -135,7 +135,7 @@ def test_the_same_command_again_skips_what_is_finished_and_another_recipe_is_ref
     assert "dpo: finished before, skipped" in again.out
     assert (tmp_path / "run" / "dpo" / "model.safetensors").stat().st_mtime_ns == before
     other = here(recipe, "dpo.beta=0.3", "seed=1", code=2)
-    assert "they differ in dpo.beta, seed" in other.err
+    assert "was started with a different recipe: dpo.beta, seed changed" in other.err
     assert len(other.err.strip().splitlines()) == 1
     accepted = here(recipe, "dpo.beta=0.3", "seed=1", "--accept-changes")
     assert "finished before" in accepted.out
@@ -518,8 +518,86 @@ def test_a_folder_with_other_files_is_left_alone(recipe, tmp_path, here):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.txt").write_text("mine")
     done = here(recipe, code=2)
-    assert "holds other files (thesis.txt)" in done.err
+    assert "must be empty or a run folder, got" in done.err
+    assert "with thesis.txt. Choose a new folder." in done.err
     assert sorted(entry.name for entry in (tmp_path / "run").iterdir() if entry.name != ".lock") == ["thesis.txt"]
+
+
+@pytest.fixture(scope="module")
+def finished_run(tmp_path_factory, tiny_model):
+    """Recipe and folder of a finished run of stage 2."""
+    folder = tmp_path_factory.mktemp("finished")
+    recipe = write_recipe(folder, tiny_model)
+    assert main([str(recipe), "sft=null", "dpo.max_steps=1"]) == 0
+    return recipe, folder / "run"
+
+
+FOLDER = None  # in place of the content of a file
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "problem", "remedy"),
+    [
+        ("recipe.yaml", b"", "must contain a mapping of sections, got an empty file", "pass --accept-changes"),
+        ("recipe.yaml", b"- a\n", "must contain a mapping of sections, got a list", "pass --accept-changes"),
+        ("recipe.yaml", b"dpo: {beta: [\n", "not valid YAML: ", "pass --accept-changes"),
+        ("recipe.yaml", b"\x80\x00\xff", "cannot be read: 'utf-8' codec can't decode", "pass --accept-changes"),
+        ("recipe.yaml", FOLDER, "must be a file, got a folder", "Move it away."),
+        ("audit.json", FOLDER, "must be a file, got a folder", "Move it away."),
+        ("eval_rows.parquet", FOLDER, "must be a file, got a folder", "Move it away."),
+        ("dpo/finished.json", b"", "cannot be used: Expecting value", "Delete it to finish the stage"),
+        ("dpo/finished.json", b'{"step": ', "cannot be used: Expecting value", "Delete it to finish the stage"),
+        ("dpo/finished.json", b"[]", "cannot be used: not a JSON object", "Delete it to finish the stage"),
+        ("dpo/finished.json", b"\xff", "cannot be used: 'utf-8' codec", "Delete it to finish the stage"),
+        ("dpo/finished.json", FOLDER, "must be a file, got a folder", "Move it away."),
+        ("dpo/wandb_id", b"", "cannot be used: not the id of a W&B run, ''", "Delete it to start a new W&B run"),
+        ("dpo/wandb_id", b"a/b", "cannot be used: not the id of a W&B run, 'a/b'", "Delete it to start a new W&B run"),
+        ("dpo/wandb_id", b"\xff", "cannot be used: 'utf-8' codec", "Delete it to start a new W&B run"),
+        ("dpo/wandb_id", FOLDER, "must be a file, got a folder", "Move it away."),
+    ],
+    ids=str,
+)
+def test_a_broken_file_in_a_run_folder_is_one_line_that_names_it(
+    name, content, problem, remedy, finished_run, tmp_path, here
+):
+    recipe, finished = finished_run
+    run = shutil.copytree(finished, tmp_path / "run")
+    options = ["sft=null", "dpo.max_steps=1", f"output_dir={run}"]
+    (run / name).unlink(missing_ok=True)
+    if content is FOLDER:
+        (run / name).mkdir()
+    else:
+        (run / name).write_bytes(content)
+    before = sorted(run.rglob("*"))
+    (line,) = here(recipe, *options, code=2).err.splitlines()
+    assert line.startswith(str(run / name))
+    assert problem in line
+    assert remedy in line
+    assert sorted(run.rglob("*")) == before, "nothing was changed"
+    if "--accept-changes" in remedy:
+        options.append("--accept-changes")
+    elif content is FOLDER:
+        (run / name).rmdir()
+        if name == "recipe.yaml":
+            shutil.copy(finished / name, run / name)
+    else:
+        (run / name).unlink()
+    here(recipe, *options)
+
+
+def test_a_half_written_audit_is_written_again(finished_run, tmp_path, here):
+    recipe, finished = finished_run
+    run = shutil.copytree(finished, tmp_path / "run")
+    whole = (run / "audit.json").read_text()
+    (run / "audit.json").write_text(whole[:20])
+    here(recipe, "sft=null", "dpo.max_steps=1", f"output_dir={run}")
+    assert (run / "audit.json").read_text() == whole
+
+
+def test_a_command_killed_while_it_saved_the_recipe_can_be_run_again(recipe, tmp_path, here):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "recipe.yaml.tmp").write_text("output_d")
+    here(recipe, "sft=null", "dpo.max_steps=1")
 
 
 def test_a_half_written_checkpoint_is_passed_over(tmp_path):

@@ -1,6 +1,8 @@
 """The run folder: taken by one command at a time, and only if what is in it fits the recipe."""
 
 import contextlib
+import json
+import re
 import shutil
 import time
 import uuid
@@ -12,10 +14,11 @@ from accelerate import PartialState
 from datasets import Dataset
 from filelock import FileLock, Timeout
 
-from ..artifacts import FINISHED, LOCK, RECIPE, write_whole
+from ..artifacts import AUDIT, EVAL_ROWS, FINISHED, LOCK, RECIPE, WANDB_ID, write_whole
 from ..columns import PREFERENCE_COLUMNS, ROW_INDEX, SAVED_ROW_INDEX, with_row_index
+from ..data.errors import one_line
 from ..data.sources import Rows
-from ..recipe import Recipe, changed_keys, dump_yaml, parse_yaml
+from ..recipe import STAGES, Recipe, RecipeError, changed_keys, dump_yaml, read_yaml
 from .errors import RunError
 from .processes import from_main
 
@@ -59,26 +62,68 @@ def claimed(recipe: Recipe, accept_changes: bool) -> Iterator[None]:
 def _refusal(recipe: Recipe, accept_changes: bool) -> str | None:
     """Why the folder cannot be used for this recipe. If it can, saves the recipe in it and returns `None`."""
     folder, saved = recipe.output_dir, recipe.output_dir / RECIPE
-    if not saved.is_file():
-        others = [entry.name for entry in folder.iterdir() if entry.name != LOCK]
+    broken = _broken_file(folder)
+    if broken is not None:
+        return broken
+    if not saved.exists():
+        # A command that was killed while it saved the recipe leaves the second one
+        others = [entry.name for entry in folder.iterdir() if entry.name not in (LOCK, f"{RECIPE}.tmp")]
         if others:
-            return f"`output_dir` {folder} holds other files ({others[0]}) and no run of ours. Choose a new folder."
+            return f"`output_dir` must be empty or a run folder, got {folder} with {others[0]}. Choose a new folder."
     else:
-        earlier = parse_yaml(saved.read_text(encoding="utf-8"))
-        ignored = {"output_dir": None}
-        changes = changed_keys({**earlier, **ignored}, {**recipe.resolved, **ignored})
-        if not changes:
-            return None
-        trained = [*folder.glob(f"*/{FINISHED}"), *folder.glob("*/checkpoint-*")]
-        if trained and not accept_changes:
-            return (
-                f"{folder} holds a run of another recipe; they differ in {', '.join(changes)}. Choose a new "
-                "`output_dir`, or pass --accept-changes to go on here: finished stages stay as they are."
-            )
+        try:
+            earlier = read_yaml(str(saved))
+        except RecipeError as error:
+            if not accept_changes:
+                return (
+                    f"{str(error).rstrip('.')}. It is the recipe that this run folder was started with. Restore it, "
+                    "choose a new `output_dir`, or pass --accept-changes to continue with the recipe given."
+                )
+        else:
+            ignored = {"output_dir": None}
+            changes = changed_keys({**earlier, **ignored}, {**recipe.resolved, **ignored})
+            if not changes:
+                return None
+            trained = [*folder.glob(f"*/{FINISHED}"), *folder.glob("*/checkpoint-*")]
+            if trained and not accept_changes:
+                return (
+                    f"{folder} was started with a different recipe: {', '.join(changes)} changed. Choose a new "
+                    "`output_dir`, or pass --accept-changes to continue here; finished stages are not trained again."
+                )
         number = 1 + len(list(folder.glob("recipe.*.yaml")))
         shutil.copy(saved, folder / f"recipe.{number}.yaml")
     write_whole(saved, dump_yaml(recipe.resolved))
     return None
+
+
+def _broken_file(folder: Path) -> str | None:
+    """The first file in the folder that the run would read or replace and cannot, with what to do about it."""
+    in_stages = [f"{stage}/{name}" for stage in STAGES for name in (FINISHED, WANDB_ID)]
+    for name in (RECIPE, AUDIT, EVAL_ROWS, *in_stages):
+        if (folder / name).is_dir():
+            return f"{folder / name} must be a file, got a folder. Move it away."
+    for stage in STAGES:
+        for name, check, remedy in (
+            (FINISHED, _check_summary, "Delete it to finish the stage from its last checkpoint."),
+            (WANDB_ID, _check_wandb_id, "Delete it to start a new W&B run for the stage."),
+        ):
+            path = folder / stage / name
+            try:
+                if path.exists():
+                    check(path.read_text(encoding="utf-8"))
+            except (OSError, ValueError) as error:
+                return one_line(f"{path} cannot be used: {error}. {remedy}")
+    return None
+
+
+def _check_summary(text: str) -> None:
+    if not isinstance(json.loads(text), dict):
+        raise ValueError("not a JSON object")
+
+
+def _check_wandb_id(text: str) -> None:
+    if not re.fullmatch(r"[^/\\#?%:\s]{1,128}", text.strip()) or not text.strip().isprintable():
+        raise ValueError(f"not the id of a W&B run, {text[:40]!r}")
 
 
 def _check_shared(folder: Path) -> None:
