@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from dposhift_trl import DPOShiftConfig
+from dposhift_trl.data.config import AUDIT_KINDS
 from dposhift_trl.data.tokens import Truncation
 from dposhift_trl.recipe import DECIDED_ELSEWHERE, GONE, RecipeError, changed_keys, dump_yaml, load_recipe, parse_yaml
 
@@ -66,6 +67,14 @@ def test_every_recipe_of_the_repository_is_sound(path):
     assert recipe.data.has_eval
     assert isinstance(recipe.stages["dpo"], DPOShiftConfig)
     assert parse_yaml(dump_yaml(recipe.resolved)) == recipe.resolved
+
+
+@pytest.mark.parametrize("name", ["llama3_8b_shift", "qwen2_7b_shift"])
+def test_recipes_of_the_paper_train_on_every_row_that_can_be_trained_on(name):
+    path = ROOT / "recipes" / f"{name}.yaml"
+    data = load_recipe(str(path), ["sft=null", "dpo.bf16=false"]).data
+    assert {kind for kind in AUDIT_KINDS if data.policy(kind) != "keep"} == {"missing"}
+    assert "audit: keep # as in the paper, no row is filtered" in path.read_text(encoding="utf-8")
 
 
 def test_the_repository_has_recipes():
