@@ -1,4 +1,4 @@
-"""Preference rows: where they come from, what becomes of them, and which of them go."""
+"""Preference rows: loading, mixing, holding out, tokenizing and auditing."""
 
 import json
 from collections import Counter
@@ -70,7 +70,7 @@ def chat_tokenizer(tokenizer):
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
-    """An empty working directory, and a cache of its own."""
+    """An empty working directory and a separate cache."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     (tmp_path / "work").mkdir()
@@ -211,7 +211,7 @@ def refusal(**settings):
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
 )
-def test_settings_that_cannot_be_meant_are_refused_with_value_and_remedy(settings, message):
+def test_invalid_settings_raise_an_error_with_value_and_remedy(settings, message):
     with pytest.raises(ValueError, match="`") as raised:
         DataConfig(**settings)
     assert str(raised.value) == message
@@ -443,7 +443,7 @@ def test_a_mixture_draws_by_weight_until_a_source_is_exhausted(streaming):
     counts = Counter(row["prompt"][0] for row in rows)
     assert counts["a"] == 300
     assert 70 <= counts["b"] <= 130
-    for name in "ab":  # each source in its own order
+    for name in "ab":  # each source keeps its order
         assert [row["prompt"] for row in rows if row["prompt"][0] == name] == [
             f"{name}{i}" for i in range(counts[name])
         ]
@@ -597,7 +597,7 @@ def counts(split):
 SOUND, SOUND_CHAT = row(), chat()
 KEPT_CHAT = [user("w1")], [assistant("w2")], [assistant("w3")]
 FAULTS = {
-    # kind, a faulty row; each beside a sound one, with a `max_length` of 9
+    # kind and faulty row, next to a valid row with `max_length` 9
     "null chosen": ("missing", {**SOUND, "chosen": None}),
     "null rejected": ("missing", {**SOUND, "rejected": None}),
     "null prompt": ("missing", {**SOUND, "prompt": None}),
@@ -663,7 +663,7 @@ def test_each_policy_holds_for_each_fault_of_a_conversation(kind, sound, faulty,
 
 IMPLICIT_FAULTS = {
     "nothing chosen": ("empty", {"chosen": "", "rejected": "w1"}, row("", "", "w1")),
-    # Where the answers differ at once, TRL's extraction looks at the last character of the chosen one
+    # If the answers differ from the start, TRL's extraction looks at the last character of the chosen one
     "nothing but space once the prompt is out": (
         "empty",
         {"chosen": "w1 w2 ", "rejected": "x3"},
@@ -808,7 +808,7 @@ def test_a_row_of_two_kinds_goes_unless_both_are_kept(kept_kind, other, tokenize
     ],
 )
 def test_lost_and_cut_are_told_apart_by_the_token(mode, max_length, expected, tokenizer, streaming):
-    # Two tokens of prompt, and three of the longer answer with the EOS that TRL appends
+    # Two prompt tokens, and three in the longer answer with the EOS token that TRL appends
     rows = [row("w1 w2", " w3", " w4 w5")]
     policies = {kind: "keep" for kind in ("lost", "cut") if kind != expected}
     settings = {"tokenizer": tokenizer, "max_length": max_length, "mode": mode, "streaming": streaming}
@@ -829,7 +829,7 @@ LENGTHS = [(prompt, chosen, rejected) for prompt in (1, 4) for chosen in (1, 3) 
 
 
 def trl_kinds(rows, tokenizer, max_length, mode):
-    """How many rows TRL drops, and in how many of the others it truncates an answer."""
+    """Number of rows that TRL drops, and of other rows in which it truncates an answer."""
     args = DPOConfig(
         output_dir="out", bf16=False, use_cpu=True, report_to="none", max_length=max_length, truncation_mode=mode
     )
@@ -880,16 +880,13 @@ def test_rows_are_lost_and_cut_as_trl_drops_and_truncates_them(rows, mode, chat_
     ],
     ids=str,
 )
-def test_a_prompt_that_fills_a_stage_of_sft_is_lost_where_no_token_of_the_answer_is_trained_on(
+def test_a_long_prompt_is_lost_in_the_sft_stage_if_no_token_of_the_answer_is_trained_on(
     options, lost, tokenizer, tiny_model
 ):
     settings = {"max_length": 8, **options}
     args = SFTConfig(output_dir="out", bf16=False, use_cpu=True, report_to="none", padding_free=False, **settings)
     rows = [row("w1 " * 9)]
-    try:
-        trained = ChosenSFTTrainer(tiny_model, args, train_dataset=Dataset.from_list(rows)).train_dataset
-    except (IndexError, ValueError):  # packing nothing
-        trained = []
+    trained = ChosenSFTTrainer(tiny_model, args, train_dataset=Dataset.from_list(rows)).train_dataset
     learned = any(label != -100 for sequence in trained for label in sequence["labels"])
     truncation = Truncation.from_args(args)
     assert learned is not lost
@@ -904,7 +901,7 @@ def test_a_dpo_stage_truncates_by_its_own_settings():
 def test_tools_count_where_the_prompt_is_implicit_too(chat_tokenizer):
     tools = json.dumps([{"name": "f"}] * 3)
     rows = [{**implicit_chat(chosen="w2 w2"), "tools": tools}]
-    # One token for each tool, two for the user, and three for the longer answer
+    # One token per tool, two for the user and three for the longer answer
     kept, _, _ = audit(rows, tokenizer=chat_tokenizer, max_length=8, audit="error")
     assert kept == [{**chat(chosen="w2 w2"), "tools": tools}]
     with pytest.raises(DataError, match="`cut`"):

@@ -1,4 +1,4 @@
-"""Hostile recipes and rows: one line a mistake, nothing run, nothing written outside the run folder."""
+"""Hostile recipes and rows: one line per mistake, no code executed, nothing written outside the run folder."""
 
 import csv
 import dataclasses
@@ -71,7 +71,7 @@ values = st.recursive(
 
 
 def as_yaml(value):
-    """JSON is YAML, with the characters written that need no escape, since YAML knows no surrogate pairs."""
+    """JSON is YAML if characters are not escaped as surrogate pairs, which YAML does not have."""
     text = json.dumps(value, ensure_ascii=False)
     text = text.replace("NaN", ".nan").replace("Infinity", ".inf") if isinstance(value, float) else text
     return re.sub("[\ud800-\udfff]", lambda match: f"\\u{ord(match[0]):04x}", text)
@@ -82,7 +82,7 @@ def as_yaml(value):
 
 @pytest.fixture(scope="module", autouse=True)
 def place(tmp_path_factory):
-    """A working directory, a cache and an environment of their own; HOME is its empty folder `home`."""
+    """A separate working directory, cache and environment; HOME is an empty folder."""
     folder = tmp_path_factory.mktemp("hostile")
     for name in ("work", "home", "rows"):
         (folder / name).mkdir()
@@ -104,14 +104,14 @@ def one_line(message):
 
 
 def prints(error):
-    """Python's stderr escapes what its encoding lacks, whichever that is."""
+    """Errors can be printed in any encoding, since stderr escapes missing characters."""
     assert sys.__stderr__.errors == "backslashreplace"
     for encoding in ("utf-8", "ascii"):
         print(error, file=io.TextIOWrapper(io.BytesIO(), encoding=encoding, errors="backslashreplace"), flush=True)
 
 
 def attempt(content, *overrides):
-    """The recipe that is accepted, or None; what is accepted can be written and read again."""
+    """The recipe if it is accepted, else `None`. Accepted recipes can be saved and read back."""
     Path("x.yaml").write_bytes(content if isinstance(content, bytes) else content.encode("utf-8", "surrogatepass"))
     try:
         recipe = load_recipe("x.yaml", overrides)
@@ -379,7 +379,7 @@ def as_chat(row):
 
 
 def rows_of(form):
-    """Rows of texts or of conversations, some sound and some not."""
+    """Text or conversational rows, valid and invalid."""
     sound = answers if form == "text" else answers.map(lambda text: [{"role": "assistant", "content": text}])
     row = st.fixed_dictionaries(dict.fromkeys(ROW, sound | sound | texts_or_chats[form]))
     extras = st.fixed_dictionaries(
@@ -434,7 +434,7 @@ configs = st.fixed_dictionaries(
 
 
 def prepared(path, config, max_length):
-    """The rows that are left of a file and the tokenizer they are for, or None."""
+    """The rows of a file that are left after the audit, and their tokenizer, or `None`."""
     tokenizer = make_tokenizer()
     try:
         config = DataConfig(path=str(path), **config)
@@ -453,8 +453,8 @@ def prepared(path, config, max_length):
     return audited.train, tokenizer
 
 
-def tokenised(rows, tokenizer):
-    """What TRL's trainer makes of rows, without a trainer."""
+def tokenized(rows, tokenizer):
+    """Rows as tokenized by `DPOTrainer`."""
     args = DPOConfig(output_dir="../out", bf16=False, use_cpu=True, report_to="none", max_length=None)
     itself = SimpleNamespace(_tokenizer=tokenizer)
     return list(itertools.islice(DPOTrainer._prepare_dataset(itself, rows, tokenizer, args, "train"), 50))
@@ -468,17 +468,17 @@ def tokenised(rows, tokenizer):
     config=configs,
     max_length=st.sampled_from([None, 1, 4, 9, 32]),
 )
-def test_rows_of_any_kind_are_refused_or_can_be_tokenised(rows, ending, tail, config, max_length):
+def test_rows_of_any_kind_are_refused_or_can_be_tokenized(rows, ending, tail, config, max_length):
     path = write_rows(rows, ending, tail)
     kept = prepared(path, config, max_length)
     if kept is not None:
-        for row in tokenised(*kept):
+        for row in tokenized(*kept):
             ids = [*row["prompt_ids"], *row["chosen_ids"], *row["rejected_ids"]]
             assert all(isinstance(token, int) for token in ids)
 
 
 def step(model, rows, tokenizer, max_length):
-    """One step of both stages; the loss is a number."""
+    """Train both stages for one step and check that the loss is finite."""
     for trainer, config in ((ChosenSFTTrainer, SFTConfig), (DPOShiftTrainer, DPOShiftConfig)):
         args = config(
             output_dir="../out", bf16=False, use_cpu=True, report_to="none", disable_tqdm=True, max_steps=1,
@@ -509,7 +509,7 @@ def test_what_is_left_of_odd_rows_is_trained_on(form, streaming, tiny_model):
 def test_a_null_for_the_template_s_arguments_is_none_of_them(given, streaming):
     rows = [{**ROW, "prompt": f"w{index}", "chat_template_kwargs": value} for index, value in enumerate(given)]
     rows, tokenizer = prepared(write_rows(rows, ".jsonl", b""), {"streaming": streaming}, 32)
-    assert len(tokenised(rows, tokenizer)) == 2
+    assert len(tokenized(rows, tokenizer)) == 2
     assert all(isinstance(row["chat_template_kwargs"], dict) for row in rows)
 
 
@@ -542,7 +542,7 @@ def test_a_stream_of_which_nothing_is_left_is_refused():
     )
 
 
-# Longer than what is read at once; of the same answers, so that all of it is dropped
+# Longer than one read buffer; with identical answers, so that all rows are dropped
 FILLER = (json.dumps({**ROW, "chosen": "w" * 100_000, "rejected": "w" * 100_000}) + "\n") * 110
 LONG = (json.dumps(ROW) + "\n" + FILLER).encode()
 
@@ -631,7 +631,7 @@ def files(folder):
 
 @pytest.fixture(scope="module")
 def commands(tmp_path_factory, tiny_model):
-    """Two real processes under way, by name: the folder of each, the files that lay there before it, and itself."""
+    """Two running commands by name: folder, files in it before the start, and process."""
     folders = {name: tmp_path_factory.mktemp(name) for name in ("mistakes", "climbing")}
     for folder in folders.values():
         for name in ("home", "tmp", "in/side"):
@@ -696,7 +696,7 @@ def test_names_that_climb_write_nothing_outside_the_run_folder(commands):
         "tmp/",
         "home/.cache/wandb/logs/",
         "home/.cache/matplotlib/",
-    )  # of the libraries, named by none of the recipe's values
+    )  # library caches, not named by any value in the recipe
     assert {name for name in new if not name.startswith(("run/", *caches))} == set()
     assert {name for name in new if "climbed" in name} == set()
     assert not [path for path in folder.parent.rglob("*climbed*") if not path.is_relative_to(folder)]

@@ -1,4 +1,4 @@
-"""Recipes: what is read, what is refused, and in which words."""
+"""Recipes: what is accepted, what is refused, and the messages."""
 
 import math
 import re
@@ -22,7 +22,7 @@ SFT = "sft: {bf16: false, use_cpu: true}\n"
 
 @pytest.fixture
 def load(tmp_path, monkeypatch):
-    """Load a recipe given as text, under the name x.yaml."""
+    """Load a recipe from text, as x.yaml."""
     monkeypatch.chdir(tmp_path)
 
     def load(text, *overrides):
@@ -34,7 +34,7 @@ def load(tmp_path, monkeypatch):
 
 @pytest.fixture
 def refuse(load):
-    """The lines with which a recipe given as text is refused, without the file's name."""
+    """Error lines for a recipe given as text, without the file name."""
 
     def refuse(text, *overrides):
         with pytest.raises(RecipeError) as raised:
@@ -60,7 +60,7 @@ def dpo(text):
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
 def test_every_recipe_of_the_repository_is_sound(path):
     stages = [name for name in ("sft", "dpo") if f"\n{name}:" in path.read_text(encoding="utf-8")]
-    recipe = load_recipe(str(path), [f"{name}.bf16=false" for name in stages])  # not every machine has bf16
+    recipe = load_recipe(str(path), [f"{name}.bf16=false" for name in stages])  # not supported on every machine
     assert list(recipe.stages) == stages
     assert stages[-1] == "dpo"
     assert recipe.output_dir == Path("runs") / path.stem

@@ -1,4 +1,4 @@
-"""The command: as real processes where signals, launchers or exit codes matter, in this one elsewhere."""
+"""The command, in a process of its own if signals, launchers or exit codes matter, else in this process."""
 
 import json
 import os
@@ -44,7 +44,7 @@ def succeed(*arguments, **kwargs):
 
 @pytest.fixture
 def here(capfd):
-    """Run the command in this process; returns what it printed."""
+    """Run the command in this process and return its output."""
 
     def run(*arguments, code=0):
         capfd.readouterr()
@@ -60,7 +60,7 @@ def recipe(tmp_path, tiny_model):
 
 
 def write_recipe(tmp_path, tiny_model):
-    """A recipe of both stages on a tiny model, a few seconds long."""
+    """A recipe with both stages on a tiny model that takes a few seconds."""
     make_rows(24).to_json(tmp_path / "rows.jsonl")
     values = {
         "output_dir": str(tmp_path / "run"),
@@ -143,7 +143,7 @@ def test_the_same_command_again_skips_what_is_finished_and_another_recipe_is_ref
 
 
 def interrupt(recipe, stage, *overrides):
-    """Kill the command once a checkpoint is whole."""
+    """Kill the command once a checkpoint is complete."""
     process = subprocess.Popen(
         [sys.executable, "-m", "dposhift_trl.run", str(recipe), *overrides],
         env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
@@ -151,7 +151,7 @@ def interrupt(recipe, stage, *overrides):
     folder = Path(load_recipe(str(recipe), overrides).output_dir) / stage
     deadline = time.monotonic() + 120
     while last_complete_checkpoint(folder)[0] is None:
-        assert process.poll() is None, "ended before it could be killed"
+        assert process.poll() is None, "finished before it was killed"
         assert time.monotonic() < deadline
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
@@ -168,7 +168,7 @@ LONG = ["sft.max_steps=30", "dpo.max_steps=30"]
 
 @pytest.fixture(scope="module", params=[[], LORA], ids=["full", "lora"])
 def whole(request, tmp_path_factory, tiny_model):
-    """Recipe, overrides and folder of a run that nothing interrupted."""
+    """Recipe, overrides and folder of an uninterrupted run."""
     folder = tmp_path_factory.mktemp("whole")
     recipe, extra = write_recipe(folder, tiny_model), [*LONG, *request.param]
     succeed(recipe, *extra)
@@ -181,7 +181,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_weights_bit_for_bit(stage, 
     extra = [*extra, f"output_dir={tmp_path / 'run'}"]
     interrupt(recipe, stage, *extra)
     resumed = succeed(recipe, *extra)
-    assert f"{stage}: going on from" in resumed.stdout
+    assert f"{stage}: resuming from" in resumed.stdout
     for name in ("sft", "dpo"):
         (weights,) = (expected / name).glob("*model.safetensors")
         left, right = load_file(tmp_path / "run" / name / weights.name), load_file(weights)
@@ -205,7 +205,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(recipe, tmp_path):
     assert "stopped by SIGTERM, saved at step" in stderr
     assert "Traceback" not in stderr
     resumed = succeed(recipe, "sft=null", *options)
-    assert "going on from" in resumed.stdout
+    assert "resuming from" in resumed.stdout
     assert [e["step"] for e in history(tmp_path / "run" / "dpo") if "loss" in e] == list(range(1, 61))
     succeed(recipe, f"output_dir={tmp_path / 'whole'}", "sft=null", *options)
     left, right = (load_file(tmp_path / run / "dpo" / "model.safetensors") for run in ("run", "whole"))
@@ -261,7 +261,7 @@ def test_sigterm_in_the_last_step_of_stage_1_finishes_the_stage_and_stops_before
     ],
     ids=["finished", "refused", "stopped", "terminated"],
 )
-def test_the_handler_of_sigterm_is_the_caller_s_again_after_the_run(options, code, recipe, here, monkeypatch):
+def test_the_previous_sigterm_handler_is_restored_after_the_run(options, code, recipe, here, monkeypatch):
     step = DPOShiftTrainer.training_step
 
     def training_step(self, *args, **kwargs):
@@ -296,7 +296,7 @@ def test_sigterm_while_the_audit_reads_a_row_is_no_mistake_of_the_data(recipe, t
 
 
 def test_a_full_disk_is_one_line_and_loses_no_checkpoint(recipe, tmp_path):
-    """A limit on the size of any file stands for the disk: the model still fits, the optimizer's state does not."""
+    """A limit on file sizes stands in for a full disk: the model still fits, the optimizer state does not."""
     succeed(recipe, "dpo=null")
     weights = (tmp_path / "run" / "sft" / "model.safetensors").stat().st_size
     options = ["--accept-changes", "sft=null", f"model.model_name_or_path={tmp_path / 'run' / 'sft'}"]
@@ -319,7 +319,7 @@ def test_a_folder_that_cannot_be_made_is_one_line(recipe, tmp_path, here):
 
 
 def test_a_run_killed_between_the_last_checkpoint_and_the_end_only_saves(recipe, tmp_path, here):
-    """`max_steps` ends inside an epoch, where `Trainer.train` itself would take one step more."""
+    """`max_steps` ends within an epoch, so `Trainer.train` would take one more step."""
     here(recipe)
     folder = tmp_path / "run" / "dpo"
     expected = load_file(folder / "model.safetensors")
@@ -334,7 +334,7 @@ def test_a_run_killed_between_the_last_checkpoint_and_the_end_only_saves(recipe,
 
 @pytest.mark.filterwarnings("ignore:The `'keep_end'` truncation mode is deprecated:FutureWarning")
 def test_each_stage_trains_on_the_rows_that_its_own_truncation_leaves(recipe, tmp_path, here):
-    """Prompts of 1 to 20 words, answers of one word and EOS, which TRL adds."""
+    """Prompts have 1 to 20 words, answers one word and the EOS token that TRL adds."""
     rows = [{"prompt": "w1 " * n, "chosen": " w2", "rejected": " w3"} for n in range(1, 21)]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     options = ["data.eval_size=null", "dpo.max_length=10", "data.min_rows_kept=0.1"]
@@ -355,7 +355,7 @@ def test_each_stage_trains_on_the_rows_that_its_own_truncation_leaves(recipe, tm
         assert steps == [3 * -(-count // 4) for count in kept]  # three epochs, four rows per step
 
 
-# Lambda falls with every evaluation
+# Lambda decreases from evaluation to evaluation
 BEST_IS_FIRST = [
     "sft=null", "dpo.max_steps=4", "dpo.load_best_model_at_end=true", "dpo.metric_for_best_model=shift/lambda",
     "dpo.greater_is_better=true",
@@ -424,7 +424,7 @@ def test_one_stage_alone(recipe, tmp_path, here):
 
 def test_a_dry_run_prints_steps_and_lambda_and_writes_nothing(recipe, tmp_path, here):
     done = here(recipe, "--dry-run", "sft.max_steps=-1", "sft.num_train_epochs=3")
-    assert "sft: 15 optimizer steps" in done.out  # 19 rows, 4 a step, 3 epochs
+    assert "sft: 15 optimizer steps" in done.out  # 19 rows, 4 per step, 3 epochs
     assert "dpo: 6 optimizer steps" in done.out
     assert "lambda: 1 at the start, 0.875 in the middle, 0.75 at the end" in done.out
     assert "lambda_schedule: linear_decrease" in done.out
@@ -453,7 +453,7 @@ def test_a_dry_run_prints_the_steps_that_training_takes(options, recipe, tmp_pat
 
 def test_a_dry_run_refuses_a_token_budget_that_the_longest_pair_exceeds(recipe, here):
     done = here(recipe, "--dry-run", "sft=null", "dpo.max_steps=-1", "dpo.max_tokens_per_batch=4", code=2)
-    assert done.err.startswith("stage `dpo` cannot start: `max_tokens_per_batch` must hold the longest pair")
+    assert done.err.startswith("Stage `dpo` cannot start: `max_tokens_per_batch` must hold the longest pair")
 
 
 def test_a_dry_run_does_not_guess_the_steps_of_packed_rows(recipe, here):
@@ -476,7 +476,7 @@ def test_letters_that_a_terminal_lacks_are_escaped(recipe):
         (["model.model_name_or_path=no/where"], "`model.model_name_or_path` 'no/where' cannot be loaded"),
         (["model.model_name_or_path=."], "`model.model_name_or_path` must be a Hub name or a folder with a `config"),
         (["data.path=nowhere.jsonl"], "`data.path` 'nowhere.jsonl', split 'train', cannot be read"),
-        (["model.use_peft=true", "model.lora_target_modules=[nope]"], "stage `sft` cannot start: Target modules"),
+        (["model.use_peft=true", "model.lora_target_modules=[nope]"], "Stage `sft` cannot start: Target modules"),
     ],
     ids=["key", "type", "range", "model", "folder", "data", "lora"],
 )
@@ -497,11 +497,11 @@ def test_a_mistake_is_one_line_and_exit_code_2(arguments, said, recipe, here):
     ],
     ids=["sft", "dpo", "online", "streaming"],
 )
-def test_rows_that_are_kept_though_no_answer_is_left_of_any_are_one_line(options, recipe, here):
+def test_rows_that_are_kept_without_any_answer_left_are_one_line(options, recipe, here):
     stage = "sft" if options == ["dpo=null"] else "dpo"
     done = here(recipe, "data.audit={lost: keep}", "sft.max_length=2", "dpo.max_length=2", *options, code=2)
     assert done.err.splitlines()[-1] == (
-        f"stage `{stage}` cannot start: the train rows must hold one whose prompt is shorter than `max_length`, got "
+        f"Stage `{stage}` cannot start: the train rows must hold one whose prompt is shorter than `max_length`, got "
         "none, with 2 tokens. Raise `max_length`."
     )
 
@@ -532,7 +532,7 @@ def finished_run(tmp_path_factory, tiny_model):
     return recipe, folder / "run"
 
 
-FOLDER = None  # in place of the content of a file
+FOLDER = None  # a folder in place of the file
 
 
 @pytest.mark.parametrize(
@@ -615,7 +615,7 @@ def test_a_half_written_checkpoint_is_passed_over(tmp_path):
 
 @pytest.mark.parametrize("name", ["gpt2_shift", "gpt2_shift_lora"])
 def test_the_gpt2_recipes_run_unchanged_on_folders_named_as_on_the_hub(name, tmp_path, here, monkeypatch):
-    """GPT-2's architecture with random weights, at a twelfth of its depth, and its way of tokenising."""
+    """GPT-2 with one layer and random weights, and a tokenizer of the same type."""
     from dposhift_trl.data.demo import save_demo_model
 
     save_demo_model(str(tmp_path / "gpt2"))
@@ -649,7 +649,7 @@ ONE = [sys.executable]
 
 @pytest.mark.parametrize(("first", "second"), [(TWO, ONE), (ONE, TWO)], ids=["two-then-one", "one-then-two"])
 def test_a_run_goes_on_with_another_number_of_processes(first, second, recipe, tmp_path):
-    # The batch of a step stays 4 pairs; SGD, since Adam turns rounding into whole steps
+    # The batch size of a step stays 4 pairs; SGD, since Adam amplifies rounding differences to whole steps
     common = ["sft=null", "dpo.max_steps=4", "dpo.optim=sgd", "dpo.report_to=none", "--accept-changes"]
     size = {len(TWO): "dpo.per_device_train_batch_size=2", len(ONE): "dpo.per_device_train_batch_size=4"}
 
@@ -666,7 +666,7 @@ def test_a_run_goes_on_with_another_number_of_processes(first, second, recipe, t
     whole, steps = load_file(folder / "model.safetensors"), history(folder)
     (folder / "finished.json").unlink()
     shutil.rmtree(folder / "checkpoint-4")
-    assert "going on from" in run(second)
+    assert "resuming from" in run(second)
     resumed = load_file(folder / "model.safetensors")
     assert all(torch.allclose(whole[key], resumed[key], rtol=1e-5, atol=1e-6) for key in whole)
     assert [e["step"] for e in history(folder)] == [e["step"] for e in steps]
@@ -674,7 +674,7 @@ def test_a_run_goes_on_with_another_number_of_processes(first, second, recipe, t
 
 
 def test_two_processes_see_the_same_lambda_and_the_same_metrics_as_one(recipe, tmp_path):
-    # SGD, since Adam turns the rounding of another order of summation into whole steps
+    # SGD, since Adam amplifies rounding differences from the order of summation to whole steps
     common = ["sft=null", "dpo.max_steps=4", "dpo.optim=sgd"]
     options = [*common, "dpo.per_device_train_batch_size=2"]
     done = subprocess.run(
@@ -692,7 +692,7 @@ def test_two_processes_see_the_same_lambda_and_the_same_metrics_as_one(recipe, t
 
 
 def test_two_processes_fill_batches_by_tokens_and_share_one_measurement(recipe, tmp_path):
-    """Rank by rank the same lambda: the adaptive controller sees the pairs of both."""
+    """Lambda is the same on both ranks, since the adaptive controller sees the pairs of both."""
     options = [
         "sft=null", "dpo.num_train_epochs=2", "dpo.max_steps=-1", "dpo.max_tokens_per_batch=60", "dpo.report_to=none",
         "dpo.gradient_accumulation_steps=2", "dpo.lambda_schedule=adaptive",
@@ -722,4 +722,4 @@ def test_two_processes_fill_batches_by_tokens_and_share_one_measurement(recipe, 
     for epoch in (ranks[0][:steps], ranks[0][steps:]):
         rows = sorted(int(row) for _, rows in epoch for row in rows)
         assert len(rows) == 20
-        assert len(set(rows)) == 19  # one appears twice, so that both have as many
+        assert len(set(rows)) == 19  # one row appears twice, so that both processes have the same number

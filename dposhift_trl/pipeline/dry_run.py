@@ -28,18 +28,16 @@ def describe(recipe: Recipe) -> None:
         with tempfile.TemporaryDirectory() as folder:
             tokenizer = load_tokenizer(recipe, base_model(recipe, Path(folder)))
             rows = load_rows(recipe, tokenizer)
-        for split, audit in findings(rows).items():
-            say(f"{split}: {audit}")
     except (DataError, RunError) as error:
-        say(f"rows unknown: {error}")
+        say(f"The rows cannot be loaded: {error}")
+    for split, audit in findings(rows).items():
+        say(f"{split}: {audit}")
     for name, args in recipe.stages.items():
-        steps = args.max_steps if args.max_steps > 0 else None
-        if steps is None and tokenizer is not None and name in rows:
-            try:
-                steps = _optimizer_steps(args, rows[name].train, tokenizer)
-            except ValueError as error:
-                raise RunError(f"stage `{name}` cannot start: {error}") from error
-        say(f"{name}: {steps if steps is not None else 'unknown number of'} optimizer steps")
+        try:
+            steps = _optimizer_steps(args, rows[name].train if name in rows else None, tokenizer)
+        except ValueError as error:
+            raise RunError(f"Stage `{name}` cannot start: {error}") from error
+        say(f"{name}: {steps or 'unknown number of'} optimizer steps")
         if isinstance(args, DPOShiftConfig) and args.lambda_schedule == ADAPTIVE:
             say("lambda: {:.4g} to {:.4g}, adapted during training".format(*args.lambda_range))
         elif isinstance(args, DPOShiftConfig):
@@ -51,9 +49,13 @@ def describe(recipe: Recipe) -> None:
             )
 
 
-def _optimizer_steps(args: SFTConfig | DPOShiftConfig, rows: Rows, tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """Optimizer steps of training on the rows, or `None` if that is only known once they are read or packed."""
-    if not isinstance(rows, Dataset) or (isinstance(args, SFTConfig) and args.packing):
+def _optimizer_steps(
+    args: SFTConfig | DPOShiftConfig, rows: Rows | None, tokenizer: PreTrainedTokenizerBase | None
+) -> int | None:
+    """Number of optimizer steps, or `None` if it is only known once the rows are read or packed."""
+    if args.max_steps > 0:
+        return args.max_steps
+    if tokenizer is None or not isinstance(rows, Dataset) or (isinstance(args, SFTConfig) and args.packing):
         return None
     max_tokens = args.max_tokens_per_batch if isinstance(args, DPOShiftConfig) else None
     trained_on = _trained_on(rows, args, tokenizer)

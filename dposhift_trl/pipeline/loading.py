@@ -71,6 +71,8 @@ def load_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> dict[str, A
 
 def findings(rows: dict[str, AuditedRows]) -> dict[str, SplitAudit]:
     """Audits by split for the last stage, then for earlier stages that truncate differently."""
+    if not rows:
+        return {}
     *earlier, last = rows
     audits = dict(rows[last].audits)
     for name in earlier:

@@ -71,7 +71,7 @@ def run_stage(
     checkpoint, incomplete = from_main(last_complete_checkpoint(folder))
     for path in incomplete:
         say(f"{name}: {path} is incomplete, skipped")
-    say(f"{name}: " + (f"going on from {checkpoint}" if checkpoint else f"starting from {start}"))
+    say(f"{name}: " + (f"resuming from {checkpoint}" if checkpoint else f"starting from {start}"))
     began = time.monotonic()
     trainer = _make_trainer(name, recipe, start, tokenizer, rows)
     trainer.add_callback(sigterm)
@@ -79,7 +79,7 @@ def run_stage(
         say(
             f"{name}: "
             + ("reading shared tokens once" if trainer.shares_prompts else "reading both rows of each pair")
-            + (", the reference scored beforehand" if trainer.precompute_ref_logps else ", the reference at each step")
+            + (", reference scores precomputed" if trainer.precompute_ref_logps else ", reference scored at each step")
         )
     with wandb_run(name, recipe):
         _train(trainer, checkpoint)
@@ -162,7 +162,7 @@ def _make_trainer(
                 check_rows_left(dataset, split, args.max_length)
         return trainer
     except (OSError, ValueError, ImportError) as error:
-        raise RunError(f"stage `{name}` cannot start: {' '.join(str(error).split())}") from error
+        raise RunError(f"Stage `{name}` cannot start: {' '.join(str(error).split())}") from error
 
 
 def _finish_adapter(trainer: ChosenSFTTrainer | DPOShiftTrainer, folder: Path, merge: bool) -> None:
