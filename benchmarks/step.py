@@ -7,7 +7,7 @@ Time of a DPO step against stock TRL, and against the matrix products it cannot 
 
 A step is what training runs: a batch collated, `training_step`, clipping, AdamW. Stock is `trl.DPOTrainer` with TRL's
 defaults but for the precision: gradients are checkpointed, in every kind of step, unless `--no-gradient-checkpointing`
-is given. `DPOShiftTrainer` is the product with its defaults (`shared_prompt` is forced on a GPU), its reference
+is given. `DPOShiftTrainer` is the product with its defaults, its reference
 log-probabilities precomputed through a fresh cache; lambda is 1, so that losses compare, which costs what any lambda
 does. `+ reference` adds to each step the scoring of its pairs by the reference, as the first epoch of the first run
 pays it. The levers are stock TRL, changed in one thing:
@@ -57,13 +57,13 @@ from trl import DPOConfig, DPOTrainer
 from trl.trainer.utils import FusedCausalLMOutput
 
 from dposhift_trl import DPOShiftConfig, DPOShiftTrainer
-from dposhift_trl.scoring.head import token_scores
-from dposhift_trl.scoring.shared_prompt import (
+from dposhift_trl.scoring import (
     PairLayout,
     SharedPromptCollator,
     enable_shared_prompt,
     shared_prompt_scores,
 )
+from dposhift_trl.scoring.head import token_scores
 from dposhift_trl.training.allocator import keep_freed_memory
 
 
@@ -205,8 +205,7 @@ def make_trainer(kind, args, config, shape):
         "disable_tqdm": True,
     }
     if kind.startswith(PRODUCT):
-        shared = "auto" if args.device == "cpu" else True
-        trainer_class, settings = DPOShiftTrainer, DPOShiftConfig(**settings, shift_lambda=1.0, shared_prompt=shared)
+        trainer_class, settings = DPOShiftTrainer, DPOShiftConfig(**settings, shift_lambda=1.0)
     else:
         trainer_class, settings = LeverTrainer if kind in LEVERS else DPOTrainer, DPOConfig(**settings)
     trainer = trainer_class(

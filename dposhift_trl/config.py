@@ -175,8 +175,9 @@ class DPOShiftConfig(DPOConfig):
             )
         self.lambda_schedule = self._checked_schedule(self.lambda_schedule)
         self._check_target()
-        choices: dict[str, str | bool] = {"auto": "auto", "true": True, "false": False}
-        for name in ("shared_prompt", "precompute_ref_log_probs"):
+        # `DPOTrainer` asks whether `precompute_ref_log_probs` is true, which `None` is not
+        for name, automatic in (("shared_prompt", "auto"), ("precompute_ref_log_probs", None)):
+            choices = {"auto": automatic, str(automatic).lower(): automatic, "true": True, "false": False}
             value = str(getattr(self, name)).lower()
             if value not in choices:
                 raise ValueError(f"`{name}` must be auto, true or false, got {getattr(self, name)!r}.")
@@ -202,7 +203,7 @@ class DPOShiftConfig(DPOConfig):
             self.greater_is_better = LOWER_IS_BETTER.search(str(self.metric_for_best_model)) is None
         super().__post_init__()
         if not self.always_dpo:
-            self.check_shift_has_meaning()
+            self.validate_loss_supports_shift()
 
     @property
     def lambda_range(self) -> tuple[float, float]:
@@ -285,7 +286,7 @@ class DPOShiftConfig(DPOConfig):
             for progress, shift_lambda in check_knots(schedule)
         ]
 
-    def check_shift_has_meaning(self) -> None:
+    def validate_loss_supports_shift(self) -> None:
         """Raise a `ValueError` where no lambda but 1 has a meaning."""
         remedy = "Set `lambda_schedule: fixed` and `shift_lambda: 1.0` to train with plain DPO."
         alien = [name for name in self.loss_type if name not in SHIFTABLE_LOSS_TYPES | {"sft"}]

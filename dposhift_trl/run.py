@@ -25,7 +25,7 @@ from .pipeline.sigterm import saving_on_sigterm
 from .pipeline.stage import run_stage
 from .recipe import Recipe, RecipeError, load_recipe
 from .report.run_folder import ReportError
-from .training.trainer import TrainingStopped
+from .training.checks import TrainingStopped
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -2,10 +2,10 @@
 
 import torch
 import torch.distributed as dist
-from test_shared_prompt import BATCH, CASES, NO_DROPOUT, gradients, make_model
+from pairs import BATCH, CASES, NO_DROPOUT, gradients, make_model
 from torch.nn.parallel import DistributedDataParallel
 
-from dposhift_trl.scoring.shared_prompt import PairLayout, enable_shared_prompt, shared_prompt_scores
+from dposhift_trl.scoring import PairLayout, enable_shared_prompt, shared_prompt_scores
 
 
 def main():

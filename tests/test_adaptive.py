@@ -113,8 +113,8 @@ def test_it_gives_what_dual_ascent_on_the_constraint_gives():
 
 def train(model, settings, folder, resume=None, callbacks=None, **changes):
     args = DPOShiftConfig(
-        **{**settings, "output_dir": str(folder), "max_steps": 12, "lambda_schedule": "adaptive"},
-        **{"lambda_min": 0.5, "beta": 0.5, "learning_rate": 3e-2, **changes},
+        **{**settings, "output_dir": str(folder), "max_steps": 12},
+        **{"lambda_schedule": "adaptive", "lambda_min": 0.5, "beta": 0.5, "learning_rate": 3e-2, **changes},
     )
     trainer = DPOShiftTrainer(model, args=args, train_dataset=ROWS, eval_dataset=EVAL_ROWS, callbacks=callbacks)
     trainer.train(resume_from_checkpoint=resume)
@@ -138,7 +138,7 @@ def test_training_moves_lambda_by_what_it_measures(metric, tiny_model, settings,
             observe(self, matrix)
 
     callback = Spy(target, metric, 0.5, 1.0)
-    trainer = train(tiny_model, settings, tmp_path / "run", callbacks=[callback])
+    trainer = train(tiny_model, settings, tmp_path / "run", lambda_schedule="fixed", callbacks=[callback])
     loop = LambdaController(target, 0.5, 1.0, 5.0, 20.0)
     expected = [loop.shift_lambda]
     for chosen in seen:

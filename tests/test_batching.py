@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from trl import DPOConfig, DPOTrainer
 
 from dposhift_trl import DPOShiftConfig, DPOShiftTrainer
-from dposhift_trl.scoring.shared_prompt import PairLayout
+from dposhift_trl.scoring import PairLayout
 from dposhift_trl.training.batching import TokenBudgetSampler, pair_lengths
 
 
@@ -45,7 +45,7 @@ def test_a_pairs_length_counts_what_is_read(max_length, mode, shared, expected):
 def test_a_layout_is_never_longer_than_the_lengths_of_its_pairs(tiny_model, settings):
     trainer = make_trainer(tiny_model, settings)
     lengths = pair_lengths(trainer.train_dataset, None, "keep_start", shared=True)
-    collator = trainer.data_collator.collator.collator
+    collator = trainer.data_collator.collator
     for row, length in zip(trainer.train_dataset, lengths, strict=True):
         assert length - 2 <= len(PairLayout.from_batch(collator([row]))) <= length
 
@@ -150,14 +150,14 @@ def test_a_run_whose_batches_go_by_length_resumes_bit_for_bit(batches, tiny_mode
 @pytest.mark.parametrize(
     ("changes", "stream", "reason"),
     [
-        ({"shared_prompt": False}, False, "where rows are padded (`shared_prompt` is off)"),
-        ({"train_sampling_strategy": "sequential"}, False, "with `train_sampling_strategy='sequential'`, which it"),
-        ({"max_steps": 2}, True, "with a stream, whose lengths are not known"),
+        ({"shared_prompt": False}, False, "padded rows (`shared_prompt` is off)"),
+        ({"train_sampling_strategy": "sequential"}, False, "`train_sampling_strategy='sequential'`, which it"),
+        ({"max_steps": 2}, True, "iterable datasets, whose lengths are unknown"),
     ],
 )
 def test_a_budget_that_cannot_be_kept_is_refused(changes, stream, reason, tiny_model, settings):
     rows = ROWS.to_iterable_dataset() if stream else ROWS
-    with pytest.raises(ValueError, match=re.escape(f"`max_tokens_per_batch` must be left out {reason}")):
+    with pytest.raises(ValueError, match=re.escape(f"`max_tokens_per_batch` is not supported with {reason}")):
         make_trainer(tiny_model, settings, rows, max_tokens_per_batch=100, **changes)
 
 
@@ -207,5 +207,5 @@ def test_a_budget_that_is_too_small_is_refused_before_training(tiny_model, setti
 
 
 def test_a_budget_for_rows_of_which_none_is_short_enough_says_so(tiny_model, settings):
-    with pytest.raises(ValueError, match="the train rows must hold one whose prompt is shorter than `max_length`"):
+    with pytest.raises(ValueError, match="No train examples left: every prompt is at least as long as `max_length`"):
         make_trainer(tiny_model, settings, max_tokens_per_batch=100, max_length=1, precompute_ref_log_probs=False)

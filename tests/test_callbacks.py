@@ -42,5 +42,5 @@ def test_a_schedule_above_one_needs_the_flag(args):
 
 def test_trls_own_config_takes_no_lambda_and_says_so(tiny_model, settings):
     callback = LambdaScheduleCallback(lambda progress: 0.3)
-    with pytest.raises(ValueError, match="`args` must be a `DPOShiftConfig` where a `LambdaScheduleCallback` sets"):
+    with pytest.raises(ValueError, match="`args` must be a `DPOShiftConfig` if a `LambdaScheduleCallback` sets"):
         DPOShiftTrainer(tiny_model, args=DPOConfig(**settings), train_dataset=make_rows(4), callbacks=[callback])

@@ -50,7 +50,7 @@ def test_the_config_adds_no_other_fields_and_changes_one_default():
 def test_the_defaults_are_the_paper_s_fixed_lambda(make):
     config = make()
     assert [getattr(config, name) for name in ADDED_FIELDS[:4]] == ["fixed", 0.95, 0.75, 1.0]
-    assert config.precompute_ref_log_probs == "auto"
+    assert config.precompute_ref_log_probs is None  # auto, and false for DPOTrainer
     assert config.lambda_range == (0.95, 0.95)
 
 
@@ -335,10 +335,11 @@ def test_a_config_survives_being_written_out_and_read_again(make):
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        ([], "auto"),
+        ([], None),
         (["--precompute_ref_log_probs"], True),
         (["--precompute_ref_log_probs", "false"], False),
-        (["--precompute_ref_log_probs", "auto"], "auto"),
+        (["--precompute_ref_log_probs", "auto"], None),
+        (["--precompute_ref_log_probs", "none"], None),
     ],
 )
 def test_the_flag_for_precomputed_references_may_stand_alone_as_trls_does(words, expected, flags):

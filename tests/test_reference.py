@@ -664,7 +664,7 @@ def test_auto_scores_the_reference_beforehand_where_that_holds_and_pays(
     assert trainer.precompute_ref_logps is precomputes
     assert cache.exists() is precomputes
     assert (trainer.ref_model is None) is precomputes
-    assert trainer.args.precompute_ref_log_probs == changes.get("precompute_ref_log_probs", "auto")
+    assert trainer.args.precompute_ref_log_probs == changes.get("precompute_ref_log_probs")
 
 
 @pytest.mark.parametrize("given", ["adapter", "reference"])
@@ -726,7 +726,7 @@ def test_a_reference_that_is_no_longer_in_its_folder_is_not_replaced_by_another(
     with pytest.raises(ValueError, match="the weights there are not those that training began with"):
         trainer.evaluate(make_rows(4, seed=3))
     trainer.model.config._name_or_path = str(tmp_path / "gone")
-    with pytest.raises(ValueError, match=r"`eval_dataset` must be given .* longer be loaded from '.*gone'"):
+    with pytest.raises(ValueError, match=r"`eval_dataset` must be passed .* longer be loaded from '.*gone'"):
         trainer.evaluate(make_rows(4, seed=3))
     assert trainer.ref_model is None
 
@@ -746,9 +746,7 @@ def test_a_model_in_memory_gets_the_reference_that_trl_would_load(settings, tiny
         trainer.train()
 
 
-@pytest.fixture
-def loaded(monkeypatch):
-    """Weak references to the models that the trainer loads by itself, with what it loads them by."""
+def record_loads(monkeypatch, module):
     models = []
 
     def load(*args, **kwargs):
@@ -756,17 +754,30 @@ def loaded(monkeypatch):
         models.append((weakref.ref(model), kwargs))
         return model
 
-    monkeypatch.setattr("dposhift_trl.training.trainer.create_model_from_path", load)
+    monkeypatch.setattr(f"{module}.create_model_from_path", load)
     return models
 
 
+@pytest.fixture
+def loaded(monkeypatch):
+    """Weak references to the references that are brought back, with what they are loaded by."""
+    return record_loads(monkeypatch, "dposhift_trl.reference.precompute")
+
+
+@pytest.fixture
+def loaded_by_trl(monkeypatch):
+    """The same of the models that DPOTrainer loads."""
+    return record_loads(monkeypatch, "trl.trainer.dpo_trainer")
+
+
 @pytest.mark.parametrize("kind", ["by name", "in memory"])
-def test_no_reference_model_is_in_memory_during_training(kind, settings, tiny_model, cache, loaded):
+def test_no_reference_model_is_in_memory_during_training(kind, settings, tiny_model, cache, loaded, loaded_by_trl):
     alive = []
 
     class Watch(TrainerCallback):
         def on_step_begin(self, args, state, control, **kwargs):
-            alive.append(sum(model() is not None for model, _ in loaded))
+            models = [model() for model, _ in [*loaded, *loaded_by_trl]]
+            alive.append(sum(model is not None and model is not trainer.model for model in models))
 
         def on_step_end(self, args, state, control, **kwargs):
             if state.global_step == 2:
@@ -774,21 +785,26 @@ def test_no_reference_model_is_in_memory_during_training(kind, settings, tiny_mo
 
     policy = AutoModelForCausalLM.from_pretrained(tiny_model) if kind == "in memory" else tiny_model
     trainer = shift_trainer(policy, settings, make_rows(12))
-    assert len(loaded) == (kind == "in memory")
+    assert (len(loaded), len(loaded_by_trl)) == (0, 1 + (kind == "by name"))
     trainer.add_callback(Watch())
     trainer.train()
     assert alive == [0] * 4
-    assert len(loaded) == 1 + (kind == "in memory")
+    assert len(loaded) == 1
     (fresh,) = [entry for entry in trainer.state.log_history if "eval_fresh_loss" in entry]
     assert (fresh["step"], fresh["eval_fresh_displacement/chosen"] != 0.0) == (2, True)
 
 
-def test_the_reference_of_a_model_in_memory_is_loaded_as_the_policy_was(settings, tiny_model, cache, loaded):
+def test_the_reference_of_a_model_in_memory_is_loaded_as_the_policy_was(
+    settings, tiny_model, cache, loaded, loaded_by_trl
+):
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.bfloat16, attn_implementation="eager")
     trainer = shift_trainer(model, settings, make_rows(12), model_init_kwargs={"use_safetensors": True})
     trainer.train()  # which compares policy and reference before the first step
-    (_, options), expected = loaded[0], {"dtype": torch.bfloat16, "attn_implementation": "eager"}
-    assert options == {**expected, "trust_remote_code": False, "use_safetensors": True}
+    trainer.evaluate(make_rows(4, seed=3))
+    expected = {"dtype": torch.bfloat16, "attn_implementation": "eager"}
+    assert len(loaded) == len(loaded_by_trl) == 1
+    for _, options in (*loaded, *loaded_by_trl):
+        assert options == {**expected, "trust_remote_code": False, "use_safetensors": True}
 
 
 def test_after_a_reference_that_cannot_be_loaded_the_arguments_are_as_they_were(settings, tiny_model, tmp_path, cache):
@@ -798,7 +814,7 @@ def test_after_a_reference_that_cannot_be_loaded_the_arguments_are_as_they_were(
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     with pytest.raises(ValueError, match="Unrecognized model"):
         DPOShiftTrainer(model, args=args, train_dataset=make_rows(12), processing_class=tokenizer)
-    assert args.precompute_ref_log_probs == "auto"
+    assert args.precompute_ref_log_probs is None
 
 
 @pytest.mark.parametrize("kind", ["by name", "explicit", "explicit with LoRA"])
@@ -836,7 +852,7 @@ def test_a_table_beside_a_stream_leaves_the_reference_on_the_device_for_both(set
     trainer = shift_trainer(tiny_model, settings, make_rows(12), ref_model=reference)
     moves = []
     monkeypatch.setattr(
-        "dposhift_trl.training.trainer._move", lambda model, device: moves.append(device) or model.to(device)
+        "dposhift_trl.reference.scorer.move_model", lambda model, device: moves.append(device) or model.to(device)
     )
     trainer.evaluate({"table": make_rows(4, seed=3), "stream": make_rows(4, seed=3).to_iterable_dataset()})
     assert moves == [trainer.accelerator.device, trainer.accelerator.device, "cpu"]
@@ -850,11 +866,12 @@ def test_a_policy_in_memory_with_an_adapter_is_its_own_reference(settings, tiny_
     assert not loaded
 
 
-def test_arguments_by_position_without_an_adapter_are_a_model_in_memory(settings, tiny_model, cache, loaded):
+def test_arguments_are_taken_by_position_as_dpo_trainer_takes_them(settings, tiny_model, cache):
     model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny_model), AutoTokenizer.from_pretrained(tiny_model)
     rest = None, make_rows(12), None, tokenizer, None, None, (None, None), None, None
     trainer = DPOShiftTrainer(model, None, DPOShiftConfig(**settings), *rest)
-    assert (len(loaded), trainer.precompute_ref_logps) == (1, True)
+    assert trainer.precompute_ref_logps
+    assert trainer.processing_class is tokenizer
 
 
 @pytest.mark.parametrize(

@@ -456,6 +456,12 @@ def test_a_dry_run_refuses_a_token_budget_that_the_longest_pair_exceeds(recipe, 
     assert done.err.startswith("Stage `dpo` cannot start: `max_tokens_per_batch` must hold the longest pair")
 
 
+def test_a_dry_run_refuses_a_stage_without_training_examples(recipe, here):
+    options = ["sft=null", "dpo.max_steps=-1", "dpo.max_length=2", "data.audit=keep"]
+    done = here(recipe, "--dry-run", *options, code=2)
+    assert done.err.startswith("Stage `dpo` cannot start: No train examples left: every prompt")
+
+
 def test_a_dry_run_does_not_guess_the_steps_of_packed_rows(recipe, here):
     done = here(recipe, "--dry-run", "sft.packing=true", "sft.max_steps=-1", "sft.eval_packing=false")
     assert "sft: unknown number of optimizer steps" in done.out
@@ -501,8 +507,8 @@ def test_rows_that_are_kept_without_any_answer_left_are_one_line(options, recipe
     stage = "sft" if options == ["dpo=null"] else "dpo"
     done = here(recipe, "data.audit={lost: keep}", "sft.max_length=2", "dpo.max_length=2", *options, code=2)
     assert done.err.splitlines()[-1] == (
-        f"Stage `{stage}` cannot start: the train rows must hold one whose prompt is shorter than `max_length`, got "
-        "none, with 2 tokens. Raise `max_length`."
+        f"Stage `{stage}` cannot start: No train examples left: every prompt is at least as long as `max_length` (2). "
+        "Raise `max_length`."
     )
 
 

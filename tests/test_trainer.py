@@ -24,7 +24,7 @@ from dposhift_trl import (
     LambdaScheduleCallback,
     make_lambda_schedule,
 )
-from dposhift_trl.scoring.shared_prompt import verify_shared_prompt
+from dposhift_trl.scoring.verify import measure_shared_prompt
 from dposhift_trl.training.trainer import TrainingStopped
 
 
@@ -127,7 +127,7 @@ def test_dropout_that_disable_dropout_does_not_reach_keeps_rows_apart(tmp_path, 
 
 
 def test_the_log_says_that_the_shared_prompt_is_on(tiny_model, settings, caplog):
-    with caplog.at_level("INFO", logger="dposhift_trl.training.trainer"):
+    with caplog.at_level("INFO", logger="dposhift_trl.training.sharing"):
         DPOShiftTrainer(tiny_model, args=DPOShiftConfig(**settings), train_dataset=ROWS)
         assert "shared_prompt is on: scores agree with those of padded rows to rounding" in caplog.text
         caplog.clear()
@@ -144,7 +144,7 @@ def test_bf16_rounding_is_no_obstacle_to_the_shared_prompt(tiny_model, settings)
     shared = train(DPOShiftTrainer, DPOShiftConfig, tiny_model, settings, options=options, bf16=True)
     assert shared.shares_prompts
     reference = shared.accelerator.unwrap_model(shared.ref_model)
-    assert 1e-2 < verify_shared_prompt(reference) < 1
+    assert 1e-2 < measure_shared_prompt(reference, shared.accelerator.autocast).scores < 1
     rows = train(
         DPOShiftTrainer, DPOShiftConfig, tiny_model, settings, options=options, bf16=True, shared_prompt=False
     )
@@ -411,7 +411,7 @@ def test_dropout_that_is_no_module_is_named_as_the_reason_and_both_remedies_help
         train(DPOShiftTrainer, DPOShiftConfig, str(tmp_path), settings, options=options)
     assert str(stopped.value).endswith(
         "would not start at log 2. `disable_dropout` does not reach `LlamaAttention.attention_dropout=0.5`. Set it to "
-        "0 in the model's config, or set `disable_dropout=False` to train with all of its dropout."
+        "0 in the model's config, or set `disable_dropout=False` to train with dropout."
     )
     for remedy in ({"model_init_kwargs": {"attention_dropout": 0.0}}, {"disable_dropout": False}):
         trainer = train(DPOShiftTrainer, DPOShiftConfig, str(tmp_path), settings, options=options, **remedy)
@@ -517,7 +517,7 @@ def test_train_metrics_weigh_each_pair_once_over_an_uneven_accumulation_window(t
 
     class Spy(DPOShiftTrainer):
         def log(self, logs, *args):
-            seen.extend(value for _, matrix in self._pair_scores["train"] for value in matrix[:, 0].tolist())
+            seen.extend(value for _, matrix in self._recorder._batches["train"] for value in matrix[:, 0].tolist())
             super().log(logs, *args)
 
     trainer = train(

@@ -544,7 +544,7 @@ def assert_stopped(trainer, words):
         trainer.train()
     message = str(caught.value)
     assert words in message
-    assert f"`trl` {trl.__version__} does not fit" in message
+    assert f"`trl` {trl.__version__} is not compatible" in message
     assert f"Install {TRL_WINDOW}" in message
     assert all(torch.equal(a, b) for a, b in zip(before, trainer.model.parameters(), strict=True))
 
@@ -824,7 +824,7 @@ def test_only_the_rows_whose_own_scores_are_not_finite_are_named(poisoned, setti
 def test_in_the_very_first_batch_the_rows_are_blamed_and_not_trl(poisoned, settings):
     named, message, _, _ = stopped(make(DPOShiftTrainer, poisoned, settings, rows=rows_with_poison_at([1])).train)
     assert 1 in named
-    assert "does not fit" not in message
+    assert "is not compatible" not in message
 
 
 def test_the_texts_are_those_of_the_rows_given_to_evaluate(poisoned, settings):

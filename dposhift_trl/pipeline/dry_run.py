@@ -4,6 +4,7 @@ import math
 import tempfile
 from pathlib import Path
 
+from accelerate import PartialState
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 from trl import SFTConfig
@@ -14,7 +15,8 @@ from ..data.sources import Rows
 from ..data.tokens import PairTokens, Truncation, tokenize_pair
 from ..recipe import Recipe, dump_yaml
 from ..schedules import ADAPTIVE, make_lambda_schedule
-from ..training.batching import TokenBudgetSampler, pair_lengths
+from ..training.batching import make_token_sampler
+from ..training.checks import check_rows_left
 from .errors import RunError
 from .loading import base_model, findings, load_rows, load_tokenizer
 from .processes import say
@@ -57,15 +59,12 @@ def _optimizer_steps(
         return args.max_steps
     if tokenizer is None or not isinstance(rows, Dataset) or (isinstance(args, SFTConfig) and args.packing):
         return None
-    max_tokens = args.max_tokens_per_batch if isinstance(args, DPOShiftConfig) else None
     trained_on = _trained_on(rows, args, tokenizer)
-    if max_tokens is not None:
-        sampler = TokenBudgetSampler(
-            pair_lengths(trained_on, args.max_length, args.truncation_mode, shared=True),
-            max_tokens,
-            gradient_accumulation_steps=args.gradient_accumulation_steps,
-            num_processes=args.world_size,
-        )
+    check_rows_left(trained_on, "train", args.max_length)
+    sampler = None
+    if isinstance(args, DPOShiftConfig):
+        sampler = make_token_sampler(trained_on, args, PartialState(), shares_prompts=True)
+    if sampler is not None:
         batches = len(sampler)
     else:
         round_off = math.floor if args.dataloader_drop_last else math.ceil

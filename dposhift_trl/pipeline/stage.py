@@ -23,9 +23,10 @@ from ..config import DPOShiftConfig
 from ..data.audit import AuditedRows
 from ..recipe import Recipe, dump_yaml
 from ..report.verdict import verdict_of
+from ..training.checks import check_rows_left
 from ..training.model_card import append_recipe_section, log_until
 from ..training.sft import ChosenSFTTrainer
-from ..training.trainer import DPOShiftTrainer, check_rows_left
+from ..training.trainer import DPOShiftTrainer
 from .checkpoints import last_complete_checkpoint
 from .errors import RUN_AGAIN, RunError, Terminated
 from .processes import from_main, say

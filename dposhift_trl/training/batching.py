@@ -1,13 +1,18 @@
-"""Which pairs share a batch: their lengths, and batches evenly filled up to a number of tokens."""
+"""Which pairs share a batch: by their lengths, up to a number of tokens, or at random."""
 
 import heapq
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate import Accelerator, PartialState
+from accelerate.data_loader import prepare_data_loader
 from datasets import Dataset
-from torch.utils.data import Sampler
+from torch.utils.data import DataLoader, Sampler
+
+from ..config import DPOShiftConfig
+from .checks import check_rows_left
 
 
 def pair_lengths(dataset: Dataset, max_length: int | None, truncation_mode: str, shared: bool) -> list[int]:
@@ -162,3 +167,77 @@ class TokenBudgetSampler(Sampler[list[int]]):
     def set_epoch(self, epoch: int) -> None:
         """Draw the order of this epoch."""
         self.epoch = epoch
+
+
+def make_token_sampler(
+    dataset: Any, args: DPOShiftConfig, accelerator: Accelerator | PartialState, shares_prompts: bool
+) -> TokenBudgetSampler | None:
+    """
+    The sampler that `max_tokens_per_batch` asks for, or `None` if it is not set.
+
+    Args:
+        dataset (`Dataset`):
+            Tokenized training rows.
+        args ([`DPOShiftConfig`]):
+            Settings of the run.
+        accelerator ([`~accelerate.Accelerator`] or [`~accelerate.PartialState`]):
+            Knows the processes.
+        shares_prompts (`bool`):
+            Whether shared tokens are read once.
+
+    Raises:
+        ValueError: If rows are padded, their lengths are unknown, or another setting arranges the batches.
+    """
+    if args.max_tokens_per_batch is None:
+        return None
+    reason = None
+    if not shares_prompts:
+        reason = "padded rows (`shared_prompt` is off)"
+    elif not isinstance(dataset, Dataset):
+        reason = "iterable datasets, whose lengths are unknown"
+    elif args.train_sampling_strategy != "random":
+        reason = f"`train_sampling_strategy={args.train_sampling_strategy!r}`, which it replaces"
+    if reason is not None:
+        raise ValueError(
+            f"`max_tokens_per_batch` is not supported with {reason}, got {args.max_tokens_per_batch}. Set "
+            "`per_device_train_batch_size` instead."
+        )
+    check_rows_left(dataset, "train", args.max_length)
+    return TokenBudgetSampler(
+        pair_lengths(dataset, args.max_length, args.truncation_mode, shared=True),
+        args.max_tokens_per_batch,
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        num_processes=accelerator.num_processes,
+        process_index=accelerator.process_index,
+        seed=data_seed(args),
+    )
+
+
+def token_budget_dataloader(
+    dataset: Dataset, sampler: TokenBudgetSampler, collator: Callable, args: DPOShiftConfig
+) -> DataLoader:
+    """A dataloader of the sampler's batches, which are those of one process already."""
+    loader = DataLoader(
+        dataset,
+        batch_sampler=sampler,
+        collate_fn=collator,
+        num_workers=args.dataloader_num_workers,
+        pin_memory=args.dataloader_pin_memory,
+        persistent_workers=args.dataloader_persistent_workers,
+        prefetch_factor=args.dataloader_prefetch_factor,
+    )
+    return prepare_data_loader(loader, args.device, num_processes=1, process_index=0, put_on_device=True)
+
+
+def with_lengths(dataset: Any, args: DPOShiftConfig, shares_prompts: bool) -> Any:
+    """The dataset with the column in which transformers looks for lengths, if pairs are to be grouped by them."""
+    name = args.length_column_name
+    grouped = args.train_sampling_strategy == "group_by_length" and isinstance(dataset, Dataset)
+    if not grouped or name in dataset.column_names:
+        return dataset
+    return dataset.add_column(name, pair_lengths(dataset, args.max_length, args.truncation_mode, shares_prompts))
+
+
+def data_seed(args: DPOShiftConfig) -> int:
+    """Seed of the order of the rows."""
+    return args.seed if args.data_seed is None else args.data_seed

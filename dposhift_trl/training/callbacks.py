@@ -1,4 +1,4 @@
-"""The one writer of lambda."""
+"""The callbacks of a run: the one writer of lambda, and what is set or restored when training begins."""
 
 import math
 from dataclasses import asdict
@@ -7,9 +7,12 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
+from trl import DPOConfig
 
-from ..schedules import LambdaSchedule
+from ..config import DPOShiftConfig
+from ..schedules import ADAPTIVE, LambdaSchedule, make_lambda_schedule
 from .adaptive import LambdaController
+from .allocator import keep_freed_memory
 from .metrics import PairScores
 
 
@@ -57,20 +60,26 @@ class LambdaScheduleCallback(TrainerCallback):
         if shift_lambda > 1 and not getattr(args, "allow_lambda_above_one", False):
             raise ValueError(
                 f"`schedule` must not exceed 1, got {shift_lambda} at progress {progress}. For lambda above 1 set "
-                " `allow_lambda_above_one=True` in `DPOShiftConfig`."
+                "`allow_lambda_above_one=True` in `DPOShiftConfig`."
             )
         self.shift_lambda = shift_lambda
 
     def observe(self, matrix: torch.Tensor) -> None:
-        """Take the scores of a batch in training, of all processes, as of [`~metrics.PairScores.as_matrix`]."""
+        """Receive the scores of a training batch from all processes, as of [`~metrics.PairScores.as_matrix`]."""
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         self._update(args, state)
 
-    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         self._update(args, state)
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         self._update(args, state)
 
 
@@ -92,28 +101,45 @@ class AdaptiveLambdaCallback(LambdaScheduleCallback, ExportableState):
     """
 
     def __init__(self, target: float, metric: str, lambda_min: float, lambda_max: float):
-        self.arguments = {"target": target, "metric": metric, "lambda_min": lambda_min, "lambda_max": lambda_max}
+        self.arguments: dict[str, Any] = {
+            "target": target,
+            "metric": metric,
+            "lambda_min": lambda_min,
+            "lambda_max": lambda_max,
+        }
         self.metric = metric
-        self.controller = LambdaController(target, lambda_min, lambda_max, smoothing_steps=5, integral_steps=20)
+        self.controller = self._new_controller(max_steps=0)
         self._observed: list[torch.Tensor] = []
         super().__init__(lambda progress: self.controller.shift_lambda)
+
+    def _new_controller(self, max_steps: int) -> LambdaController:
+        # A run twice as long usually moves the policy half as far per step
+        return LambdaController(
+            self.arguments["target"],
+            self.arguments["lambda_min"],
+            self.arguments["lambda_max"],
+            smoothing_steps=max(5.0, max_steps / 15),
+            integral_steps=max(20.0, max_steps / 3),
+        )
 
     def observe(self, matrix: torch.Tensor) -> None:
         self._observed.append(matrix)
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         self._observed.clear()
         if state.global_step == 0:
-            # A run twice as long takes its steps half as far, as a rule
-            self.controller.smoothing_steps = max(5.0, state.max_steps / 15)
-            self.controller.integral_steps = max(20.0, state.max_steps / 3)
+            self.controller = self._new_controller(state.max_steps)
             state.stateful_callbacks[type(self).__name__] = self.state()
-        # A checkpoint of another schedule has no state of ours
+        # A checkpoint of another schedule has no such state
         saved: Any = state.stateful_callbacks.setdefault(type(self).__name__, self.state())
         self.controller_state = saved["attributes"]["controller_state"]
         super().on_train_begin(args, state, control, **kwargs)
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         if self._observed:
             chosen = PairScores.from_matrices(self._observed).chosen_logratios
             self._observed.clear()
@@ -134,3 +160,63 @@ class AdaptiveLambdaCallback(LambdaScheduleCallback, ExportableState):
 
     def state(self) -> dict[str, Any]:
         return {"args": self.arguments, "attributes": {"controller_state": self.controller_state}}
+
+
+class TokenCountCallback(TrainerCallback, ExportableState):
+    """Number of tokens trained on, saved in each checkpoint and restored on resume, where TRL would count from 0."""
+
+    num_tokens: int | torch.Tensor = 0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.global_step > 0:
+            saved: Any = state.stateful_callbacks.get(type(self).__name__)
+            if saved is None:  # a checkpoint of an earlier release
+                logged = [entry["num_tokens"] for entry in state.log_history if "num_tokens" in entry]
+                saved = {"attributes": {"num_tokens": int(logged[-1]) if logged else 0}}
+            self.num_tokens = saved["attributes"]["num_tokens"]
+        state.stateful_callbacks[type(self).__name__] = self.state()
+
+    def state(self) -> dict[str, Any]:
+        return {"args": {}, "attributes": {"num_tokens": int(self.num_tokens)}}
+
+
+class KeepFreedMemoryCallback(TrainerCallback):
+    """On a CPU, lets the process keep the memory that a step has freed; see [`~allocator.keep_freed_memory`]."""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if args.device.type == "cpu":
+            keep_freed_memory()
+
+
+def configured_schedule(args: DPOShiftConfig) -> LambdaScheduleCallback:
+    """The callback that sets lambda as the config says."""
+    if args.lambda_schedule == ADAPTIVE:
+        return AdaptiveLambdaCallback(args.lambda_target, args.lambda_target_metric, args.lambda_min, args.lambda_max)
+    return LambdaScheduleCallback(make_lambda_schedule(args))
+
+
+def check_schedules(args: DPOConfig, callbacks: list[Any]) -> None:
+    """Refuse a schedule passed as a callback if lambda has no meaning or another writer."""
+    schedules = [cb for cb in callbacks if isinstance(cb, LambdaScheduleCallback)]
+    if not schedules:
+        return
+    if not isinstance(args, DPOShiftConfig):
+        raise ValueError(
+            f"`args` must be a `DPOShiftConfig` if a `{type(schedules[0]).__name__}` sets lambda, got a "
+            f"`{type(args).__name__}`, with which the trainer is TRL's. Pass `DPOShiftConfig(...)`."
+        )
+    if len(schedules) > 1:
+        raise ValueError(
+            f"`callbacks` must hold at most one `LambdaScheduleCallback`, got {len(schedules)}. Remove the others "
+            "with `trainer.remove_callback(...)`, since lambda has one writer."
+        )
+    if args.lambda_schedule == ADAPTIVE:
+        raise ValueError(
+            f"`lambda_schedule='adaptive'` is not supported with a `{type(schedules[0]).__name__}` of your own, since "
+            "lambda has one writer. Leave `lambda_schedule` out, or do not pass the callback."
+        )
+    args.validate_loss_supports_shift()

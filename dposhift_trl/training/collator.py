@@ -1,28 +1,31 @@
-"""Batches of pairs that know which rows they are made of."""
+"""Batches of pairs that know which rows they are made of, and how their shared tokens are read once."""
 
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from ..columns import ROW_INDEX
+from ..columns import ROW_INDEX, SHARED_PROMPT, STREAM_ROW_INDEX
+from ..scoring import PairLayout
 
 
 class PairCollator:
     """
-    Wraps a collator of preference rows and adds the indices of their rows, so that a score can name its row.
+    Wraps a collator of preference rows and adds the indices of their rows and, on request, their [`PairLayout`].
+
+    For iterable datasets, rank 0 may collate for all processes, after which Accelerate slices each tensor along dim 0.
+    So their batches hold tensors only, with an index for each chosen row, then for each rejected row.
 
     Args:
         collator (`Callable`):
             [`~trl.trainer.dpo_trainer.DataCollatorForPreference`] or one with the same output.
-        by_row (`bool`, *optional*, defaults to `False`):
-            Whether to give the indices of the chosen rows, then again those of the rejected rows, so that accelerate,
-            which cuts a stream's batches by their rows, leaves each process the indices of its own.
+        shares_prompts (`bool`, *optional*, defaults to `False`):
+            Whether to add the layout, under the key `shared_prompt`.
     """
 
-    def __init__(self, collator: Callable[[list[dict[str, Any]]], dict[str, Any]], by_row: bool = False):
+    def __init__(self, collator: Callable[[list[dict[str, Any]]], dict[str, Any]], shares_prompts: bool = False):
         self.collator = collator
-        self.by_row = by_row
+        self.shares_prompts = shares_prompts
 
     def __getattr__(self, name: str) -> Any:
         if name == "collator":  # before it is set, as while a worker unpickles
@@ -30,7 +33,11 @@ class PairCollator:
         return getattr(self.collator, name)
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        rows = [example.get(ROW_INDEX, -1) for example in examples]
         batch = self.collator(examples)
-        batch[ROW_INDEX] = torch.tensor(rows * 2 if self.by_row else rows)
+        if STREAM_ROW_INDEX in examples[0]:
+            batch[ROW_INDEX] = torch.tensor([example[STREAM_ROW_INDEX] for example in examples] * 2)
+            return batch
+        batch[ROW_INDEX] = torch.tensor([example.get(ROW_INDEX, -1) for example in examples])
+        if self.shares_prompts:
+            batch[SHARED_PROMPT] = PairLayout.from_batch(batch)
         return batch

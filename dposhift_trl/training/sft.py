@@ -1,11 +1,23 @@
 """ChosenSFTTrainer: stage 1, supervised fine-tuning on the chosen answers."""
 
+from collections.abc import Callable
 from typing import Any
 
-from datasets import Dataset, IterableDataset
-from trl import SFTTrainer, extract_prompt
+import torch
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+from peft import PeftConfig, PeftModel
+from transformers import (
+    BitsAndBytesConfig,
+    DataCollator,
+    EvalPrediction,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+    TrainerCallback,
+)
+from trl import SFTConfig, SFTTrainer, extract_prompt
 
-from .allocator import keep_freed_memory
+from .callbacks import KeepFreedMemoryCallback
 
 
 class ChosenSFTTrainer(SFTTrainer):
@@ -16,26 +28,72 @@ class ChosenSFTTrainer(SFTTrainer):
 
     Takes the arguments of [`~trl.SFTTrainer`]. Rows with `chosen` and `rejected`, and `prompt` explicit or implicit in
     both, become rows of `prompt` and `completion`, on which [`~trl.SFTTrainer`] takes the loss on the completion
-    only; rows of any other kind pass unchanged.
+    only. Rows of any other form, and all rows if a `formatting_func` is given, are passed unchanged.
     """
 
-    def __init__(self, model, args=None, data_collator=None, train_dataset=None, eval_dataset=None, *rest, **kwargs):
+    def __init__(
+        self,
+        model: str | PreTrainedModel | PeftModel,
+        args: SFTConfig | None = None,
+        data_collator: DataCollator | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Dataset
+        | IterableDataset
+        | DatasetDict
+        | IterableDatasetDict
+        | dict[str, Dataset | IterableDataset]
+        | None = None,
+        processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
+        compute_loss_func: Callable | None = None,
+        compute_metrics: Callable[[EvalPrediction], dict] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+        optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
+        preprocess_logits_for_metrics: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+        quantization_config: BitsAndBytesConfig | None = None,
+        peft_config: PeftConfig | None = None,
+        formatting_func: Callable[[dict], str] | None = None,
+    ):
+        self._selects_chosen = formatting_func is None
         super().__init__(
-            model, args, data_collator, _chosen_only(train_dataset), _chosen_only(eval_dataset), *rest, **kwargs
+            model=model,
+            args=args,
+            data_collator=data_collator,
+            train_dataset=self._select_chosen(train_dataset),
+            eval_dataset=self._select_chosen(eval_dataset),
+            processing_class=processing_class,
+            compute_loss_func=compute_loss_func,
+            compute_metrics=compute_metrics,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
+            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
+            quantization_config=quantization_config,
+            peft_config=peft_config,
+            formatting_func=formatting_func,
         )
+        self.add_callback(KeepFreedMemoryCallback())
 
-    def train(self, *args, **kwargs):
-        if self.accelerator.device.type == "cpu":
-            keep_freed_memory()
-        return super().train(*args, **kwargs)
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Evaluates on the chosen answers of the rows that are passed, too."""
+        return super().evaluate(self._select_chosen(eval_dataset), ignore_keys, metric_key_prefix)
 
-    def evaluate(self, eval_dataset=None, *args, **kwargs):
-        return super().evaluate(_chosen_only(eval_dataset), *args, **kwargs)
+    def _select_chosen(self, dataset: Any) -> Any:
+        return select_chosen(dataset) if self._selects_chosen else dataset
 
 
-def _chosen_only(dataset):
+def select_chosen(dataset: Any) -> Any:
+    """
+    Preference rows as `prompt` and `completion`, the chosen answer.
+
+    Args:
+        dataset (`Dataset`, `IterableDataset`, a dictionary of them, or anything else, which is returned unchanged):
+            Rows; those without `chosen` and `rejected` are returned unchanged.
+    """
     if isinstance(dataset, dict):
-        return type(dataset)({name: _chosen_only(rows) for name, rows in dataset.items()})
+        return type(dataset)({name: select_chosen(rows) for name, rows in dataset.items()})
     if not isinstance(dataset, (Dataset, IterableDataset)):
         return dataset
     first: dict[str, Any] = next(iter(dataset), {})

@@ -1,0 +1,193 @@
+"""The check at the start of a run that a model scores pairs as it scores padded rows, in the run's own precision."""
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from .attention import BranchAttention
+from .hooks import hooks_of, shared_prompt_scores
+from .layout import BATCH, PairLayout
+from .support import causal_lm_of
+
+
+logger = logging.getLogger(__name__)
+
+# Times the effect of one rounding of the embeddings by which scores and gradients may differ. Over 12 architectures,
+# 2 to 24 layers, float32, float16 and bfloat16, right kernels stay below 2 and wrong ones begin at 13.
+TOLERANCE = 5.0
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """
+    How far the scores of pairs are from those of padded rows, and how far one rounding of the embeddings moves these.
+
+    Args:
+        scores, rounding (`float`):
+            Largest difference of two log-probabilities, in nats.
+        gradients, gradient_rounding (`float`):
+            Largest difference of the gradients of a token's embedding, relative to their size.
+    """
+
+    scores: float
+    rounding: float
+    gradients: float
+    gradient_rounding: float
+
+    @property
+    def fault(self) -> str | None:
+        """What is wrong, as a phrase; `None` if nothing is."""
+        # A comparison with NaN is false
+        if not self.scores <= TOLERANCE * self.rounding:
+            return f"scores differ by {self.scores:.2g} nats, rounding accounts for {self.rounding:.2g}"
+        if not self.gradients <= TOLERANCE * self.gradient_rounding:
+            return f"gradients differ by {self.gradients:.2g} of their size, rounding: {self.gradient_rounding:.2g}"
+        return None
+
+
+def verify_shared_prompt(
+    model: nn.Module, autocast: Callable[[], AbstractContextManager[Any]] = nullcontext, batch: Any = None
+) -> str:
+    """
+    Check on two small pairs that a model scores pairs as it scores padded rows: log-probabilities and a gradient.
+
+    A kernel of attention that raises, or disagrees, is left out and the next one that supports the model is tried.
+
+    Args:
+        model (`torch.nn.Module`):
+            Model given to [`enable_shared_prompt`].
+        autocast (`Callable`, *optional*):
+            Makes the context in which training runs the model, such as [`~accelerate.Accelerator.autocast`].
+        batch (`Mapping[str, torch.Tensor]`, *optional*):
+            Batch in the layout of TRL's `DataCollatorForPreference`. By default, two pairs of a few arbitrary tokens.
+
+    Returns:
+        `str`: The kernel that attends, with the reasons against those before it.
+
+    Raises:
+        ValueError: If no kernel agrees. The message is a phrase, a reason to score rows.
+    """
+    hooks = hooks_of(model)
+    with _unchanged(model):
+        check = _Check(model, autocast, batch)
+        while True:
+            error: Exception | None = None
+            hooks.kernel, hooks.attended = None, {}
+            try:
+                fault = check.agreement().fault
+            except Exception as raised:  # whatever kernels and compilers raise: RuntimeError is not all of it
+                error = raised
+                fault = f"raises {type(raised).__name__}: {next(iter(str(raised).strip().splitlines()), '')}"
+            if fault is None:
+                return " and ".join(hooks.attended.values())
+            if hooks.kernel is None:
+                raise ValueError(str(error)) from error
+            if hooks.kernel == BranchAttention.name:
+                tried = "".join(f"; {name}: {reason}" for name, reason in hooks.refused.items())
+                raise ValueError(f"{fault} ({hooks.kernel}{tried})") from error
+            logger.warning(f"shared prompts do without {hooks.kernel}: {fault}")
+            hooks.refused[hooks.kernel] = fault
+
+
+def measure_shared_prompt(
+    model: nn.Module, autocast: Callable[[], AbstractContextManager[Any]] = nullcontext, batch: Any = None
+) -> Agreement:
+    """The measurement that [`verify_shared_prompt`] judges, by the kernel in use."""
+    with _unchanged(model):
+        return _Check(model, autocast, batch).agreement()
+
+
+class _Check:
+    """Padded rows scored, with their embeddings as they are and rounded otherwise, for pairs to be compared with."""
+
+    def __init__(self, model: nn.Module, autocast: Callable[[], AbstractContextManager[Any]], batch: Any):
+        self.model, self.autocast = model, autocast
+        device = next(model.parameters()).device
+        batch = two_pairs(causal_lm_of(model).config.vocab_size) if batch is None else batch
+        self.tokens = batch["input_ids"].unique().to(device)
+        self.layout = PairLayout.from_batch({name: batch[name].cpu() for name in BATCH}).to(device)
+        ids, real, scored = (batch[name].to(device) for name in BATCH)
+        labels = ids.masked_fill(scored == 0, -100)
+        rows = {"input_ids": ids, "attention_mask": real, "labels": labels, "use_cache": False, "fused_lm_head": True}
+        self.rows, self.rounded = (self._run(lambda: model(**rows).log_probs, by) for by in (0.0, 1.0))
+
+    def agreement(self) -> Agreement:
+        pairs = self._run(lambda: shared_prompt_scores(self.model, self.layout).log_probs, 0.0)
+        scores, gradients = _difference(pairs, self.rows)
+        rounding, gradient_rounding = _difference(self.rounded, self.rows)
+        return Agreement(scores, rounding, gradients, gradient_rounding)
+
+    def _run(self, scores: Callable[[], torch.Tensor], rounding: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scores, and the gradient of a weighted sum of them with respect to the embedding of each token."""
+        changes: list[torch.Tensor] = []
+
+        def move(module: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
+            place = torch.searchsorted(self.tokens, args[0])
+            if not changes:
+                change = torch.zeros(len(self.tokens), output.shape[-1], device=output.device)
+                change[place.flatten()] = output.detach().flatten(0, 1).float()
+                draws = torch.rand(change.shape, generator=torch.Generator().manual_seed(0)) - 0.5
+                change *= rounding * _epsilon(output) * draws.to(change.device)
+                changes.append(change.requires_grad_())
+            return output + changes[0][place].to(output.dtype)
+
+        hook = causal_lm_of(self.model).get_input_embeddings().register_forward_hook(move)
+        try:
+            with torch.enable_grad(), self.autocast():
+                values = scores()
+                weights = torch.linspace(-1, 2, values.numel(), device=values.device).view(values.shape)
+                (gradient,) = torch.autograd.grad((values.float() * weights).sum(), changes)
+        finally:
+            hook.remove()
+        return values.detach().float(), gradient
+
+
+def two_pairs(vocab_size: int) -> dict[str, torch.Tensor]:
+    """Two pairs of arbitrary tokens, padded, in the layout of TRL's `DataCollatorForPreference`."""
+    ids = torch.randint(vocab_size, (4, 12), generator=torch.Generator().manual_seed(0))
+    steps = torch.arange(12)
+    ids[2:] = torch.where(steps < torch.tensor([[6], [7]]), ids[:2], ids[2:])
+    real = (steps < torch.tensor([[12], [9], [10], [11]])).long()
+    return {"input_ids": ids * real, "attention_mask": real, "completion_mask": real * (steps >= 5)}
+
+
+def _epsilon(output: torch.Tensor) -> float:
+    """
+    Spacing of the numbers near 1 in which products are taken, where `output` is computed.
+
+    At least that of TF32, in which GPUs may take products of float32.
+    """
+    device = output.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else output.dtype
+    return max(torch.finfo(dtype).eps, torch.finfo(torch.float16).eps)
+
+
+def _difference(left: tuple[torch.Tensor, ...], right: tuple[torch.Tensor, ...]) -> tuple[float, float]:
+    """Largest difference of scores, and of the gradients of a token, relative to their size."""
+    (scores, gradients), (expected, expected_gradients) = left, right
+    sizes = expected_gradients.norm(dim=1)
+    apart = (gradients - expected_gradients).norm(dim=1) / (sizes + 1e-3 * sizes.max())
+    return (scores - expected).abs().max().item(), apart.max().item()
+
+
+@contextlib.contextmanager
+def _unchanged(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation, no parameter of which asks for a gradient, and everything as it was afterwards."""
+    training: Mapping[nn.Module, bool] = {module: module.training for module in model.modules()}
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    model.eval()
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+        for parameter in trained:
+            parameter.requires_grad_(True)
