@@ -122,10 +122,10 @@ def test_no_is_text_in_yaml_1_2_and_switches_evaluation_off(load):
 
 
 def test_what_a_recipe_says_of_evaluation_is_kept(load):
-    said = (
+    given = (
         "eval_strategy: epoch, metric_for_best_model: rewards/margins, greater_is_better: true, eval_on_start: false"
     )
-    stage = load(HEAD + f"data: {{path: demo, eval_size: 0.1}}\ndpo: {{bf16: false, {said}}}\n").stages["dpo"]
+    stage = load(HEAD + f"data: {{path: demo, eval_size: 0.1}}\ndpo: {{bf16: false, {given}}}\n").stages["dpo"]
     kept = (stage.eval_strategy, stage.metric_for_best_model, stage.greater_is_better, stage.eval_on_start)
     assert kept == ("epoch", "rewards/margins", True, False)
 

@@ -357,16 +357,18 @@ def test_each_stage_trains_on_the_rows_that_its_own_truncation_leaves(recipe, tm
 
 # Lambda decreases from evaluation to evaluation
 BEST_IS_FIRST = [
-    "sft=null", "dpo.max_steps=4", "dpo.load_best_model_at_end=true", "dpo.metric_for_best_model=shift/lambda",
+    "sft.max_steps=2", "dpo.max_steps=4", "dpo.load_best_model_at_end=true", "dpo.metric_for_best_model=shift/lambda",
     "dpo.greater_is_better=true",
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("extra", [[], LORA], ids=["full", "lora"])
+@pytest.mark.parametrize(
+    "extra", [["sft=null"], ["sft=null", *LORA], LORA], ids=["full", "lora", "lora of stage 1 and its frozen copy"]
+)
 def test_a_run_killed_after_its_last_checkpoint_ends_with_the_best_weights_as_one_left_alone(
     extra, recipe, tmp_path, here
 ):
-    options = [*extra, *BEST_IS_FIRST]
+    options = [*BEST_IS_FIRST, *extra]
     here(recipe, *options)
     folder = tmp_path / "run" / "dpo"
     (weights,) = (path.name for path in folder.glob("*model.safetensors"))
@@ -387,12 +389,26 @@ def test_a_run_killed_after_its_last_checkpoint_ends_with_the_best_weights_as_on
     assert (folder / "README.md").read_text() == card
 
 
+def test_the_best_checkpoint_is_found_in_a_run_folder_that_was_moved(recipe, tmp_path, here):
+    options = [*BEST_IS_FIRST, "sft=null"]
+    here(recipe, *options)
+    (tmp_path / "elsewhere").mkdir()
+    moved = (tmp_path / "run").rename(tmp_path / "elsewhere" / "run")
+    expected = load_file(moved / "dpo" / "model.safetensors")
+    for name in ("finished.json", "model.safetensors"):
+        (moved / "dpo" / name).unlink()
+    here(recipe, *options, f"output_dir={moved}")
+    found = load_file(moved / "dpo" / "model.safetensors")
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+
 def test_a_best_checkpoint_that_is_gone_is_one_line(recipe, tmp_path, here):
-    here(recipe, *BEST_IS_FIRST)
+    options = [*BEST_IS_FIRST, "sft=null"]
+    here(recipe, *options)
     folder = tmp_path / "run" / "dpo"
     (folder / "finished.json").unlink()
     shutil.rmtree(folder / "checkpoint-2")
-    done = here(recipe, *BEST_IS_FIRST, code=2)
+    done = here(recipe, *options, code=2)
     assert "`load_best_model_at_end` requires the best checkpoint, got no folder" in done.err.splitlines()[-1]
 
 
@@ -474,7 +490,7 @@ def test_letters_that_a_terminal_lacks_are_escaped(recipe):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["dpo.lerning_rate=0.5"], "unknown key `dpo.lerning_rate`. Did you mean `learning_rate`?"),
         (["dpo.learning_rate=fast"], "`dpo.learning_rate` must be a number, got 'fast'."),
@@ -486,9 +502,9 @@ def test_letters_that_a_terminal_lacks_are_escaped(recipe):
     ],
     ids=["key", "type", "range", "model", "folder", "data", "lora"],
 )
-def test_a_mistake_is_one_line_and_exit_code_2(arguments, said, recipe, here):
+def test_a_mistake_is_one_line_and_exit_code_2(arguments, message, recipe, here):
     done = here(recipe, *arguments, code=2)
-    assert said in done.err
+    assert message in done.err
     lines = [line for line in done.err.splitlines() if line.strip() and "it/s" not in line]
     assert len(lines) == 1
 

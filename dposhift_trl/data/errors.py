@@ -1,4 +1,4 @@
-"""Errors in preference data, each told to the user in one line."""
+"""Errors in preference data, reported to the user in one line."""
 
 import contextlib
 from collections.abc import Iterator

@@ -101,13 +101,15 @@ def _train(trainer: ChosenSFTTrainer | DPOShiftTrainer, checkpoint: Path | None)
     state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME)) if checkpoint else None
     if checkpoint and state and 0 < state.max_steps <= state.global_step:
         # `train` would take one more step if `max_steps` ends within an epoch
-        best = state.best_model_checkpoint if args.load_best_model_at_end else None
-        if best and not Path(best).is_dir():
+        final = checkpoint
+        if args.load_best_model_at_end and state.best_model_checkpoint:
+            final = Path(args.output_dir, Path(state.best_model_checkpoint).name)
+        if not final.is_dir():
             raise RunError(
-                f"`load_best_model_at_end` requires the best checkpoint, got no folder {best}. Restore it, or pass "
+                f"`load_best_model_at_end` requires the best checkpoint, got no folder {final}. Restore it, or pass "
                 "`load_best_model_at_end=false` for this stage and --accept-changes to save the last weights."
             )
-        trainer._load_from_checkpoint(best or str(checkpoint))
+        trainer._load_from_checkpoint(str(final))
         trainer.state = state
         return
     args.eval_on_start = args.eval_on_start and not checkpoint  # it has been logged already
