@@ -720,13 +720,13 @@ def test_two_processes_fill_batches_by_tokens_and_share_one_measurement(recipe, 
         "dpo.gradient_accumulation_steps=2", "dpo.lambda_schedule=adaptive",
     ]  # fmt: skip
     code = (
-        "import json, os, sys; from dposhift_trl import run; from dposhift_trl.training import trainer\n"
+        "import json, os, sys; from dposhift_trl import run; from dposhift_trl.training import callbacks\n"
         "observed = []\n"
-        "observe = trainer.AdaptiveLambdaCallback.observe\n"
+        "observe = callbacks.AdaptiveLambdaCallback.observe\n"
         "def spy(self, matrix):\n"
         "    observed.append((self.shift_lambda, matrix[:, 8].tolist()))\n"
         "    observe(self, matrix)\n"
-        "trainer.AdaptiveLambdaCallback.observe = spy\n"
+        "callbacks.AdaptiveLambdaCallback.observe = spy\n"
         "code = run.main(sys.argv[1:])\n"
         "json.dump(observed, open(f'seen-{os.environ[\"RANK\"]}.json', 'w'))\n"
         "sys.exit(code)\n"
