@@ -14,8 +14,8 @@ from packaging.version import Version
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 from dposhift_trl import __version__
+from dposhift_trl.data.chat_template import PLAIN_CHAT_TEMPLATE
 from dposhift_trl.data.demo import save_demo_model
-from dposhift_trl.data.sources import PLAIN_CHAT_TEMPLATE
 from dposhift_trl.recipe import load_recipe
 from dposhift_trl.schedules import LAMBDA_SCHEDULES
 
