@@ -77,15 +77,15 @@ def defined(path):
     return names
 
 
-HOPS = re.findall(r"^(?:\d+\.|  ) +`([\w/]+\.py)` `([\w.]+)`", ARCHITECTURE, re.MULTILINE)
+STEPS = re.findall(r"^(?:\d+\.|  ) +`([\w/]+\.py)` `([\w.]+)`", ARCHITECTURE, re.MULTILINE)
 
 
-def test_the_ways_have_their_hops():
-    assert len(HOPS) >= 22
+def test_the_page_has_its_steps():
+    assert len(STEPS) >= 22
 
 
-@pytest.mark.parametrize(("path", "name"), HOPS, ids=[f"{path} {name}" for path, name in HOPS])
-def test_every_hop_names_what_its_file_defines(path, name):
+@pytest.mark.parametrize(("path", "name"), STEPS, ids=[f"{path} {name}" for path, name in STEPS])
+def test_every_step_names_what_its_file_defines(path, name):
     assert name in defined(PACKAGE / path)
 
 
