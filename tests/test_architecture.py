@@ -41,7 +41,8 @@ SETTING_AND_COLUMN = {columns.SHARED_PROMPT}
 
 
 def constants(module) -> set[str]:
-    values = [value for name, value in vars(module).items() if name.isupper()]
+    """Strings that a module keeps under a name in capitals, alone or in a tuple."""
+    values = [value for name, value in vars(module).items() if name.isupper() and isinstance(value, (str, tuple))]
     return {text for value in values for text in ([value] if isinstance(value, str) else value)}
 
 

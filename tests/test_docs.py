@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make_rows
-from test_layout import LAYERS
+from test_architecture import LAYERS
 
 from dposhift_trl import DPOShiftConfig, DPOShiftTrainer
 from dposhift_trl.schedules import ADAPTIVE, LAMBDA_SCHEDULES
