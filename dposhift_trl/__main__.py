@@ -4,17 +4,18 @@ import difflib
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from importlib.util import find_spec
 
 from . import __version__
 
 
-# Module and summary. A module is imported only when its command runs, so that the list appears at once.
+# Their modules are imported only when a command runs, so that the list appears at once
 COMMANDS = {
-    "run": ("run", "Train from a recipe: supervised fine-tuning on the chosen answers, then DPO-Shift."),
-    "sweep": ("sweep", "Run a recipe for every combination of values from one stage 1, and compare the results."),
-    "report": ("report.__main__", "Write one HTML page about a run, or comparing several."),
-    "generate": ("generate", "Generate answers with the SFT model and the final model of a run."),
-    "reference": ("reference.__main__", "List or clear the cached log-probabilities of reference models."),
+    "run": "Train from a recipe: supervised fine-tuning on the chosen answers, then DPO-Shift.",
+    "sweep": "Run a recipe for every combination of values from one stage 1, and compare the results.",
+    "report": "Write one HTML page about a run, or comparing several.",
+    "generate": "Generate answers with the SFT model and the final model of a run.",
+    "reference": "List or clear the cached log-probabilities of reference models.",
 }
 
 
@@ -41,8 +42,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         hint = f" Did you mean `{nearest[0]}`?" if nearest else ""
         print(f"The command must be one of {', '.join(COMMANDS)}, got {name!r}.{hint}", file=sys.stderr)
         return 2
-    module, _ = COMMANDS[name]
-    return import_module(f".{module}", __package__).main(arguments)
+    return import_module(module_of(name)).main(arguments)
+
+
+def module_of(name: str) -> str:
+    """Module whose `main` is a command: the one of this name, or `__main__` if that is a package."""
+    spec = find_spec(f"{__package__}.{name}")
+    assert spec is not None
+    return spec.name if spec.submodule_search_locations is None else f"{spec.name}.__main__"
 
 
 def usage() -> str:
@@ -56,7 +63,7 @@ def usage() -> str:
             "   or: accelerate launch -m dposhift_trl run ...",
             "",
             "commands:",
-            *(f"  {name:9}  {summary}" for name, (_, summary) in COMMANDS.items()),
+            *(f"  {name:9}  {summary}" for name, summary in COMMANDS.items()),
             "",
             "options:",
             "  --help     List the commands. `dposhift COMMAND --help` shows the arguments of a command.",

@@ -79,13 +79,12 @@ def test_every_command_shows_its_own_help(name, capsys):
 
 
 def test_every_module_that_runs_is_a_command():
-    package = ROOT / "dposhift_trl"
     runnable = {
-        ".".join(path.relative_to(package).with_suffix("").parts)
-        for path in package.rglob("*.py")
+        ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        for path in (ROOT / "dposhift_trl").rglob("*.py")
         if '\nif __name__ == "__main__":' in path.read_text(encoding="utf-8")
     }
-    assert runnable == {"__main__", *(module for module, _ in commands.COMMANDS.values())}
+    assert runnable == {"dposhift_trl.__main__", *map(commands.module_of, commands.COMMANDS)}
 
 
 def test_the_console_script_is_the_same_function(monkeypatch, capsys):

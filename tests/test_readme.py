@@ -11,7 +11,7 @@ import torch
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 from dposhift_trl import __version__
-from dposhift_trl.__main__ import COMMANDS
+from dposhift_trl.__main__ import COMMANDS, module_of
 from dposhift_trl.data.demo import save_demo_model
 from dposhift_trl.data.sources import PLAIN_CHAT_TEMPLATE
 from dposhift_trl.recipe import load_recipe
@@ -117,7 +117,7 @@ def test_every_other_command_takes_the_options_it_is_given(line, monkeypatch, ca
     monkeypatch.chdir(ROOT)
     words = shlex.split(line)
     name, *arguments = words[words.index("-m") + 1 :]
-    module = import_module(f"dposhift_trl.{COMMANDS[name.removeprefix('dposhift_trl.')][0]}")
+    module = import_module(module_of(name.removeprefix("dposhift_trl.")))
     if name == "dposhift_trl.sweep":
         recipe, *overrides = arguments
         assert len(module.plan(recipe, [*overrides, "sft.bf16=false", *ON_CPU]).points) == 6
