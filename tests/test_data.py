@@ -14,7 +14,7 @@ from trl import DPOConfig, DPOTrainer, SFTConfig
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from dposhift_trl import ChosenSFTTrainer
-from dposhift_trl.columns import ROW_INDEX
+from dposhift_trl.columns import ROW_INDEX, STREAM_ROW_INDEX
 from dposhift_trl.data.audit import _RowCheck, audit_preferences
 from dposhift_trl.data.chat_template import PLAIN_CHAT_TEMPLATE, use_plain_chat_template
 from dposhift_trl.data.config import AUDIT_KINDS, DataConfig, DataSource
@@ -587,7 +587,7 @@ def audit(train, evaluation=None, *, tokenizer, max_length=None, mode="keep_star
 
 
 def unnumbered(rows):
-    return [{name: value for name, value in row.items() if name != ROW_INDEX} for row in rows]
+    return [{name: row[name] for name in row if name not in (ROW_INDEX, STREAM_ROW_INDEX)} for row in rows]
 
 
 def counts(split):
@@ -695,8 +695,9 @@ def test_a_row_keeps_the_number_it_had_before_the_audit(tokenizer, streaming):
         train, held = train.to_iterable_dataset(), held.to_iterable_dataset()
     config = DataConfig(path="demo", streaming=streaming)
     audited = audit_preferences(train, held, config, tokenizer, Truncation(None))
-    assert [(row["prompt"], row[ROW_INDEX]) for row in audited.train] == [("w1", 0), ("w2", 2), ("w3", 4)]
-    assert [(row["prompt"], row[ROW_INDEX]) for row in audited.evaluation] == [("w4", 1)]
+    column = STREAM_ROW_INDEX if streaming else ROW_INDEX
+    assert [(row["prompt"], row[column]) for row in audited.train] == [("w1", 0), ("w2", 2), ("w3", 4)]
+    assert [(row["prompt"], row[column]) for row in audited.evaluation] == [("w4", 1)]
 
 
 @pytest.mark.parametrize(
