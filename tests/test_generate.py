@@ -19,7 +19,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from dposhift_trl import DPOShiftConfig, DPOShiftTrainer
-from dposhift_trl.data.sources import PLAIN_CHAT_TEMPLATE
+from dposhift_trl.data.chat_template import PLAIN_CHAT_TEMPLATE
 from dposhift_trl.generate import (
     GenerateError,
     GenerationSettings,

@@ -639,7 +639,7 @@ def test_ctrl_c_saves_the_current_run_and_the_same_command_finishes_it(recipe, t
     assert not (folder / "finished.json").exists()
     monkeypatch.setattr(session, "launch", run_here)
     done = here(recipe, LAMBDAS)
-    assert f"dpo: going on from {folder / 'checkpoint-'}" in done.out
+    assert f"dpo: resuming from {folder / 'checkpoint-'}" in done.out
     assert "[2/2] fixed-0.5: done in " in done.out
     state = json.loads((folder / "trainer_state.json").read_text())
     assert [entry["step"] for entry in state["log_history"] if "loss" in entry] == [*range(1, 151)]

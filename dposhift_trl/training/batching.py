@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.data_loader import prepare_data_loader
 from datasets import Dataset
 from torch.utils.data import DataLoader, Sampler
@@ -173,7 +173,7 @@ class TokenBudgetSampler(Sampler[list[int]]):
 
 
 def make_token_sampler(
-    dataset: Any, args: DPOShiftConfig, accelerator: Accelerator, shares_prompts: bool
+    dataset: Any, args: DPOShiftConfig, accelerator: Accelerator | PartialState, shares_prompts: bool
 ) -> TokenBudgetSampler | None:
     """
     Create the sampler for `max_tokens_per_batch`. Returns `None` if the setting is `None`.
@@ -183,7 +183,7 @@ def make_token_sampler(
             Tokenized training rows.
         args ([`DPOShiftConfig`]):
             Settings of the run.
-        accelerator ([`~accelerate.Accelerator`]):
+        accelerator ([`~accelerate.Accelerator`] or [`~accelerate.PartialState`]):
             Provides the number of processes and the index of this one.
         shares_prompts (`bool`):
             Whether the tokens that both rows of a pair share are read once.
