@@ -10,7 +10,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from trl import DPOConfig
 
 from dposhift_trl import DPOShiftConfig, DPOShiftTrainer, LambdaScheduleCallback
-from dposhift_trl.training.callbacks import AdaptiveLambdaCallback
+from dposhift_trl.training.callbacks import AdaptiveLambdaCallback, configured_schedule
 
 
 ROWS = make_rows(24)
@@ -121,6 +121,13 @@ def test_a_schedule_next_to_the_adaptive_one_is_an_error(own, tiny_model, settin
     with pytest.raises(ValueError, match=BESIDE_ADAPTIVE):
         trainer.add_callback(own)
     assert type(trainer.lambda_callback) is AdaptiveLambdaCallback
+
+
+def test_an_adaptive_schedule_with_equal_bounds_is_a_constant_lambda(settings):
+    args = DPOShiftConfig(**settings, lambda_schedule="adaptive", lambda_min=0.8, lambda_max=0.8)
+    callback = configured_schedule(args)
+    assert type(callback) is LambdaScheduleCallback
+    assert [callback.schedule(progress) for progress in (0.0, 0.5, 1.0)] == [0.8] * 3
 
 
 @pytest.mark.parametrize("as_class", [False, True], ids=["instance", "class"])

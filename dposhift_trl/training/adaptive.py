@@ -21,10 +21,10 @@ class LambdaController:
 
     $$ \lambda = \frac{1}{1 + \mu}, \qquad \mu = \nu / c \ge 0. $$
 
-    Decreasing lambda is therefore increasing the Lagrange multiplier, as dual ascent does while the constraint is
-    violated. Pure dual ascent (an integral) oscillates around the target, because the log-ratio itself integrates
-    lambda. A term proportional to the shortfall damps the oscillation, as in the augmented Lagrangian and in
-    [PID Lagrangian methods](https://huggingface.co/papers/2007.03964). After each optimizer step,
+    Decreasing lambda therefore corresponds to increasing the Lagrange multiplier, as dual ascent does while the
+    constraint is violated. Pure dual ascent (an integral) oscillates around the target, because the log-ratio itself
+    integrates lambda. A term proportional to the shortfall damps the oscillation, as in the augmented Lagrangian and
+    in [PID Lagrangian methods](https://huggingface.co/papers/2007.03964). After each optimizer step,
 
     $$ e = \frac{\langle \Delta^* - \overline{\Delta_w} \rangle}{\langle s \rangle}, \qquad
        I \leftarrow \mathrm{clip}(I + K e / T), \qquad \mu = \mathrm{clip}(I + K e), $$
