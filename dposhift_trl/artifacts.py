@@ -1,7 +1,9 @@
 """Files of a run folder: their names, writing them atomically, and reading the mappings in them."""
 
+import contextlib
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +73,23 @@ def write_whole(path: Path, content: str | bytes | pa.Table, temporary: Path | N
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """
+    Write a folder atomically: it appears under its name once everything in it is written.
+
+    Args:
+        folder (`Path`):
+            The folder, which must not exist.
+
+    Yields:
+        `Path`: Where to write it, `<name>.tmp` in the same parent folder.
+    """
+    unfinished = folder.with_name(folder.name + ".tmp")
+    yield unfinished
+    unfinished.replace(folder)
 
 
 def _write(file: Any, content: str | bytes | pa.Table) -> None:

@@ -30,6 +30,7 @@ LAYERS = (
     ("report",),
     ("training",),
     ("recipe",),
+    ("pipeline",),
     ("run", "sweep", "generate"),
     ("__main__",),
 )
@@ -183,6 +184,7 @@ HEAVY = {"torch", "transformers", "trl", "accelerate", "datasets", "peft", "scip
         ("dposhift_trl", set()),
         ("dposhift_trl.__main__", set()),
         ("dposhift_trl.schedules", set()),
+        ("dposhift_trl.columns", set()),
         ("dposhift_trl.losses", {"torch", "numpy"}),
         ("dposhift_trl.artifacts", {"pyarrow", "numpy"}),
         ("dposhift_trl.report.__main__", {"matplotlib", "pyarrow", "numpy", "scipy"}),

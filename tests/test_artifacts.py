@@ -6,7 +6,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from dposhift_trl.artifacts import ArtifactError, read_mapping, write_whole
+from dposhift_trl.artifacts import ArtifactError, read_mapping, whole_folder, write_whole
 
 
 @pytest.mark.parametrize("content", ["ä\n", b"\0\1"], ids=["text", "bytes"])
@@ -35,6 +35,27 @@ def test_a_failure_keeps_the_earlier_file_and_leaves_no_other(failing, tmp_path,
         write_whole(tmp_path / "file", pa.table({"a": [1]}))
     assert (tmp_path / "file").read_text() == "earlier"
     assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_folder_appears_once_it_is_written(tmp_path):
+    folder = tmp_path / "folder"
+    with whole_folder(folder) as unfinished:
+        unfinished.mkdir()
+        (unfinished / "file").write_text("content")
+        assert not folder.exists()
+    assert (folder / "file").read_text() == "content"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["folder"]
+
+
+def test_a_folder_that_is_not_written_to_its_end_does_not_appear(tmp_path):
+    def write():
+        with whole_folder(tmp_path / "folder") as unfinished:
+            unfinished.mkdir()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write()
+    assert not (tmp_path / "folder").exists()
 
 
 def test_mappings_are_read_as_json_or_yaml_by_their_suffix(tmp_path):

@@ -469,7 +469,9 @@ def test_a_dry_run_prints_the_steps_that_training_takes(options, recipe, tmp_pat
 
 def test_a_dry_run_refuses_a_token_budget_that_the_longest_pair_exceeds(recipe, here):
     done = here(recipe, "--dry-run", "sft=null", "dpo.max_steps=-1", "dpo.max_tokens_per_batch=4", code=2)
-    assert done.err.startswith("Stage `dpo` cannot start: `max_tokens_per_batch` must hold the longest pair")
+    assert done.err.startswith(
+        "Stage `dpo` cannot start: `max_tokens_per_batch` must be at least the length of the longest pair"
+    )
 
 
 def test_a_dry_run_refuses_a_stage_without_training_examples(recipe, here):

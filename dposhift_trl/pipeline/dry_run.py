@@ -14,7 +14,7 @@ from ..data.errors import DataError
 from ..data.sources import Rows
 from ..data.tokens import PairTokens, Truncation, tokenize_pair
 from ..recipe import Recipe, dump_yaml
-from ..schedules import ADAPTIVE, make_lambda_schedule
+from ..schedules import LambdaPlan
 from ..training.batching import make_token_sampler
 from ..training.checks import check_rows_left
 from .errors import RunError
@@ -40,15 +40,15 @@ def describe(recipe: Recipe) -> None:
         except ValueError as error:
             raise RunError(f"Stage `{name}` cannot start: {error}") from error
         say(f"{name}: {steps or 'unknown number of'} optimizer steps")
-        if isinstance(args, DPOShiftConfig) and args.lambda_schedule == ADAPTIVE:
-            say("lambda: {:.4g} to {:.4g}, adapted during training".format(*args.lambda_range))
-        elif isinstance(args, DPOShiftConfig):
-            schedule = make_lambda_schedule(args)
-            say(
-                "lambda: {:.4g} at the start, {:.4g} in the middle, {:.4g} at the end".format(
-                    *map(schedule, (0, 0.5, 1))
-                )
-            )
+        if isinstance(args, DPOShiftConfig):
+            say(f"lambda: {_lambda_text(args.lambda_plan)}")
+
+
+def _lambda_text(plan: LambdaPlan) -> str:
+    if plan.adaptive:
+        return f"{plan.low:.4g} to {plan.high:.4g}, adapted during training"
+    values = map(plan.at, (0.0, 0.5, 1.0))
+    return "{:.4g} at the start, {:.4g} in the middle, {:.4g} at the end".format(*values)
 
 
 def _optimizer_steps(

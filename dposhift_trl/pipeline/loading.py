@@ -5,6 +5,7 @@ from pathlib import Path
 from accelerate import PartialState
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from ..artifacts import whole_folder
 from ..data.audit import AuditedRows, SplitAudit, audit_preferences
 from ..data.chat_template import use_plain_chat_template
 from ..data.demo import save_demo_model
@@ -18,9 +19,8 @@ def base_model(recipe: Recipe, demo_folder: Path) -> str:
     if recipe.model.model_name_or_path != "demo":
         return str(recipe.model.model_name_or_path)
     if PartialState().is_main_process and not (demo_folder / "config.json").is_file():
-        unfinished = demo_folder.with_name(demo_folder.name + ".tmp")
-        save_demo_model(str(unfinished))
-        unfinished.replace(demo_folder)
+        with whole_folder(demo_folder) as unfinished:
+            save_demo_model(str(unfinished))
     PartialState().wait_for_everyone()
     # Absolute, since adapters store the path of their base model
     return str(demo_folder.resolve())

@@ -13,6 +13,8 @@ import torch
 from torch import nn
 from torch.nn.attention.flex_attention import create_block_mask
 
+from ..columns import SHARED_PROMPT
+
 
 # Tokens of a block of flex attention
 BLOCK = 128
@@ -267,5 +269,5 @@ class SharedPromptCollator:
 
     def __call__(self, features: list[dict[str, Any]]) -> dict[str, Any]:
         batch = self.collator(features)
-        batch["shared_prompt"] = PairLayout.from_batch(batch)
+        batch[SHARED_PROMPT] = PairLayout.from_batch(batch)
         return batch
