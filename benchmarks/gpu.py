@@ -316,6 +316,7 @@ def training(part: Part) -> None:
 def tests(part: Part) -> None:
     """The tests that need one card; without a GPU, all of them are skipped."""
     command = [sys.executable, "-m", "pytest", "-v", "-m", "gpu and not two_gpus", "-p", "no:cacheprovider"]
+    command += ["-k", "not launch_file"]  # minutes of start-up, for what one card shows little of
     # Other releases than those of CI deprecate other things
     command += ["-W", "ignore::DeprecationWarning", "-W", "ignore::FutureWarning"]
     command += ["-n", "0" if part.args.smoke else "6", "--tb=short", "--show-capture=no", "tests/test_gpu.py"]

@@ -36,7 +36,7 @@ def time_of(record: dict[str, Any]) -> float:
 
 def step_table(records: list[dict[str, Any]], rate: float) -> list[str]:
     """Lines of the table of steps; ratios are of pairs a second."""
-    heading = ("model", "prompt/answer", "step", "s a step", "pairs/s", "tokens/s", "MFU", "of 989", "GiB")
+    heading = ("model", "prompt/answer", "kind", "pairs", "s per step", "pairs/s", "tokens/s", "MFU", "of 989", "GiB")
     heading += (f"times {STOCK}", f"times {BEST_STOCK}", "of the limit")
     lines = [f"| {' | '.join(heading)} |", f"|{' --- |' * len(heading)}"]
     measured = {(r["model"], r["shape"], r["kind"]): r for r in records if "profile" not in r}
@@ -45,7 +45,7 @@ def step_table(records: list[dict[str, Any]], rate: float) -> list[str]:
         record = measured[model, shape, kind]
         if "seconds" not in record:
             note = record.get("error") or record.get("skipped")
-            lines.append(f"| {model} | {shape} | {kind} | {note} |{' |' * (len(heading) - 4)}")
+            lines.append(f"| {model} | {shape} | {kind} | | {note} |{' |' * (len(heading) - 5)}")
             continue
         total = time_of(record)
         ratios = []
@@ -59,6 +59,7 @@ def step_table(records: list[dict[str, Any]], rate: float) -> list[str]:
             limit = (2 * prompt + 2 * answer) / (prompt + 2 * answer) * (5 / 4 if kind == CACHED else 1)
             reached = f"{ratios[0] / limit:.0%} of {limit:.2f}"
         cells = (
+            f"{record['pairs'] / len(record['seconds']):.0f}",
             f"{total / len(record['seconds']):.4f}",
             f"{record['pairs'] / total:.2f}",
             f"{record['tokens'] / total:.0f}",

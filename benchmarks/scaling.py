@@ -51,7 +51,7 @@ def time_pairs(args, point):
 
 
 def print_processes(args):
-    print("\n| processes | pairs a second, stock | ours | times faster |\n| --- | --- | --- | --- |", flush=True)
+    print("\n| processes | pairs per second, stock | ours | times faster |\n| --- | --- | --- | --- |", flush=True)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
     for processes in args.processes:
         child = [str(processes), __file__, "--child", "--threads", "1", "--steps", str(args.steps)]
@@ -77,7 +77,7 @@ def main():
         return
     print(conditions(args))
     for factor in args.factor:
-        print(f"\n| {factor} | ms a pair, stock | ours | times faster |\n| --- | --- | --- | --- |")
+        print(f"\n| {factor} | ms per pair, stock | ours | times faster |\n| --- | --- | --- | --- |")
         for value in FACTORS[factor]:
             stock, ours, ratio = time_pairs(args, {**BASE, factor: value})
             print(f"| {value} | {stock:.1f} | {ours:.1f} | {ratio:.2f} |", flush=True)

@@ -1,7 +1,7 @@
 """DPO-Shift for TRL: DPO whose rejected log-ratio is scaled by a scheduled lambda."""
 
 from importlib import import_module
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 
 __version__ = "0.1.0"
@@ -26,12 +26,12 @@ if TYPE_CHECKING:
     from .training.trainer import DPOShiftTrainer as DPOShiftTrainer
 
 
-def __getattr__(name: str):
-    # torch and trl take seconds to import; `import dposhift_trl` alone should not
+def __getattr__(name: str) -> Any:
+    # Public names are imported on first use: torch and trl take seconds
     if name in _HOME:
         return getattr(import_module(f".{_HOME[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-def __dir__():
+def __dir__() -> list[str]:
     return __all__

@@ -1,11 +1,15 @@
-"""The files of a run folder: their names, and how they are written, whole or not at all."""
+"""Files of a run folder: their names, writing them atomically, and reading the mappings in them."""
 
+import contextlib
+import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from ruamel.yaml import YAML
 
 
 # In the run folder
@@ -30,18 +34,34 @@ PAGE = "report.html"
 FIGURES = "figures"
 
 
-def write_whole(path: Path, content: str | bytes | pa.Table, temporary: Path | None = None) -> None:
+class ArtifactError(ValueError):
     """
-    Write a file so that it is there whole or not at all, also if the process is killed or the disk is full.
+    A file of a run folder that cannot be used. The message is one line.
 
     Args:
         path (`Path`):
-            The file; an earlier one is replaced.
+            The file.
+        reason (`str`):
+            What is wrong with it, to be read after its name.
+    """
+
+    def __init__(self, path: Path, reason: str):
+        self.reason = "".join(x if x.isprintable() else ascii(x)[1:-1] for x in " ".join(reason.split()))[:300]
+        super().__init__(f"{path} {self.reason}.")
+
+
+def write_whole(path: Path, content: str | bytes | pa.Table, temporary: Path | None = None) -> None:
+    """
+    Write a file atomically: it is complete or absent, even if the process is killed or the disk is full.
+
+    Args:
+        path (`Path`):
+            The file. An existing one is replaced.
         content (`str`, `bytes` or `pyarrow.Table`):
-            Text, written as UTF-8; bytes; or a table, written as Parquet.
+            Text, written as UTF-8, bytes, or a table, written as Parquet.
         temporary (`Path`, *optional*):
-            File in the same folder that is written first, `<name>.tmp` by default. Pass a name of its own where
-            several processes may write the same file.
+            File in the same folder that is written first, `<name>.tmp` by default. Pass a unique name if several
+            processes may write the same file.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary or path.with_name(path.name + ".tmp")
@@ -55,8 +75,64 @@ def write_whole(path: Path, content: str | bytes | pa.Table, temporary: Path | N
         temporary.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """
+    Write a folder atomically: it appears under its name once everything in it is written.
+
+    Args:
+        folder (`Path`):
+            The folder, which must not exist.
+
+    Yields:
+        `Path`: Where to write it, `<name>.tmp` in the same parent folder.
+    """
+    unfinished = folder.with_name(folder.name + ".tmp")
+    yield unfinished
+    unfinished.replace(folder)
+
+
 def _write(file: Any, content: str | bytes | pa.Table) -> None:
     if isinstance(content, pa.Table):
         pq.write_table(content, file)
     else:
         file.write(content.encode("utf-8") if isinstance(content, str) else content)
+
+
+def read_text(path: Path) -> str:
+    """
+    Read a text file.
+
+    Raises:
+        ArtifactError: If it does not exist, is not a file, or is not UTF-8.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise ArtifactError(path, "is not UTF-8 text") from None
+    except FileNotFoundError:
+        raise ArtifactError(path, "does not exist") from None
+    except IsADirectoryError:
+        raise ArtifactError(path, "must be a file, got a directory") from None
+    except OSError as error:
+        raise ArtifactError(path, f"cannot be read: {error.strerror or error}") from error
+
+
+def read_mapping(path: Path) -> dict[str, Any]:
+    """
+    Read a mapping from a JSON file (`.json`) or a YAML file (any other suffix).
+
+    Raises:
+        ArtifactError: If the file cannot be read, is empty, is not valid, or does not contain a mapping.
+    """
+    text = read_text(path)
+    if not text.strip():
+        raise ArtifactError(path, "is empty")
+    language = "JSON" if path.suffix == ".json" else "YAML"
+    try:
+        content = json.loads(text) if language == "JSON" else YAML(typ="safe", pure=True).load(text)
+    except Exception as error:  # the YAML library converts some values unchecked
+        raise ArtifactError(path, f"is not valid {language}: {str(error) or type(error).__name__}") from None
+    if not isinstance(content, dict):
+        raise ArtifactError(path, f"must contain a mapping, got {type(content).__name__}")
+    return content

@@ -1,4 +1,4 @@
-"""The closed form of DPO-Shift on tensors."""
+"""The closed form of the DPO-Shift loss, on tensors."""
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +24,7 @@ def dpo_shift_loss(
             Policy minus reference log-probability of each chosen completion, summed over its tokens, in nats. Shape:
             `(batch_size,)`.
         rejected_logratios (`torch.Tensor`):
-            The same of each rejected completion. Shape: `(batch_size,)`.
+            The same for each rejected completion. Shape: `(batch_size,)`.
         beta (`float`):
             Inverse temperature of the implicit reward, per nat.
         shift_lambda (`float` or `torch.Tensor`):
@@ -34,7 +34,15 @@ def dpo_shift_loss(
         `torch.Tensor`: One loss per pair, in nats, not reduced. Shape: `(batch_size,)`.
 
     Raises:
-        ValueError: If the two log-ratios differ in shape.
+        ValueError: If the two inputs differ in shape.
+
+    Example:
+
+    ```python
+    >>> dpo_shift_loss(torch.tensor([0.0, 2.0]), torch.tensor([0.0, -4.0]), beta=0.5, shift_lambda=0.5)
+    tensor([0.6931, 0.1269])
+
+    ```
     """
     if chosen_logratios.shape != rejected_logratios.shape:
         raise ValueError(
@@ -48,24 +56,35 @@ def sequence_logps(
     per_token_logps: torch.Tensor, completion_mask: torch.Tensor, ld_alpha: float | None = None
 ) -> torch.Tensor:
     r"""
-    Log-probability of each completion of a batch of pairs, chosen half first.
+    Log-probability of each completion in a batch of pairs, chosen completions first.
 
     $$ \log\pi(y) = \sum_{i \le m} \log\pi(y_i) + \alpha \sum_{i > m} \log\pi(y_i) $$
 
-    where \\( m \\) is the length of the shorter answer of the pair and \\( \alpha \\) is `ld_alpha`, Eq. 11 of
-    [LD-DPO](https://huggingface.co/papers/2409.06411); without `ld_alpha` it is the plain sum.
+    where \\( m \\) is the length of the shorter completion of the pair and \\( \alpha \\) is `ld_alpha`, Eq. 11 of
+    [LD-DPO](https://huggingface.co/papers/2409.06411). Without `ld_alpha`, it is the sum over all tokens.
 
     Args:
         per_token_logps (`torch.Tensor`):
-            Log-probability of each next token, in nats, zero outside the completions. Shape: `(2 * batch_size,
-            seq_len)`.
+            Log-probability of each token, in nats, zero outside the completions. Shape: `(2 * batch_size, seq_len)`.
         completion_mask (`torch.Tensor`):
-            1 on the completions' tokens, 0 elsewhere. Shape: `(2 * batch_size, seq_len)`.
+            1 for the tokens of the completions, 0 elsewhere. Shape: `(2 * batch_size, seq_len)`.
         ld_alpha (`float`, *optional*):
-            Weight of the tokens past the shorter answer's length.
+            Weight of the tokens beyond the length of the shorter completion.
 
     Returns:
-        `torch.Tensor`: In nats. Shape: `(2 * batch_size,)`.
+        `torch.Tensor`: Log-probabilities in nats. Shape: `(2 * batch_size,)`.
+
+    Example:
+
+    ```python
+    >>> logps = torch.tensor([[-1.0, -2.0, -4.0], [0.0, -8.0, 0.0]])
+    >>> mask = torch.tensor([[1, 1, 1], [0, 1, 0]])
+    >>> sequence_logps(logps, mask)
+    tensor([-7., -8.])
+    >>> sequence_logps(logps, mask, ld_alpha=0.5)
+    tensor([-4., -8.])
+
+    ```
     """
     if ld_alpha is None:
         return per_token_logps.sum(dim=1)

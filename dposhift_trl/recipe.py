@@ -1,4 +1,4 @@
-"""A recipe: YAML and overrides made into typed, checked sections."""
+"""Recipes: YAML and overrides, checked and turned into typed sections."""
 
 import contextlib
 import dataclasses
@@ -21,38 +21,41 @@ from ruamel.yaml.representer import SafeRepresenter
 from trl import ModelConfig, SFTConfig
 
 from .config import DPOShiftConfig
-from .data.sources import DataConfig, DataSource, one_line
+from .data.config import DataConfig, DataSource
+from .data.errors import one_line
+from .data.tokens import Truncation
 
 
 MAX_NODES = 20_000  # far above any recipe, far below what nested YAML aliases can expand to
-MAX_DEPTH = 50  # so that no walk through a recipe reaches Python's limit
-UNWRITABLE = re.compile("[\0\ud800-\udfff]")  # no file, no file name and no log takes them
+MAX_DEPTH = 50  # far below Python's recursion limit
+UNWRITABLE = re.compile("[\0\ud800-\udfff]")  # cannot be written to files, file names or logs
 
-# What our command adds where the recipe is silent: checkpoints, a limit to them, and W&B
+# Defaults of the command that differ from TRL's: checkpoints, a limit on their number, and W&B
 STAGE_DEFAULTS: dict[str, Any] = {"save_steps": 0.1, "save_total_limit": 2, "report_to": "wandb"}
 EVAL_DEFAULTS: dict[str, Any] = {"eval_strategy": "steps", "eval_steps": 0.1, "eval_on_start": True}
 
-# Fields that take more than their annotation says, which the flag parser must understand
+# Fields that accept more than they are annotated with, since `TrlParser` must understand the annotation
 WIDER_TYPES: dict[str, Any] = {
     "lambda_schedule": str | list[list[float]],
     "shared_prompt": str | bool,
     "precompute_ref_log_probs": str | bool,
 }
 
-# Stage fields that another part of the recipe decides
+# Stage fields that are set in another part of the recipe
 DECIDED_ELSEWHERE = {
-    "output_dir": "set it at the top level; stages write beneath it",
-    "seed": "set it at the top level; both stages use it",
-    "run_name": "set it at the top level; each stage adds its own name",
+    "output_dir": "set it at the top level; each stage writes to a subfolder",
+    "seed": "set it at the top level; it applies to both stages",
+    "run_name": "set it at the top level; each stage appends its name",
     "model_init_kwargs": "use the section `model`",
     "trust_remote_code": "use `model.trust_remote_code`",
-    "resume_from_checkpoint": "leave it out: the same command resumes by itself",
+    "resume_from_checkpoint": "remove it; running the same command again resumes automatically",
+    "enable_jit_checkpoint": "remove it; the command saves a checkpoint at SIGTERM itself",
 }
-# Names that users of older releases still write
+# Names from older releases of TRL and transformers
 GONE = {
     "warmup_ratio": "Write the ratio as `warmup_steps`, for example `warmup_steps: 0.1`.",
-    "max_prompt_length": "Use `max_length`, which bounds prompt and answer together.",
-    "max_completion_length": "Use `max_length`, which bounds prompt and answer together.",
+    "max_prompt_length": "Use `max_length`, which limits prompt and answer together.",
+    "max_completion_length": "Use `max_length`, which limits prompt and answer together.",
     "max_seq_length": "Use `max_length`.",
     "evaluation_strategy": "Use `eval_strategy`.",
     "torch_dtype": "Use `dtype`.",
@@ -61,7 +64,7 @@ GONE = {
 
 
 class RecipeError(ValueError):
-    """One or more mistakes in a recipe; each line is for the user."""
+    """One or more mistakes in a recipe. Each line of the message is one mistake, written for the user."""
 
     def __init__(self, *mistakes: str):
         super().__init__("\n".join(map(one_line, mistakes)))
@@ -70,39 +73,43 @@ class RecipeError(ValueError):
 @dataclass
 class RecipeModelConfig(ModelConfig):
     """
-    The `model` section: [`~trl.ModelConfig`] and two more fields.
+    The `model` section of a recipe: [`~trl.ModelConfig`] and two more fields.
 
     Parameters:
-        trust_remote_code (`bool`, *optional*, defaults to `False`):
-            Whether to run Python code that ships with the model or tokenizer.
-        merge_adapter (`bool`, *optional*, defaults to `False`):
-            Whether each stage also saves its LoRA adapter merged into the base model, in a folder `merged`.
         lora_target_modules (`str` or `list[str]`, *optional*):
-            Names of modules in a list, or `all-linear`, or a regular expression, as PEFT takes them.
+            List of module names, `all-linear` or a regular expression, as in [`~peft.LoraConfig`].
+        trust_remote_code (`bool`, *optional*, defaults to `False`):
+            Whether to run Python code that comes with the model or tokenizer.
+        merge_adapter (`bool`, *optional*, defaults to `False`):
+            Whether each stage also saves the LoRA adapter merged into the base model, in the folder `merged`.
     """
 
     lora_target_modules: str | list[str] | None = None
     trust_remote_code: bool = False
     merge_adapter: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         targets = self.lora_target_modules
         super().__post_init__()
-        self.lora_target_modules = targets  # TRL makes text of a list of one, which PEFT reads as an expression
+        self.lora_target_modules = (
+            targets  # TRL turns a list of one into a string, which PEFT reads as a regular expression
+        )
         if not self.model_name_or_path:
             raise ValueError("`model_name_or_path` must be set. Write a Hub name, a local folder, or `demo`.")
         for name in ("merge_adapter", "load_in_8bit", "load_in_4bit"):
             if getattr(self, name) and not self.use_peft:
-                raise ValueError(f"`{name}` must be left out without LoRA, got True. Set `use_peft: true` beside it.")
+                raise ValueError(f"`{name}` requires LoRA, got True with `use_peft: false`. Set `use_peft: true`.")
         dtypes = ("auto", "bfloat16", "float16", "float32")
         if self.dtype not in (*dtypes, None):
-            raise ValueError(f"`dtype` must be one of {', '.join(dtypes)}, got {self.dtype!r}.")
+            raise ValueError(
+                f"`dtype` must be one of {', '.join(dtypes)}, got {self.dtype!r}. Write for example `dtype: bfloat16`."
+            )
 
 
 @dataclass
 class WandbConfig:
     """
-    The `wandb` section.
+    The `wandb` section of a recipe.
 
     Parameters:
         project (`str`, *optional*, defaults to `"dposhift_trl"`):
@@ -110,9 +117,9 @@ class WandbConfig:
         entity (`str`, *optional*):
             W&B user or team.
         mode (`str`, *optional*):
-            `online`, `offline` or `disabled`. By default online with a login, else offline.
+            `online`, `offline` or `disabled`. Defaults to online if logged in to W&B, else offline.
         tags (`list[str]`, *optional*):
-            Tags of both stages' runs.
+            Tags for the runs of both stages.
     """
 
     project: str = "dposhift_trl"
@@ -120,15 +127,15 @@ class WandbConfig:
     mode: Literal["online", "offline", "disabled"] | None = None
     tags: list[str] = field(default_factory=list)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if len(self.project) > 128 or set(self.project) & set("/\\#?%:"):
             raise ValueError(
-                f"`project` must be at most 128 characters long and hold none of / \\ # ? % :, got {self.project!r}. "
-                "Write for example `dposhift_trl`."
+                f"`project` must be at most 128 characters without / \\ # ? % :, got {self.project!r}. Write for "
+                "example `dposhift_trl`."
             )
         for tag in self.tags:
             if not 1 <= len(tag) <= 64:
-                raise ValueError(f"`tags` must be 1 to 64 characters long each, got {tag!r}. Shorten it.")
+                raise ValueError(f"Each of `tags` must have 1 to 64 characters, got {tag!r}. Change or remove it.")
 
 
 @dataclass
@@ -138,15 +145,15 @@ class Recipe:
 
     Args:
         source (`str`):
-            Path it was read from.
+            Path of the YAML file.
         output_dir (`Path`), seed (`int`), run_name (`str`), report (`bool`):
-            Its top level.
+            Values of its top level.
         model ([`RecipeModelConfig`]), data ([`~data.DataConfig`]), wandb ([`WandbConfig`]):
             Its sections.
         stages (`dict[str, SFTConfig or DPOShiftConfig]`):
-            The stages it runs, in order, by name: `sft`, `dpo`.
+            Settings of the stages to run, in order, by name: `sft`, `dpo`.
         resolved (`dict[str, Any]`):
-            The recipe as plain values, overrides and the command's own defaults filled in.
+            The recipe as plain values, with overrides and defaults of the command filled in.
     """
 
     source: str
@@ -161,9 +168,9 @@ class Recipe:
     resolved: dict[str, Any]
 
     @property
-    def max_length(self) -> int | None:
-        """Tokens of prompt and answer that every stage keeps."""
-        return min((stage.max_length for stage in self.stages.values() if stage.max_length), default=None)
+    def truncations(self) -> dict[str, Truncation]:
+        """How each stage truncates rows, by name."""
+        return {name: Truncation.from_args(args) for name, args in self.stages.items()}
 
 
 STAGES: dict[str, type] = {"sft": SFTConfig, "dpo": DPOShiftConfig}
@@ -173,22 +180,22 @@ TOP_LEVEL: dict[str, Any] = {"output_dir": str, "seed": int, "run_name": str, "r
 
 def load_recipe(path: str, overrides: Sequence[str] = ()) -> Recipe:
     """
-    Read a recipe, apply `key=value` overrides and check it whole, before any model or dataset is loaded.
+    Read a recipe, apply `key=value` overrides and check all of it, before any model or dataset is loaded.
 
     Args:
         path (`str`):
             YAML 1.2 file.
-        overrides (`Sequence[str]`):
-            Dotted keys, as `dpo.lambda_min=0.5`; the value is read as YAML.
+        overrides (`Sequence[str]`, *optional*):
+            Dotted keys with a value in YAML, for example `dpo.lambda_min=0.5`.
 
     Returns:
         [`Recipe`]: The checked recipe.
 
     Raises:
-        RecipeError: With one line for each mistake, naming file, section, key and, for an unknown key, the nearest
-            valid one.
+        RecipeError: With one line per mistake that names the file, section and key and, for an unknown key, the
+            closest valid one.
     """
-    values = _read_yaml(path)
+    values = read_yaml(path)
     for override in overrides:
         _apply_override(values, override, path)
     _check_size(values, path)
@@ -234,7 +241,7 @@ def load_recipe(path: str, overrides: Sequence[str] = ()) -> Recipe:
 
 
 class _Representer(SafeRepresenter):
-    """Writes every text so that it is read as it was: breaks and marks of no width only survive in double quotes."""
+    """Writes text so that it is read back unchanged: line breaks and zero-width characters need double quotes."""
 
     def represent_str(self, data: str) -> Any:
         return self.represent_scalar("tag:yaml.org,2002:str", data, style=None if data.isprintable() else '"')
@@ -244,10 +251,10 @@ _Representer.add_representer(str, _Representer.represent_str)
 
 
 def dump_yaml(values: dict[str, Any]) -> str:
-    """Plain values as YAML text."""
+    """Format plain values as YAML."""
     yaml = YAML(typ="safe", pure=True)
     yaml.Representer = _Representer
-    yaml.width = sys.maxsize  # a folded line is not always read as it was
+    yaml.width = sys.maxsize  # folded lines are not always read back unchanged
     yaml.default_flow_style = False
     yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
     stream = io.StringIO()
@@ -256,12 +263,12 @@ def dump_yaml(values: dict[str, Any]) -> str:
 
 
 def parse_yaml(text: str) -> Any:
-    """Text as YAML 1.2, in which `1e-6` is a number and `no` is not a truth value."""
+    """Parse YAML 1.2, in which `1e-6` is a number and `no` is a string."""
     return YAML(typ="safe", pure=True).load(text)
 
 
 def changed_keys(old: Any, new: Any, prefix: str = "") -> list[str]:
-    """Dotted keys in which two resolved recipes differ."""
+    """Dotted keys that differ between two resolved recipes."""
     if not (isinstance(old, dict) and isinstance(new, dict)):
         return [] if old == new else [prefix]
     keys = sorted({*old, *new}, key=str)
@@ -273,25 +280,32 @@ def changed_keys(old: Any, new: Any, prefix: str = "") -> list[str]:
     ]
 
 
-def _read_yaml(path: str) -> dict[str, Any]:
+def read_yaml(path: str) -> dict[str, Any]:
+    """
+    Read a YAML file that contains a mapping.
+
+    Raises:
+        RecipeError: If there is no such file, or it contains anything else.
+    """
     try:
         values = parse_yaml(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise RecipeError(f"{path}: there is no such file.{_nearest_file(path)}") from None
+        raise RecipeError(f"{path}: file not found.{_nearest_file(path)}") from None
     except YAMLError as error:
-        raise RecipeError(f"{path}: is not valid YAML: {error}") from None
+        raise RecipeError(f"{path}: not valid YAML: {error}") from None
     except RecursionError:
-        raise RecipeError(f"{path}: is nested too deeply.") from None
-    except Exception as error:  # the YAML library converts some values unchecked
+        raise RecipeError(f"{path}: nested too deeply.") from None
+    except Exception as error:  # the YAML library does not check some conversions
         raise RecipeError(f"{path}: cannot be read: {error}") from None
     if not isinstance(values, dict):
-        raise RecipeError(f"{path}: must be a mapping of sections, got {type(values).__name__}.")
+        found = "an empty file" if values is None else f"a {type(values).__name__}"
+        raise RecipeError(f"{path}: must contain a mapping of sections, got {found}.")
     _check_size(values, path)
     return _unshared(values)
 
 
 def _unshared(values: Any) -> Any:
-    """A copy in which an alias is a value of its own, so that an override of one section leaves the other alone."""
+    """A copy without shared values, so that an override of one section does not change an alias of it."""
     if isinstance(values, dict):
         return {key: _unshared(value) for key, value in values.items()}
     return [_unshared(value) for value in values] if isinstance(values, list) else values
@@ -304,21 +318,21 @@ def _nearest_file(path: str) -> str:
 
 
 def _check_size(values: Any, path: str) -> None:
-    """Refuse what is too much, or too deep, to go through."""
+    """Check the number of values and their depth."""
     stack, count, deepest = [(values, 0)], 0, 0
     while stack:
         value, depth = stack.pop()
         count, deepest = count + 1, max(deepest, depth)
         if count > MAX_NODES:
-            raise RecipeError(f"{path}: holds more than {MAX_NODES} values once its aliases are expanded.")
+            raise RecipeError(f"{path}: must not contain more than {MAX_NODES} values with aliases expanded.")
         inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
         stack.extend((item, depth + 1) for item in inner)
     if deepest > MAX_DEPTH:
-        raise RecipeError(f"{path}: is nested too deeply.")
+        raise RecipeError(f"{path}: nested too deeply.")
 
 
 def _unwritable(value: Any, key: str = "") -> Iterator[str]:
-    """Mistakes of values that could not be written beside the run and read again."""
+    """Mistakes for values that could not be saved in the run folder and read back."""
     if isinstance(value, dict):
         for name, inner in value.items():
             yield from _unwritable(name, key) if isinstance(name, str) else ()
@@ -327,21 +341,24 @@ def _unwritable(value: Any, key: str = "") -> Iterator[str]:
         for index, inner in enumerate(value):
             yield from _unwritable(inner, f"{key}[{index}]")
     elif isinstance(value, str) and UNWRITABLE.search(value):
-        yield f"`{key}` must be text without NULs and lone surrogates, got {value!r}. Take them out."
+        yield f"`{key}` must not contain NUL characters or lone surrogates, got {value!r}. Remove them."
     elif isinstance(value, (bytes, set, tuple)):
-        yield f"`{key}` must be made of mappings, lists, texts and numbers, got {value!r}."
+        yield f"`{key}` must consist of mappings, lists, strings and numbers, got {value!r}."
     elif isinstance(value, int) and abs(value) >= 2**63:
-        yield f"`{key}` must be a number of at most 63 bits, got one of {value.bit_length()}."
+        yield f"`{key}` must be an integer with at most 63 bits, got one with {value.bit_length()}."
 
 
 def _apply_override(values: dict[str, Any], override: str, path: str) -> None:
     key, equals, text = override.partition("=")
     parts = key.strip().split(".")
     if not equals or not all(parts):
-        raise RecipeError(f"{path}: the override {override!r} must have the form key=value, as `dpo.lambda_min=0.5`.")
+        raise RecipeError(
+            f"{path}: overrides must have the form key=value, got {override!r}. Write for example "
+            "`dpo.lambda_min=0.5`."
+        )
     try:
         value = parse_yaml(text) if text else None
-    except Exception as error:  # the YAML library converts some values unchecked
+    except Exception as error:  # the YAML library does not check some conversions
         raise RecipeError(f"{path}: the value of the override {override!r} is not valid YAML: {error}") from None
     node = values
     for part in parts[:-1]:
@@ -349,7 +366,7 @@ def _apply_override(values: dict[str, Any], override: str, path: str) -> None:
             node[part] = {}
         node = node[part]
         if not isinstance(node, dict):
-            raise RecipeError(f"{path}: the override {override!r} reaches into `{part}`, which is not a mapping.")
+            raise RecipeError(f"{path}: the override {override!r} sets a key in `{part}`, which is not a mapping.")
     node[parts[-1]] = value
 
 
@@ -366,9 +383,11 @@ def _check_keys_and_types(values: dict[str, Any], path: str) -> None:
             mistakes += _section_mistakes(key, value, SECTIONS[key], path)
     for name in ("output_dir", "model", "data"):
         if not values.get(name):
-            mistakes.append(f"{path}: `{name}` is missing. Every recipe says where it writes, its model and its data.")
+            mistakes.append(f"{path}: `{name}` is missing. Every recipe needs `output_dir`, `model` and `data`.")
     if not any(values.get(stage) is not None for stage in STAGES):
-        mistakes.append(f"{path}: needs a section `sft`, `dpo` or both; write `dpo: {{}}` for the default settings.")
+        mistakes.append(
+            f"{path}: `sft` and `dpo` are missing. Add one or both; `dpo: {{}}` uses the default settings."
+        )
     if mistakes:
         raise RecipeError(*mistakes)
 
@@ -400,7 +419,7 @@ def _type_mistakes(values: dict[str, Any], fields: dict[str, tuple[Any, bool]], 
     mistakes = []
     for key, value in values.items():
         hint, as_list = fields[key]
-        # One value where a list of them is wanted is a list of one, as on TRL's command line
+        # A single value is accepted for a list of one, as on TRL's command line
         candidates = [value, [value]] if as_list and not isinstance(value, (list, dict)) else [value]
         if not any(_fits(candidate, hint) for candidate in candidates):
             mistakes.append(f"{path}: `{prefix}{key}` must be {_describe(hint)}, got {value!r}.")
@@ -419,7 +438,7 @@ def _fits(value: Any, hint: Any) -> bool:
 
 
 def _describe(hint: Any) -> str:
-    words = {bool: "true or false", int: "a whole number", float: "a number", str: "text", type(None): "null"}
+    words = {bool: "true or false", int: "an integer", float: "a number", str: "a string", type(None): "null"}
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         parts = [_describe(argument) for argument in arguments]
@@ -430,11 +449,11 @@ def _describe(hint: Any) -> str:
         return f"a list of {_plural(arguments[0])}" if arguments else "a list"
     if origin is dict or hint is dict:
         return f"a mapping to {_plural(arguments[1])}" if arguments and arguments[1] is not Any else "a mapping"
-    return words.get(hint, "text")
+    return words.get(hint, "a string")
 
 
 def _plural(hint: Any) -> str:
-    return re.sub(r"^a (whole )?(\w+)", r"\1\2s", _describe(hint))
+    return re.sub(r"^an? (\w+)", r"\1s", _describe(hint))
 
 
 def _suggestion(key: Any, known: list[str]) -> str:
@@ -462,7 +481,7 @@ def _with_defaults(values: dict[str, Any], path: str) -> dict[str, Any]:
         if stage.get("eval_strategy", "no") == "no":
             stage = {key: value for key, value in stage.items() if key in values[name] or key not in EVAL_DEFAULTS}
         elif not stage.get("metric_for_best_model"):
-            # The checkpoint with the best of these is kept beside the newest ones
+            # The checkpoint with the best value is kept in addition to the newest ones
             stage["metric_for_best_model"] = "dpo_loss" if name == "dpo" else "loss"
             stage["greater_is_better"] = False
         resolved[name] = stage
@@ -472,37 +491,44 @@ def _with_defaults(values: dict[str, Any], path: str) -> dict[str, Any]:
 
 def _build(cls: type, values: dict[str, Any], section: str, path: str) -> Any:
     try:
-        # TrainingArguments prints advice of its own on the way
+        # `TrainingArguments` prints advice
         with contextlib.redirect_stdout(io.StringIO()):
             return cls(**values)
-    except Exception as error:  # transformers' own checks read files, divide and look things up
+    except Exception as error:  # the checks in transformers read files, divide and look up names
         raise RecipeError(f"{path}: section `{section}`: {str(error) or type(error).__name__}") from None
 
 
 def _check_combinations(recipe: Recipe) -> None:
     path, mistakes = recipe.source, []
     if not 0 <= recipe.seed < 2**32:
-        mistakes.append(f"{path}: `seed` must be at least 0 and below 2**32, got {recipe.seed}. Write for example 42.")
+        mistakes.append(
+            f"{path}: `seed` must be at least 0 and less than 2**32, got {recipe.seed}. Write for example 42."
+        )
     for name, stage in recipe.stages.items():
         if recipe.data.streaming and stage.max_steps <= 0:
             mistakes.append(
-                f"{path}: `{name}.max_steps` must be set with `data.streaming`, since a stream has no length. Write "
-                f"for example `{name}.max_steps: 1000`."
+                f"{path}: `{name}.max_steps` must be set with `data.streaming`, since the number of rows is unknown. "
+                f"Write for example `{name}.max_steps: 1000`."
             )
         evaluates = stage.eval_strategy != "no" or stage.eval_on_start
         if evaluates and not recipe.data.has_eval:
             mistakes.append(
-                f"{path}: `{name}.eval_strategy` asks for evaluation, but `data` has no rows for it. Set "
-                "`data.eval_split` or `data.eval_size`."
+                f"{path}: evaluation in stage `{name}` requires evaluation rows, got none. Set `data.eval_split` or "
+                f"`data.eval_size`, or remove `{name}.eval_strategy` and `{name}.eval_on_start`."
             )
         if stage.padding_free and name == "dpo":
             mistakes.append(
-                f"{path}: `dpo.padding_free` must be left out: TRL's DPOTrainer has it switched off at present."
+                f"{path}: `dpo.padding_free` is not supported, got True: `DPOTrainer` ignores it. Remove it."
             )
     dpo = recipe.stages.get("dpo")
     if isinstance(dpo, DPOShiftConfig) and dpo.precompute_ref_log_probs is True and recipe.data.streaming:
-        mistakes.append(f"{path}: `dpo.precompute_ref_log_probs` must be left out with `data.streaming`.")
+        mistakes.append(
+            f"{path}: `dpo.precompute_ref_log_probs: true` is not supported with `data.streaming`. Remove one of them."
+        )
     if isinstance(dpo, DPOShiftConfig) and dpo.sync_ref_model and recipe.model.use_peft:
-        mistakes.append(f"{path}: `dpo.sync_ref_model` must be left out with `model.use_peft`, which has no copy.")
+        mistakes.append(
+            f"{path}: `dpo.sync_ref_model` is not supported with `model.use_peft`, which has no reference model to "
+            "update. Remove one of them."
+        )
     if mistakes:
         raise RecipeError(*mistakes)

@@ -3,8 +3,8 @@ Kill the command with SIGKILL at random moments, run it again until it ends, and
 
     python tests/kill_and_resume.py --kills 20 --seed 0
 
-A short recipe of both stages, made in a temporary folder. Weights must be equal bit for bit, the log histories in
-every step and value, and no attempt may end otherwise than by our signal or with exit code 0.
+The recipe is short, with both stages, in a temporary folder. Weights must be equal bit for bit, log histories in every
+step and value, and each attempt must end with our signal or exit code 0.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from safetensors.torch import load_file
 
 STAGES = ("sft", "dpo")
 STEPS, EVAL_STEPS, SAVE_STEPS = 18, 2, 3
-# What a kill waits for: how often, and the seconds within which it then strikes
+# Phase that a kill waits for: relative frequency, and maximum delay in seconds
 AIMS = {
     "checkpoint": (8, 0.01),
     "evaluation": (2, 0.2),
@@ -41,12 +41,12 @@ AIMS = {
     "between": (2, 0.5),
     "": (2, 20.0),
 }
-# Clocks; TRL counts tokens anew after a resume
+# Clocks; TRL restarts its token count after a resume
 NOT_COMPARED = re.compile(r"(train_|eval_)?(runtime|.*_per_second|num_tokens)")
 
 
 def write_recipe(folder: Path) -> Path:
-    """A recipe of both stages on a tiny model, some seconds long."""
+    """A recipe with both stages on a tiny model that takes a few seconds."""
     make_rows(120).to_json(folder / "rows.jsonl")
     stage = {
         "bf16": False, "use_cpu": True, "gradient_checkpointing": False, "report_to": "none", "learning_rate": 1e-2,
@@ -66,7 +66,7 @@ def write_recipe(folder: Path) -> Path:
 
 
 def changed(path: Path) -> float:
-    """When it was; long ago for one that has been deleted meanwhile, as the oldest checkpoints are."""
+    """Modification time; 0 if the file has been deleted in the meantime, as the oldest checkpoints are."""
     try:
         return path.stat().st_mtime
     except FileNotFoundError:
@@ -74,7 +74,7 @@ def changed(path: Path) -> float:
 
 
 class Attempt:
-    """The command, once, in a process group of its own."""
+    """One run of the command, in its own process group."""
 
     def __init__(self, recipe: Path, run: Path):
         self.run, self.began, self.claimed = run, time.time(), False
@@ -90,7 +90,7 @@ class Attempt:
             )  # fmt: skip
 
     def kill_at(self, aim: str, entries: int, delay: float) -> bool:
-        """Kill when a phase named like `aim` has been entered that often, and a delay later; False if it never was."""
+        """Kill some time after the phase `aim` has been entered `entries` times. Returns whether that happened."""
         before = None
         while self.process.poll() is None:
             phase = self.phase()
@@ -105,9 +105,9 @@ class Attempt:
         return False
 
     def phase(self) -> str:
-        """Where the command is, or was when it died, by what it has written and said."""
-        said = self.stdout.read_text()
-        starts = list(re.finditer(r"^(sft|dpo): (?:starting|going on) from (.*)$", said, flags=re.MULTILINE))
+        """Where the command is, or was when it was killed, judging by its files and output."""
+        output = self.stdout.read_text()
+        starts = list(re.finditer(r"^(sft|dpo): (?:starting|resuming) from (.*)$", output, flags=re.MULTILINE))
         if not starts:
             self.claimed = self.claimed or self._holds_the_lock()
             return "data and audit" if self.claimed else "imports"
@@ -117,7 +117,7 @@ class Attempt:
             return "between the stages" if stage == STAGES[0] else "after the end"
         if any(changed(path) >= self.began and not is_whole(path) for path in folder.glob("checkpoint-*")):
             return f"{stage}, checkpoint"
-        logged = re.findall(r"^\{'(eval_)?loss'", said[starts[-1].end() :], flags=re.MULTILINE)
+        logged = re.findall(r"^\{'(eval_)?loss'", output[starts[-1].end() :], flags=re.MULTILINE)
         step = logged.count("") + int(re.search(r"/checkpoint-(\d+)$|$", origin)[1] or 0)
         if step == STEPS and is_whole(folder / f"checkpoint-{STEPS}"):
             return f"{stage}, saving"
@@ -126,7 +126,7 @@ class Attempt:
         return f"{stage}, " + ("evaluation" if logged[-1] == "" and step % EVAL_STEPS == 0 else "step")
 
     def _holds_the_lock(self) -> bool:
-        with contextlib.suppress(OSError):  # only Linux shows open files so, and they may close while we look
+        with contextlib.suppress(OSError):  # Linux only; files may be closed while they are listed
             opened = [os.readlink(entry) for entry in os.scandir(f"/proc/{self.process.pid}/fd")]
             return str(self.run / ".lock") in opened
         return False
@@ -140,7 +140,7 @@ def is_whole(checkpoint: Path) -> bool:
 
 
 def differences(left: Path, right: Path) -> list[str]:
-    """In what two finished runs differ."""
+    """Differences between two finished runs."""
     found = []
     for stage in STAGES:
         weights, others = (load_file(run / stage / "model.safetensors") for run in (left, right))
@@ -160,19 +160,19 @@ def differences(left: Path, right: Path) -> list[str]:
 
 
 def history(folder: Path) -> list[dict]:
-    """The log without clocks, and without the closing summary, which counts the last attempt alone."""
+    """The log without clocks and without the final summary, which only covers the last attempt."""
     entries = json.loads((folder / "trainer_state.json").read_text())["log_history"]
     kept = [entry for entry in entries if "train_runtime" not in entry]
     return [{key: value for key, value in entry.items() if not NOT_COMPARED.fullmatch(key)} for entry in kept]
 
 
 def kill_and_resume(folder: Path, kills: int, seed: int) -> tuple[Counter, list[str]]:
-    """Phases in which a kill fell, and everything that went wrong."""
+    """Phases in which the command was killed, and everything that went wrong."""
     rng = random.Random(seed)
     recipe = write_recipe(folder)
     whole = Attempt(recipe, folder / "whole")
     if whole.process.wait() != 0:
-        return Counter(), [f"the run left alone ended with {whole.process.returncode}: {whole.stderr.read_text()}"]
+        return Counter(), [f"the uninterrupted run ended with {whole.process.returncode}: {whole.stderr.read_text()}"]
     phases: Counter = Counter()
     faults: list[str] = []
     runs = 0
@@ -195,14 +195,16 @@ def kill_and_resume(folder: Path, kills: int, seed: int) -> tuple[Counter, list[
                 return phases, faults
         unequal = differences(run, folder / "whole")
         faults += [f"{run}: {fault}" for fault in unequal]
-        print(f"run {runs}: ended, " + ("UNEQUAL" if unequal else "equal to the run left alone"), flush=True)
+        print(f"run {runs}: ended, " + ("UNEQUAL" if unequal else "equal to the uninterrupted run"), flush=True)
     return phases, faults
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=20, help="how many kills, over as many runs as they take")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments; the machine's speed matters too")
+    parser.add_argument("--kills", type=int, default=20, help="total number of kills, over as many runs as needed")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seed for the moments, which also depend on the speed of the machine"
+    )
     options = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="kill_and_resume-"))
     began = time.monotonic()
@@ -212,7 +214,7 @@ def main() -> int:
     print(f"{phases.total()} kills in {time.monotonic() - began:.0f} s, {len(faults)} faults")
     print(*faults, sep="\n", end="")
     if faults:
-        print(f"The runs are left in {folder}")
+        print(f"The runs are kept in {folder}")
     else:
         shutil.rmtree(folder)
     return bool(faults)

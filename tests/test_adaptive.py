@@ -1,4 +1,4 @@
-"""The controller of lambda: on plants whose answer is known, and in training."""
+"""The lambda controller: on simulated plants with a known equilibrium, and in training."""
 
 import itertools
 import math
@@ -23,9 +23,9 @@ def controller(target=0.0, **changes):
 
 def simulate(loop, fall, lift, steps=600, noise=0.0, seed=0):
     """
-    A log-ratio, in standard deviations, that each step falls by `fall` and rises by `lift * (1 - lambda)`.
+    A log-ratio, in standard deviations, that falls by `fall` and rises by `lift * (1 - lambda)` at each step.
 
-    It rests where lambda is 1 - fall / lift.
+    It is in equilibrium at lambda = 1 - fall / lift.
     """
     rng, chosen, lambdas, chosens = random.Random(seed), 0.0, [], []
     for _ in range(steps):
@@ -42,12 +42,12 @@ def test_it_finds_the_lambda_that_holds_the_target(fall, lift, target):
     lambdas, chosens = simulate(controller(target), fall, lift, steps=1500)
     assert lambdas[-1] == pytest.approx(1 - fall / lift, abs=5e-3)
     assert chosens[-1] == pytest.approx(target, abs=2e-2)
-    # Damped: after the first approach it does not swing by more than half of it
+    # Damped: after the first approach, the deviation stays below half of its maximum
     assert max(abs(x - target) for x in chosens[400:]) < 0.5 * max(abs(x - target) for x in chosens[:400]) + 1e-6
 
 
-def test_without_the_proportional_term_it_would_swing_forever():
-    """Which is why it is there: pure dual ascent on a log-ratio that integrates lambda does not settle."""
+def test_without_the_proportional_term_the_log_ratio_keeps_oscillating():
+    """Pure dual ascent on a log-ratio that integrates lambda does not converge, hence the proportional term."""
 
     class Integral(LambdaController):
         @property
@@ -58,7 +58,7 @@ def test_without_the_proportional_term_it_would_swing_forever():
     assert max(map(abs, chosens[500:])) > 1.0
 
 
-def test_with_noise_lambda_stays_near_and_moves_little_from_step_to_step():
+def test_with_noise_lambda_stays_near_its_equilibrium_and_moves_slowly():
     lambdas, chosens = simulate(controller(), 0.05, 0.2, noise=0.25)
     assert sum(lambdas[200:]) / 400 == pytest.approx(0.75, abs=0.02)
     assert sum(chosens[200:]) / 400 == pytest.approx(0.0, abs=0.1)
@@ -68,40 +68,40 @@ def test_with_noise_lambda_stays_near_and_moves_little_from_step_to_step():
 
 
 @pytest.mark.parametrize("shortfall", [-1e9, -3.0, 0.0, 3.0, 1e9])
-def test_lambda_never_leaves_its_bounds_and_the_integral_does_not_wind_up(shortfall):
+def test_lambda_stays_within_its_bounds_without_integral_windup(shortfall):
     loop = controller(lambda_min=0.4, lambda_max=0.9)
     for _ in range(500):
         assert 0.4 <= loop.update(shortfall, 1.0) <= 0.9
     bound = 0.4 if shortfall > 0 else 0.9
     assert loop.shift_lambda == pytest.approx(bound)
-    # It turns back within the smoothing, however long it stood at the bound
+    # It leaves the bound within the smoothing, however long it was there
     if abs(shortfall) == 3.0:
         for _ in range(20):
             loop.update(-shortfall, 1.0)
         assert loop.shift_lambda != pytest.approx(bound)
 
 
-def test_the_first_step_by_hand():
+def test_the_first_step_has_the_value_computed_by_hand():
     loop = controller()
     assert loop.shift_lambda == 1.0
     assert loop.update(0.2, 2.0) == pytest.approx(1 / (1 + GAIN * 0.01 / 50 + GAIN * 0.01), rel=1e-12)
 
 
-def test_pairs_that_are_all_alike_say_nothing():
+def test_pairs_with_equal_log_ratios_leave_lambda_unchanged():
     loop = controller()
     assert loop.update(0.0, 0.0) == 1.0
     assert loop.update(0.0, 0.0) == 1.0
 
 
-def test_what_is_measured_in_other_units_moves_lambda_alike():
+def test_lambda_does_not_depend_on_the_unit_of_the_log_ratio():
     nats, tokens = controller(), controller()
     for step in range(50):
         shortfall = math.sin(step / 7)
         assert nats.update(30 * shortfall, 30 * 1.5) == pytest.approx(tokens.update(shortfall, 1.5), rel=1e-9)
 
 
-def test_it_gives_what_dual_ascent_on_the_constraint_gives():
-    """lambda = 1 / (1 + nu / c): the gradients of DPO with multiplier nu and of DPO-Shift differ by a factor only."""
+def test_the_gradient_is_that_of_the_lagrangian():
+    """With lambda = 1 / (1 + nu / c), the gradients of constrained DPO and of DPO-Shift differ only by a factor."""
     chosen, rejected = (torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in (0.3, -0.4))
     shift_lambda, beta = 0.6, 0.5
     z = beta * (chosen - shift_lambda * rejected)
@@ -126,7 +126,7 @@ def lambdas(trainer):
 
 
 @pytest.mark.parametrize("metric", ["displacement/chosen", "displacement/chosen_fell"])
-def test_training_moves_lambda_by_what_it_measures(metric, tiny_model, settings, tmp_path):
+def test_training_moves_lambda_according_to_its_metric(metric, tiny_model, settings, tmp_path):
     del settings["learning_rate"], settings["max_steps"]
     target = 0.0 if metric == "displacement/chosen" else 0.3
     seen = []
@@ -151,7 +151,7 @@ def test_training_moves_lambda_by_what_it_measures(metric, tiny_model, settings,
     assert len(set(lambdas(trainer))) > 2
 
 
-def test_a_resumed_run_takes_the_same_lambdas_bit_for_bit(tiny_model, settings, tmp_path):
+def test_a_resumed_run_uses_the_same_lambdas_bit_for_bit(tiny_model, settings, tmp_path):
     del settings["learning_rate"], settings["max_steps"], settings["save_strategy"]
     whole = train(tiny_model, settings, tmp_path / "whole", save_strategy="steps", save_steps=5)
     for restore in (False, True):
@@ -182,11 +182,11 @@ def test_accumulated_batches_count_as_one_measurement(tiny_model, settings, tmp_
         (
             {"lambda_target_metric": "displacement/chosen_fell", "lambda_target": -1.0},
             ValueError,
-            "`lambda_target` must lie in [0, 1] as the share of chosen answers that fell, got -1.0.",
+            "`lambda_target` must be in [0, 1] with `lambda_target_metric: displacement/chosen_fell`, which is a",
         ),
     ],
 )
-def test_a_target_that_cannot_be_held_is_refused(changes, error, message, settings):
+def test_an_invalid_target_is_an_error(changes, error, message, settings):
     with pytest.raises(error) as raised:
         DPOShiftConfig(**settings, lambda_schedule="adaptive", **changes)
     assert message in str(raised.value)

@@ -1,4 +1,4 @@
-"""Batches by tokens: budgets, order, processes, and training on them."""
+"""Batches by tokens: budget, order, several processes, and training."""
 
 import json
 import os
@@ -36,16 +36,16 @@ TOKENS = Dataset.from_dict(
 @pytest.mark.parametrize(
     ("max_length", "mode", "shared", "expected"),
     [
-        # unique tokens: 5 shared, 1 and 2 left; 1 shared, 1 and 2; all shared; 2 shared, 4 and 1
+        # tokens shared, then left in each answer: 5, 1 and 2; 1, 1 and 2; all; 2, 4 and 1
         (None, "keep_start", True, [8, 4, 2, 7]),
         (None, "keep_start", False, [14, 6, 4, 12]),
         (4, "keep_start", True, [4, 4, 2, 5]),
-        # the kept ends no longer start alike: 3789 and 3712... of lengths 6 and 7
+        # the truncated rows of the first pair share no start: 3 7 8 9 and 7 8 1 2
         (4, "keep_end", True, [8, 4, 2, 7]),
         (4, "keep_end", False, [8, 6, 4, 8]),
     ],
 )
-def test_a_pairs_length_counts_what_is_read(max_length, mode, shared, expected):
+def test_a_length_counts_the_tokens_that_are_read(max_length, mode, shared, expected):
     assert pair_lengths(TOKENS, max_length, mode, shared) == expected
 
 
@@ -55,7 +55,7 @@ def test_a_pair_without_tokens_counts_as_one(shared):
     assert pair_lengths(empty, None, "keep_start", shared) == [1]
 
 
-def test_a_layout_is_never_longer_than_the_lengths_of_its_pairs(tiny_model, settings):
+def test_a_layout_is_at_most_as_long_as_its_pairs(tiny_model, settings):
     trainer = make_trainer(tiny_model, settings)
     lengths = pair_lengths(trainer.train_dataset, None, "keep_start", shared=True)
     collator = trainer.data_collator.collator
@@ -71,7 +71,7 @@ def test_a_layout_is_never_longer_than_the_lengths_of_its_pairs(tiny_model, sett
     processes=st.integers(1, 3),
     epochs=st.integers(1, 3),
 )
-def test_every_pair_is_read_once_within_the_budget_and_evenly_on_every_process(
+def test_every_pair_is_in_one_batch_within_the_budget_and_processes_get_equally_many(
     lengths, budget, steps, processes, epochs
 ):
     options = {"gradient_accumulation_steps": steps, "num_processes": processes}
@@ -101,7 +101,7 @@ def test_batches_are_filled_evenly():
     assert sum(loads) / len(loads) > 0.97 * 2000
 
 
-def test_the_order_follows_seed_and_epoch():
+def test_the_order_depends_on_seed_and_epoch():
     lengths = list(range(10, 60))
     first, second = TokenBudgetSampler(lengths, 200, seed=1), TokenBudgetSampler(lengths, 200, seed=1)
     assert list(first) == list(first) == list(second)
@@ -114,16 +114,17 @@ def test_every_pair_may_be_a_batch_of_its_own():
     assert sorted(TokenBudgetSampler([5, 5, 5, 5], 5)) == [[0], [1], [2], [3]]
 
 
-def test_too_few_pairs_for_a_step_are_refused():
+def test_too_few_pairs_for_an_optimizer_step_are_an_error():
     with pytest.raises(
-        ValueError, match="must leave a pair for each of 2 processes and 3 `gradient_accumulation_step"
+        ValueError,
+        match="must allow at least one pair per batch on 2 processes with `gradient_accumulation_steps=3`, got 100",
     ):
         TokenBudgetSampler([5, 5, 5, 5], 100, gradient_accumulation_steps=3, num_processes=2)
 
 
-def test_a_budget_below_the_longest_pair_is_refused():
+def test_a_budget_below_the_longest_pair_is_an_error():
     with pytest.raises(
-        ValueError, match=re.escape("`max_tokens_per_batch` must hold the longest pair, 90 tokens, got 80. Raise")
+        ValueError, match=re.escape("must be at least the length of the longest pair (90 tokens), got 80. Increase it")
     ):
         TokenBudgetSampler([10, 90, 20], 80)
 
@@ -157,8 +158,8 @@ def test_lengths_are_added_where_pairs_are_grouped_by_them_and_there_are_none(se
     assert lengths("group_by_length", TOKENS.to_iterable_dataset()) is None
 
 
-def test_a_step_on_a_budget_is_the_mean_over_its_pairs(tiny_model, settings):
-    """One step over all rows, in batches of unlike size, is the step that one batch of all rows makes."""
+def test_a_step_with_a_budget_is_the_mean_over_its_pairs(tiny_model, settings):
+    """One step over batches of different sizes equals one step over a single batch of all rows."""
     common = {"max_steps": 1, "shift_lambda": 0.6, "optim": "sgd", "logging_steps": 1, "max_grad_norm": 0.0}
     whole = make_trainer(tiny_model, settings, per_device_train_batch_size=24, **common)
     split = make_trainer(tiny_model, settings, max_tokens_per_batch=100, gradient_accumulation_steps=5, **common)
@@ -203,7 +204,7 @@ def test_the_loss_of_an_evaluation_is_not_scaled_by_the_batches_of_training(tiny
 @pytest.mark.parametrize(
     "batches", [{"max_tokens_per_batch": 100}, {"train_sampling_strategy": "group_by_length"}], ids=str
 )
-def test_a_run_whose_batches_go_by_length_resumes_bit_for_bit(batches, tiny_model, settings, tmp_path):
+def test_a_run_batched_by_length_resumes_bit_for_bit(batches, tiny_model, settings, tmp_path):
     common = {**batches, "num_train_epochs": 3, "max_steps": -1, "save_strategy": "steps", "save_steps": 7}
     whole = make_trainer(tiny_model, {**settings, "output_dir": str(tmp_path / "whole")}, **common)
     whole.train()
@@ -224,21 +225,21 @@ def test_a_run_whose_batches_go_by_length_resumes_bit_for_bit(batches, tiny_mode
         ({"max_steps": 2}, True, "iterable datasets, whose lengths are unknown"),
     ],
 )
-def test_a_budget_that_cannot_be_kept_is_refused(changes, stream, reason, tiny_model, settings):
+def test_a_budget_with_an_unsupported_setting_is_an_error(changes, stream, reason, tiny_model, settings):
     rows = ROWS.to_iterable_dataset() if stream else ROWS
     with pytest.raises(ValueError, match=re.escape(f"`max_tokens_per_batch` is not supported with {reason}")):
         make_trainer(tiny_model, settings, rows, max_tokens_per_batch=100, **changes)
 
 
 @pytest.mark.parametrize("value", [0, -5, True, 1.5, "100"])
-def test_a_budget_that_is_no_number_of_tokens_is_refused(value, settings):
-    with pytest.raises(ValueError, match="`max_tokens_per_batch` must be a whole number above 0"):
+def test_a_budget_that_is_not_a_positive_integer_is_an_error(value, settings):
+    with pytest.raises(ValueError, match="`max_tokens_per_batch` must be a positive integer, got"):
         DPOShiftConfig(**settings, max_tokens_per_batch=value)
 
 
 @pytest.mark.parametrize("shared", [True, False])
-def test_pairs_of_like_length_share_a_batch(shared, tiny_model, settings):
-    """Stock TRL cannot: its rows have no `input_ids`, and none looks at prompt and answers together."""
+def test_group_by_length_batches_pairs_of_similar_length(shared, tiny_model, settings):
+    """DPOTrainer raises an error: its rows have no `input_ids` from which lengths could be inferred."""
     args = DPOConfig(**settings, train_sampling_strategy="group_by_length")
     stock = DPOTrainer(tiny_model, args=args, train_dataset=ROWS)
     with pytest.raises(ValueError, match="Can only automatically infer lengths"):
@@ -256,7 +257,7 @@ def test_pairs_of_like_length_share_a_batch(shared, tiny_model, settings):
     assert spread(train_sampling_strategy="group_by_length") < 0.3 * spread()
 
 
-def test_evaluation_is_grouped_too_and_says_the_same(tiny_model, settings):
+def test_group_by_length_does_not_change_evaluation_metrics(tiny_model, settings):
     metrics = []
     for strategy in ("random", "group_by_length"):
         trainer = make_trainer(tiny_model, settings, train_sampling_strategy=strategy, max_steps=2)
@@ -265,16 +266,16 @@ def test_evaluation_is_grouped_too_and_says_the_same(tiny_model, settings):
         assert metrics[1][name] == pytest.approx(metrics[0][name], rel=1e-5, abs=1e-6)
 
 
-def test_batch_rebalance_is_refused_with_what_serves_instead(settings):
-    with pytest.raises(ValueError, match="For batches of even cost set `max_tokens_per_batch`"):
+def test_batch_rebalance_is_an_error_that_names_the_alternative(settings):
+    with pytest.raises(ValueError, match="To balance the tokens of batches, set `max_tokens_per_batch`"):
         DPOShiftConfig(**settings, train_sampling_strategy="batch_rebalance")
 
 
-def test_a_budget_that_is_too_small_is_refused_before_training(tiny_model, settings):
-    with pytest.raises(ValueError, match="`max_tokens_per_batch` must hold the longest pair"):
+def test_a_budget_that_is_too_small_is_an_error_before_training(tiny_model, settings):
+    with pytest.raises(ValueError, match="`max_tokens_per_batch` must be at least the length of the longest pair"):
         make_trainer(tiny_model, settings, max_tokens_per_batch=5)
 
 
-def test_a_budget_for_rows_of_which_none_is_short_enough_says_so(tiny_model, settings):
+def test_a_budget_without_any_row_that_is_short_enough_is_an_error(tiny_model, settings):
     with pytest.raises(ValueError, match="No train examples left: every prompt is at least as long as `max_length`"):
         make_trainer(tiny_model, settings, max_tokens_per_batch=100, max_length=1, precompute_ref_log_probs=False)

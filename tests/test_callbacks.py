@@ -1,4 +1,4 @@
-"""The callbacks: lambda's one writer, its replacement, and what a checkpoint keeps of them."""
+"""The callbacks: which of them sets lambda, and what checkpoints save of them."""
 
 import json
 from pathlib import Path
@@ -10,7 +10,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from trl import DPOConfig
 
 from dposhift_trl import DPOShiftConfig, DPOShiftTrainer, LambdaScheduleCallback
-from dposhift_trl.training.callbacks import AdaptiveLambdaCallback
+from dposhift_trl.training.callbacks import AdaptiveLambdaCallback, configured_schedule
 
 
 ROWS = make_rows(24)
@@ -26,17 +26,17 @@ def at(callback, args, global_step, max_steps):
     return callback.shift_lambda
 
 
-def test_progress_is_completed_steps_over_all_steps(args):
+def test_progress_is_the_share_of_completed_steps(args):
     callback = LambdaScheduleCallback(lambda progress: 1 - 0.5 * progress)
     assert [at(callback, args, step, 4) for step in range(5)] == [1.0, 0.875, 0.75, 0.625, 0.5]
 
 
-def test_before_any_training_lambda_is_that_of_progress_zero():
+def test_before_training_lambda_is_that_of_progress_zero():
     assert LambdaScheduleCallback(lambda progress: 0.9 - 0.1 * progress).shift_lambda == 0.9
 
 
 @pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf")], ids=str)
-def test_a_schedule_that_leaves_the_positive_numbers_is_stopped(value):
+def test_a_schedule_that_is_not_positive_and_finite_is_an_error(value):
     with pytest.raises(ValueError, match="`schedule` must return a lambda above 0"):
         LambdaScheduleCallback(lambda progress: value)
 
@@ -50,9 +50,11 @@ def test_a_schedule_above_one_needs_the_flag(args):
     assert at(callback, args, 1, 4) == 1.25
 
 
-def test_trls_own_config_takes_no_lambda_and_says_so(tiny_model, settings):
+def test_a_schedule_with_a_plain_dpo_config_is_an_error(tiny_model, settings):
     callback = LambdaScheduleCallback(lambda progress: 0.3)
-    with pytest.raises(ValueError, match="`args` must be a `DPOShiftConfig` if a `LambdaScheduleCallback` sets"):
+    with pytest.raises(
+        ValueError, match="must be a `DPOShiftConfig` with a `LambdaScheduleCallback`, got a `DPOConfig`"
+    ):
         DPOShiftTrainer(tiny_model, args=DPOConfig(**settings), train_dataset=ROWS, callbacks=[callback])
 
 
@@ -66,7 +68,7 @@ def logged(trainer, name):
 
 
 class Half(LambdaScheduleCallback):
-    """One that can be passed as a class."""
+    """A schedule that can be passed as a class."""
 
     def __init__(self):
         super().__init__(lambda progress: 0.5)
@@ -85,19 +87,19 @@ def test_a_schedule_that_is_added_replaces_the_configured_one(callback, tiny_mod
     assert "0.9" not in card.split("lambda schedule")[1].splitlines()[0]
 
 
-def test_a_schedule_that_is_added_serves_after_the_configured_one_was_removed(tiny_model, settings):
+def test_a_schedule_can_be_added_after_the_configured_one_was_removed(tiny_model, settings):
     trainer = make_trainer(tiny_model, settings, shift_lambda=0.9)
     trainer.remove_callback(trainer.lambda_callback)
     trainer.add_callback(LambdaScheduleCallback(lambda progress: 0.5))
     assert trainer.shift_lambda == 0.5
 
 
-SECOND = "`callbacks` must hold at most one `LambdaScheduleCallback`, got 2. Remove the others"
-BESIDE_ADAPTIVE = "`lambda_schedule='adaptive'` is not supported with a `(LambdaScheduleCallback|Half)` of your own"
+SECOND = "`callbacks` must contain at most one `LambdaScheduleCallback`, got 2. Remove the others"
+BESIDE_ADAPTIVE = "`lambda_schedule='adaptive'` is not supported with a `(LambdaScheduleCallback|Half)` in `callbacks`"
 
 
 @pytest.mark.parametrize("second", [LambdaScheduleCallback(lambda progress: 0.6), Half], ids=["instance", "class"])
-def test_a_second_schedule_is_refused_with_the_remedy(second, tiny_model, settings):
+def test_a_second_schedule_is_an_error_whose_remedy_works(second, tiny_model, settings):
     first = LambdaScheduleCallback(lambda progress: 0.5)
     with pytest.raises(ValueError, match=SECOND):
         make_trainer(tiny_model, settings, callbacks=[first, second])
@@ -112,7 +114,7 @@ def test_a_second_schedule_is_refused_with_the_remedy(second, tiny_model, settin
 
 
 @pytest.mark.parametrize("own", [LambdaScheduleCallback(lambda progress: 0.5), Half], ids=["instance", "class"])
-def test_a_schedule_beside_the_adaptive_one_is_refused_with_the_remedy(own, tiny_model, settings):
+def test_a_schedule_next_to_the_adaptive_one_is_an_error(own, tiny_model, settings):
     with pytest.raises(ValueError, match=BESIDE_ADAPTIVE):
         make_trainer(tiny_model, settings, callbacks=[own], lambda_schedule="adaptive")
     trainer = make_trainer(tiny_model, settings, lambda_schedule="adaptive")
@@ -121,8 +123,15 @@ def test_a_schedule_beside_the_adaptive_one_is_refused_with_the_remedy(own, tiny
     assert type(trainer.lambda_callback) is AdaptiveLambdaCallback
 
 
+def test_an_adaptive_schedule_with_equal_bounds_is_a_constant_lambda(settings):
+    args = DPOShiftConfig(**settings, lambda_schedule="adaptive", lambda_min=0.8, lambda_max=0.8)
+    callback = configured_schedule(args)
+    assert type(callback) is LambdaScheduleCallback
+    assert [callback.schedule(progress) for progress in (0.0, 0.5, 1.0)] == [0.8] * 3
+
+
 @pytest.mark.parametrize("as_class", [False, True], ids=["instance", "class"])
-def test_other_callbacks_are_added_as_ever(as_class, tiny_model, settings):
+def test_other_callbacks_are_added_unchanged(as_class, tiny_model, settings):
     steps = []
 
     class Spy(TrainerCallback):
@@ -138,14 +147,14 @@ def test_other_callbacks_are_added_as_ever(as_class, tiny_model, settings):
     assert logged(trainer, "shift/lambda") == [0.9] * 4
 
 
-def test_with_trls_own_config_there_is_no_lambda(tiny_model, settings):
+def test_with_a_plain_dpo_config_there_is_no_lambda(tiny_model, settings):
     trainer = DPOShiftTrainer(tiny_model, args=DPOConfig(**settings), train_dataset=ROWS)
     assert not hasattr(trainer, "shift_lambda")
     assert not hasattr(trainer, "lambda_callback")
 
 
 @pytest.mark.parametrize("restore", [False, True], ids=["", "restored callbacks"])
-def test_tokens_are_counted_on_from_the_checkpoint_and_not_from_the_last_log(restore, tiny_model, settings):
+def test_the_token_count_continues_from_the_checkpoint_and_not_from_the_last_log(restore, tiny_model, settings):
     settings |= {"logging_steps": 3, "save_strategy": "steps", "save_steps": 2, "max_steps": 6}
     whole = make_trainer(tiny_model, settings)
     whole.train()
@@ -158,7 +167,7 @@ def test_tokens_are_counted_on_from_the_checkpoint_and_not_from_the_last_log(res
 
 
 def test_a_checkpoint_without_a_count_resumes_from_the_last_log(tiny_model, settings):
-    """Earlier versions saved none."""
+    """Earlier versions did not save the count."""
     settings |= {"logging_steps": 2, "save_strategy": "steps", "save_steps": 2}
     whole = make_trainer(tiny_model, settings)
     whole.train()
@@ -171,7 +180,7 @@ def test_a_checkpoint_without_a_count_resumes_from_the_last_log(tiny_model, sett
     assert logged(resumed, "num_tokens") == logged(whole, "num_tokens")
 
 
-def test_a_second_training_starts_adaptive_lambda_where_the_first_did(tiny_model, settings):
+def test_a_second_train_call_restarts_adaptive_lambda(tiny_model, settings):
     trainer = make_trainer(tiny_model, settings, lambda_schedule="adaptive", lambda_target=3.0, max_steps=8)
     trainer.train()
     first = logged(trainer, "shift/lambda")
@@ -180,7 +189,7 @@ def test_a_second_training_starts_adaptive_lambda_where_the_first_did(tiny_model
     assert logged(trainer, "shift/lambda")[0] == first[0]
 
 
-def test_a_run_twice_as_long_takes_the_same_lambdas_at_the_same_progress(args):
+def test_a_run_twice_as_long_has_the_same_lambdas_at_the_same_progress(args):
     """The time constants of adaptive lambda are shares of the run: 1 / 15 and 1 / 3 of its steps."""
     lambdas = {}
     for max_steps in (300, 600):

@@ -75,7 +75,7 @@ def test_no_two_processes_give_different_rows_the_same_number(num_shards, num_wo
     names = {}
     for process in range(2):
         state = SimpleNamespace(num_processes=2, process_index=process)
-        monkeypatch.setattr("dposhift_trl.columns.PartialState", lambda state=state: state)
+        monkeypatch.setattr("accelerate.PartialState", lambda state=state: state)
         stream = with_row_index(TABLE.to_iterable_dataset(num_shards=num_shards))
         for name, number in numbers_by_name(stream, num_workers, processes=2, process=process).items():
             names.setdefault(number, set()).add(name)

@@ -1,4 +1,4 @@
-"""The lambda fields: what they take, what they refuse, and in which words."""
+"""The settings of lambda: accepted values, errors and their messages."""
 
 import dataclasses
 import re
@@ -16,10 +16,10 @@ ADDED_FIELDS = [
     f.name for f in dataclasses.fields(DPOShiftConfig) if f.name not in {g.name for g in dataclasses.fields(DPOConfig)}
 ]
 ABOVE_ONE = (
-    "must not exceed 1, got 1.05. Above 1 the rejected answers fall faster than in DPO and text degenerates; if you "
-    "want that, set `allow_lambda_above_one: true`."
+    "must not exceed 1, got 1.05. Above 1, rejected answers fall faster than in DPO and generated text degenerates. "
+    "To allow it, set `allow_lambda_above_one: true`."
 )
-AT_ZERO = "At 0 the rejected answer would not be seen at all; the paper's range is 0.5 to 1."
+AT_ZERO = "At 0, the loss ignores the rejected answers; the paper uses 0.5 to 1."
 PLAIN_DPO = "Set `lambda_schedule: fixed` and `shift_lambda: 1.0` to train with plain DPO."
 SCHEDULES = "fixed, linear_increase, linear_decrease, cosine_increase, cosine_decrease, adaptive"
 
@@ -50,12 +50,12 @@ def test_the_config_adds_no_other_fields_and_changes_one_default():
 def test_the_defaults_are_the_paper_s_fixed_lambda(make):
     config = make()
     assert [getattr(config, name) for name in ADDED_FIELDS[:4]] == ["fixed", 0.95, 0.75, 1.0]
-    assert config.precompute_ref_log_probs is None  # auto, and false for DPOTrainer
+    assert config.precompute_ref_log_probs is None  # "auto", which DPOTrainer reads as off
     assert config.lambda_range == (0.95, 0.95)
 
 
 @pytest.mark.parametrize("name", [*ADDED_FIELDS, "precompute_ref_log_probs"])
-def test_the_help_of_a_field_is_its_sentence_in_the_docstring(name):
+def test_the_help_of_a_field_equals_its_docstring(name):
     def plain(text):
         return " ".join(re.sub(r"[`'\"]", "", text).split())
 
@@ -80,44 +80,44 @@ def test_the_help_of_a_field_is_its_sentence_in_the_docstring(name):
         pytest.param([0.9], TypeError, "must be a number, got [0.9]. Write for example `{}: 0.95`.", id="list"),
     ],
 )
-def test_a_lambda_out_of_range_is_refused_with_field_value_and_remedy(make, name, value, error, message):
+def test_an_invalid_lambda_is_an_error_with_field_value_and_remedy(make, name, value, error, message):
     with pytest.raises(error) as raised:
         make(**{name: value})
     assert str(raised.value) == f"`{name}` {message.format(name)}"
 
 
 @pytest.mark.parametrize("name", ["shift_lambda", "lambda_max"])
-def test_a_lambda_above_one_passes_where_it_is_asked_for(make, name):
+def test_a_lambda_above_one_is_valid_if_allowed(make, name):
     assert getattr(make(**{name: 1.05, "allow_lambda_above_one": True}), name) == 1.05
 
 
-def test_a_knot_above_one_passes_where_it_is_asked_for_and_is_refused_elsewhere(make):
+def test_a_knot_above_one_is_valid_only_if_allowed(make):
     assert make(lambda_schedule=[[0, 1.05]], allow_lambda_above_one=True).lambda_range == (1.05, 1.05)
     with pytest.raises(ValueError, match="must not exceed 1") as raised:
         make(lambda_schedule=[[0, 1], [1, 1.05]])
     assert str(raised.value) == f"`lambda_schedule` {ABOVE_ONE}"
 
 
-def test_the_permission_is_no_text_that_counts_as_true(make):
+def test_allow_lambda_above_one_must_be_a_bool(make):
     with pytest.raises(TypeError) as raised:
         make(shift_lambda=1.05, allow_lambda_above_one="false")
     assert str(raised.value) == (
-        "`allow_lambda_above_one` must be true or false, got 'false'. Leave it out to keep lambda in (0, 1]."
+        "`allow_lambda_above_one` must be true or false, got 'false'. Remove it to keep lambda in (0, 1]."
     )
 
 
-def test_a_whole_number_becomes_a_float(make):
+def test_an_integer_becomes_a_float(make):
     config = make(shift_lambda=1, lambda_min=1, lambda_max=1)
     values = [config.shift_lambda, config.lambda_min, config.lambda_max]
     assert values == [1.0, 1.0, 1.0]
     assert {type(value) for value in values} == {float}
 
 
-def test_a_minimum_above_the_maximum_is_refused_with_the_way_to_decrease(make):
+def test_a_minimum_above_the_maximum_is_an_error_that_names_linear_decrease(make):
     with pytest.raises(ValueError, match="must not exceed") as raised:
         make(lambda_min=1.0, lambda_max=0.75)
     assert str(raised.value) == (
-        "`lambda_min` must not exceed `lambda_max`, got 1.0 and 0.75. To decrease lambda over training keep min <= "
+        "`lambda_min` must not exceed `lambda_max`, got 1.0 and 0.75. To decrease lambda over training, keep min <= "
         "max and set `lambda_schedule: linear_decrease`."
     )
 
@@ -136,7 +136,7 @@ def test_a_minimum_above_the_maximum_is_refused_with_the_way_to_decrease(make):
     ],
     ids=repr,
 )
-def test_a_schedule_is_kept_under_one_name_and_as_plain_lists(make, given, kept):
+def test_a_schedule_is_stored_under_its_canonical_name_or_as_lists(make, given, kept):
     assert make(lambda_schedule=given).lambda_schedule == kept
 
 
@@ -148,20 +148,20 @@ def test_a_schedule_is_kept_under_one_name_and_as_plain_lists(make, given, kept)
             ValueError,
             f"`lambda_schedule` must be one of {SCHEDULES} or a list of [progress, lambda] knots, got "
             "'linear_decrase'. Did you mean `linear_decrease`?",
-            id="misspelt",
+            id="misspelled",
         ),
         pytest.param(
             "increase_linera",
             ValueError,
             f"`lambda_schedule` must be one of {SCHEDULES} or a list of [progress, lambda] knots, got "
             "'increase_linera'. Did you mean `linear_increase`?",
-            id="misspelt alias",
+            id="misspelled alias",
         ),
         pytest.param(
             "0.5",
             ValueError,
             f"`lambda_schedule` must be one of {SCHEDULES} or a list of [progress, lambda] knots, got '0.5'.",
-            id="near to nothing",
+            id="similar to no name",
         ),
         pytest.param(
             "[[0, 1],",
@@ -174,14 +174,14 @@ def test_a_schedule_is_kept_under_one_name_and_as_plain_lists(make, given, kept)
             "[[0, NaN]]",
             TypeError,
             "`lambda_schedule` must be made of [progress, lambda] pairs of numbers, got the knot [0, nan]. Write for "
-            "example [[0, 1.0], [0.5, 0.75]] to lower lambda over the first half and hold it after.",
+            "example [[0, 1.0], [0.5, 0.75]] to decrease lambda in the first half of training.",
             id="nan in JSON",
         ),
         pytest.param(
             0.5,
             TypeError,
             "`lambda_schedule` must be a name or a list of [progress, lambda] knots, got 0.5. Write for example [[0, "
-            "1.0], [0.5, 0.75]] to lower lambda over the first half and hold it after.",
+            "1.0], [0.5, 0.75]] to decrease lambda in the first half of training.",
             id="number",
         ),
         pytest.param(
@@ -192,7 +192,7 @@ def test_a_schedule_is_kept_under_one_name_and_as_plain_lists(make, given, kept)
         ),
     ],
 )
-def test_an_unusable_schedule_is_refused_with_value_and_remedy(make, given, error, message):
+def test_an_invalid_schedule_is_an_error_with_value_and_remedy(make, given, error, message):
     with pytest.raises(error) as raised:
         make(lambda_schedule=given)
     assert str(raised.value) == message
@@ -205,15 +205,24 @@ def test_an_unusable_schedule_is_refused_with_value_and_remedy(make, given, erro
         ({"shift_lambda": 0.5, "lambda_schedule": "linear_increase"}, (0.75, 1.0)),
         ({"lambda_schedule": "cosine_decrease", "lambda_min": 0.6, "lambda_max": 0.9}, (0.6, 0.9)),
         ({"lambda_schedule": [[0, 0.9], [0.5, 0.6], [1, 1.0]]}, (0.6, 1.0)),
+        ({"lambda_schedule": [[0, 0.9], [0.5, 0.7]]}, (0.7, 0.9)),
+        ({"lambda_schedule": [[0, 1.0], [1, 0.8]]}, (0.8, 1.0)),
+        ({"lambda_schedule": [[0.2, 0.7]]}, (0.7, 0.7)),
+        ({"lambda_schedule": "linear_increase", "lambda_min": 0.8, "lambda_max": 0.8}, (0.8, 0.8)),
     ],
     ids=str,
 )
-def test_the_range_is_what_the_schedule_takes_over_training(make, settings, expected):
+def test_the_range_holds_the_smallest_and_largest_lambda_of_a_run(make, settings, expected):
     config = make(**settings)
     lambda_at = make_lambda_schedule(config)
-    taken = [lambda_at(step / 100) for step in range(101)]
+    values = [lambda_at(step / 100) for step in range(101)]
     assert config.lambda_range == expected
-    assert (min(taken), max(taken)) == expected
+    assert (min(values), max(values)) == expected
+
+
+@pytest.mark.parametrize("lambda_max", [0.6, 0.9])
+def test_the_range_of_the_adaptive_schedule_is_its_bounds(make, lambda_max):
+    assert make(lambda_schedule="adaptive", lambda_min=0.6, lambda_max=lambda_max).lambda_range == (0.6, lambda_max)
 
 
 @pytest.mark.parametrize(
@@ -228,42 +237,43 @@ def test_the_range_is_what_the_schedule_takes_over_training(make, settings, expe
     ],
     ids=str,
 )
-def test_lambda_is_always_one_only_where_it_never_leaves_one(make, settings, expected):
+def test_training_is_always_dpo_only_if_lambda_stays_at_one(make, settings, expected):
     assert make(**settings).always_dpo is expected
 
 
-MEANINGLESS = {
-    "alien loss": (
+UNSUPPORTED = {
+    "unsupported loss": (
         {"loss_type": ["apo_zero"]},
-        "`loss_type` must be built on the difference of log-ratios where lambda differs from 1, got ['apo_zero']. Use "
-        "discopop, exo_pair, hinge, ipo, robust, sigmoid, sigmoid_norm, alone or mixed with `sft`.",
+        "`loss_type` must be based on the difference of log-ratios if lambda differs from 1, got ['apo_zero']. Use "
+        "discopop, exo_pair, hinge, ipo, robust, sigmoid, sigmoid_norm, alone or combined with `sft`.",
     ),
-    "alien loss in a mixture": (
+    "unsupported loss in a mixture": (
         {"loss_type": ["sigmoid", "bco_pair"], "loss_weights": [1.0, 1.0]},
-        "`loss_type` must be built on the difference of log-ratios where lambda differs from 1, got ['sigmoid', "
-        "'bco_pair']. Use discopop, exo_pair, hinge, ipo, robust, sigmoid, sigmoid_norm, alone or mixed with `sft`.",
+        "`loss_type` must be based on the difference of log-ratios if lambda differs from 1, got ['sigmoid', "
+        "'bco_pair']. Use discopop, exo_pair, hinge, ipo, robust, sigmoid, sigmoid_norm, alone or combined with "
+        "`sft`.",
     ),
     "nothing to shift": (
         {"loss_type": ["sft"]},
-        "`loss_type` must be built on the difference of log-ratios where lambda differs from 1, got ['sft']. Use "
-        "discopop, exo_pair, hinge, ipo, robust, sigmoid, sigmoid_norm, alone or mixed with `sft`.",
+        "`loss_type` must be based on the difference of log-ratios if lambda differs from 1, got ['sft']. Use "
+        "discopop, exo_pair, hinge, ipo, robust, sigmoid, sigmoid_norm, alone or combined with `sft`.",
     ),
     "f-divergence": (
         {"f_divergence_type": "js_divergence"},
-        "`f_divergence_type` must be `reverse_kl` where lambda differs from 1, got 'js_divergence': the shift is "
-        "defined on log-ratios, not on other divergences' scores.",
+        "`f_divergence_type` must be `reverse_kl` if lambda differs from 1, got 'js_divergence'. The shift is defined "
+        "for log-ratios, not for the scores of other divergences.",
     ),
     "weighting": (
         {"use_weighting": True},
-        "`use_weighting` must be false where lambda differs from 1, got True: WPO's weights and the shift both "
-        "rescale the pair, and their product is no published loss.",
+        "`use_weighting` must be false if lambda differs from 1, got True. WPO's weights and lambda both rescale the "
+        "pair, and no published loss combines them.",
     ),
 }
 
 
-@pytest.mark.parametrize(("settings", "message"), MEANINGLESS.values(), ids=MEANINGLESS)
+@pytest.mark.parametrize(("settings", "message"), UNSUPPORTED.values(), ids=UNSUPPORTED)
 @pytest.mark.parametrize("lambda_schedule", ["fixed", "linear_increase", [[0, 1], [1, 0.9]]], ids=str)
-def test_a_shift_without_meaning_is_refused_and_plain_dpo_is_not(make, settings, message, lambda_schedule):
+def test_an_unsupported_loss_is_an_error_unless_lambda_is_one(make, settings, message, lambda_schedule):
     with pytest.raises(ValueError, match="lambda differs from 1") as raised:
         make(lambda_schedule=lambda_schedule, **settings)
     assert str(raised.value) == f"{message} {PLAIN_DPO}"
@@ -271,18 +281,33 @@ def test_a_shift_without_meaning_is_refused_and_plain_dpo_is_not(make, settings,
 
 
 @pytest.mark.parametrize("loss_type", sorted(SHIFTABLE_LOSS_TYPES))
-def test_a_loss_on_the_difference_takes_a_shift_alone_and_beside_sft(make, loss_type):
+def test_a_loss_on_the_difference_supports_a_shift_alone_and_with_sft(make, loss_type):
     assert make(loss_type=loss_type, label_smoothing=0.1).loss_type == [loss_type]
     mixed = make(loss_type=[loss_type, "sft"], loss_weights=[1.0, 0.1], label_smoothing=0.1)
     assert mixed.loss_type == [loss_type, "sft"]
 
 
-def test_the_best_checkpoint_is_chosen_by_the_loss_at_lambda_one_unless_a_metric_is_named(make):
+def test_the_best_checkpoint_is_that_with_the_lowest_loss_at_lambda_one_unless_a_metric_is_set(make):
     best = {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 5, "save_steps": 5}
     config = make(**best)
     assert (config.metric_for_best_model, config.greater_is_better) == ("dpo_loss", False)
     assert make(**best, metric_for_best_model="rewards/margins").metric_for_best_model == "rewards/margins"
     assert make().metric_for_best_model is None
+
+
+@pytest.mark.parametrize(
+    ("metric", "greater"),
+    [
+        ("loss", False), ("dpo_loss", False), ("eval_loss", False), ("entropy", False), ("runtime", False),
+        ("perplexity/chosen", False), ("displacement/chosen_fell", False), ("displacement/both_fell", False),
+        ("rewards/rejected", False), ("logps/rejected", False), ("displacement/rejected", False),
+        ("displacement/rejected_per_token", False), ("rewards/chosen", True), ("rewards/margins", True),
+        ("rewards/accuracies", True), ("displacement/chosen", True), ("logps/chosen", True),
+    ],
+)  # fmt: skip
+def test_the_direction_of_a_metric_follows_from_its_name(make, metric, greater):
+    assert make(metric_for_best_model=metric).greater_is_better is greater
+    assert make(metric_for_best_model=metric, greater_is_better=not greater).greater_is_better is not greater
 
 
 @pytest.mark.parametrize(
@@ -295,16 +320,16 @@ def test_the_best_checkpoint_is_chosen_by_the_loss_at_lambda_one_unless_a_metric
         pytest.param(
             ["--lambda_schedule", "[[0, 1], [1, 0.5]]"], ([[0.0, 1.0], [1.0, 0.5]], 0.95, False), id="knots in JSON"
         ),
-        pytest.param(["--allow_lambda_above_one", "--shift_lambda", "1.05"], ("fixed", 1.05, True), id="permission"),
+        pytest.param(["--allow_lambda_above_one", "--shift_lambda", "1.05"], ("fixed", 1.05, True), id="above one"),
     ],
 )
 @pytest.mark.parametrize("parser", [HfArgumentParser, TrlParser])
-def test_both_parsers_of_flags_take_the_lambda_fields(flags, parser, arguments, expected):
+def test_both_argument_parsers_accept_the_lambda_fields(flags, parser, arguments, expected):
     (config,) = parser(DPOShiftConfig).parse_args_into_dataclasses([*flags, *arguments])
     assert (config.lambda_schedule, config.shift_lambda, config.allow_lambda_above_one) == expected
 
 
-def test_a_flag_that_is_no_number_is_refused_by_name(flags, capsys):
+def test_a_flag_that_is_not_a_number_is_an_error(flags, capsys):
     with pytest.raises(SystemExit, match="2"):
         HfArgumentParser(DPOShiftConfig).parse_args_into_dataclasses([*flags, "--shift_lambda", "much"])
     assert "--shift_lambda/--shift-lambda: invalid float value: 'much'" in capsys.readouterr().err
@@ -315,7 +340,7 @@ def test_the_help_of_the_flags_prints_every_lambda_field():
     assert [name for name in ADDED_FIELDS if f"--{name}" not in text] == []
 
 
-def test_a_trl_yaml_file_takes_knots_and_a_flag_overrules_it(tmp_path, flags):
+def test_a_trl_yaml_file_accepts_knots_and_a_flag_overrides_it(tmp_path, flags):
     file = tmp_path / "config.yaml"
     file.write_text("lambda_schedule: [[0, 1], [1, 0.5]]\nshift_lambda: 0.9\n")
     parser = TrlParser(DPOShiftConfig)
@@ -325,7 +350,7 @@ def test_a_trl_yaml_file_takes_knots_and_a_flag_overrules_it(tmp_path, flags):
     assert config.lambda_range == (0.9, 0.9)
 
 
-def test_a_config_survives_being_written_out_and_read_again(make):
+def test_a_config_is_unchanged_after_writing_and_reading(make):
     config = make(lambda_schedule="[[0, 1], [1, 0.5]]", shift_lambda=0.9)
     values = config.to_dict()
     again = make(**{name: values[name] for name in ADDED_FIELDS})
@@ -342,6 +367,6 @@ def test_a_config_survives_being_written_out_and_read_again(make):
         (["--precompute_ref_log_probs", "none"], None),
     ],
 )
-def test_the_flag_for_precomputed_references_may_stand_alone_as_trls_does(words, expected, flags):
+def test_the_flag_for_precomputed_references_needs_no_value_as_in_trl(words, expected, flags):
     (config,) = HfArgumentParser(DPOShiftConfig).parse_args_into_dataclasses([*flags, *words])
     assert config.precompute_ref_log_probs == expected

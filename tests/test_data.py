@@ -1,4 +1,4 @@
-"""Preference rows: where they come from, what becomes of them, and which of them go."""
+"""Preference rows: loading, mixing, holding out, tokenizing and auditing."""
 
 import json
 from collections import Counter
@@ -10,20 +10,18 @@ import pytest
 from datasets import Dataset, DatasetDict
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
-from trl import DPOConfig, DPOTrainer
+from trl import DPOConfig, DPOTrainer, SFTConfig
+from trl.trainer.dpo_trainer import DataCollatorForPreference
 
-from dposhift_trl.columns import ROW_INDEX
+from dposhift_trl import ChosenSFTTrainer
+from dposhift_trl.columns import ROW_INDEX, STREAM_ROW_INDEX
 from dposhift_trl.data.audit import _RowCheck, audit_preferences
+from dposhift_trl.data.chat_template import PLAIN_CHAT_TEMPLATE, use_plain_chat_template
+from dposhift_trl.data.config import AUDIT_KINDS, DataConfig, DataSource
 from dposhift_trl.data.demo import demo_dataset
-from dposhift_trl.data.sources import (
-    AUDIT_KINDS,
-    PLAIN_CHAT_TEMPLATE,
-    DataConfig,
-    DataError,
-    DataSource,
-    load_preferences,
-    use_plain_chat_template,
-)
+from dposhift_trl.data.errors import DataError
+from dposhift_trl.data.sources import load_preferences
+from dposhift_trl.data.tokens import Truncation, tokenize_pair
 
 
 TEMPLATE = (
@@ -72,7 +70,7 @@ def chat_tokenizer(tokenizer):
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
-    """An empty working directory, and a cache of its own."""
+    """An empty working directory and a separate cache."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     (tmp_path / "work").mkdir()
@@ -107,63 +105,66 @@ def refusal(**settings):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({}, "one of `path` and `mixture` must be set, got neither. Write `path: demo` for the built-in data."),
+        (
+            {},
+            "Exactly one of `path` and `mixture` must be set, got neither. For the built-in data, write `path: demo`.",
+        ),
         (
             {"path": ""},
-            "one of `path` and `mixture` must be set, got neither. Write `path: demo` for the built-in data.",
+            "Exactly one of `path` and `mixture` must be set, got neither. For the built-in data, write `path: demo`.",
         ),
         (
             {"path": "demo", "mixture": [{"path": "demo"}]},
-            "one of `path` and `mixture` must be set, got both. Write `path: demo` for the built-in data.",
+            "Exactly one of `path` and `mixture` must be set, got both. For the built-in data, write `path: demo`.",
         ),
-        ({"mixture": []}, "`mixture` must hold at least one source, got []. Write for example `- path: demo`."),
+        ({"mixture": []}, "`mixture` must contain at least one source, got []. Write for example `- path: demo`."),
         (
             {"mixture": [{"path": "demo"}, {"weight": 2.0}]},
-            "`path` must be set in every source of a `mixture`, but source 1 has none.",
+            "`path` must be set in every source of a `mixture`, got none in source 1. Add it.",
         ),
         *(
             (
                 {"mixture": [{"path": "demo"}], name: value},
-                f"`{name}` must stand in the sources of a `mixture`, not beside it, got {value!r}. Write it into each "
-                "source it applies to.",
+                f"`{name}` is not supported next to `mixture`, got {value!r}. Set it in each source of the mixture.",
             )
             for name, value in {"eval_split": "test", "columns": {"chosen": "good"}, "weight": 2.0}.items()
         ),
         *(
             (
                 {"path": "demo", "weight": weight},
-                f"`weight` must be finite and greater than 0, got {weight}. Leave the source out instead.",
+                f"`weight` must be finite and greater than 0, got {weight}. To exclude the source, remove it.",
             )
             for weight in (0, -1.0, float("nan"), float("inf"))
         ),
         (
             {"mixture": [{"path": "demo", "weight": 0}]},
-            "`weight` must be finite and greater than 0, got 0. Leave the source out instead.",
+            "`weight` must be finite and greater than 0, got 0. To exclude the source, remove it.",
         ),
         (
             {"path": "demo", "columns": {"good": "chosen"}},
-            "`columns` must map prompt, chosen, rejected to the names in the data, got the key 'good'. Write "
-            "`columns: {chosen: chosen}`, ours first.",
+            "`columns` must map prompt, chosen, rejected to the column names in the data, got the key 'good'. Write "
+            "for example `columns: {chosen: chosen}`.",
         ),
         (
             {"path": "demo", "columns": {"chosen": "a", "rejected": "a"}},
-            "`columns` must name a column of the data once, got {'chosen': 'a', 'rejected': 'a'}.",
+            "`columns` must not name a column of the data twice, got {'chosen': 'a', 'rejected': 'a'}. Map each "
+            "column once.",
         ),
         *(
             (
                 {"path": "demo", "eval_size": size},
-                f"`eval_size` must be a number of rows above 0 or a share between 0 and 1, got {size}. Write for "
+                f"`eval_size` must be a positive number of rows or a share between 0 and 1, got {size}. Write for "
                 "example `eval_size: 0.05`.",
             )
             for size in (0, -1, 0.0, 1.0, 1.5, float("nan"))
         ),
         (
             {"path": "demo", "eval_size": 5, "eval_split": "test"},
-            "`eval_size` must be left out where there is an `eval_split`, got 5. Remove one.",
+            "`eval_size` is not supported with `eval_split`, got 5. Remove one of the two.",
         ),
         (
             {"mixture": [{"path": "demo", "eval_split": "test"}, {"path": "demo"}], "eval_size": 5},
-            "`eval_size` must be left out where there is an `eval_split`, got 5. Remove one.",
+            "`eval_size` is not supported with `eval_split`, got 5. Remove one of the two.",
         ),
         (
             {"path": "demo", "eval_size": 0.1, "streaming": True},
@@ -172,38 +173,45 @@ def refusal(**settings):
         *(
             (
                 {"path": "demo", name: size},
-                f"`{name}` must be at least 1, got {size}. Leave it out to take all rows.",
+                f"`{name}` must be at least 1, got {size}. Remove it to use all rows.",
             )
             for name in ("max_train_rows", "max_eval_rows")
             for size in (0, -1)
         ),
         (
             {"path": "demo", "max_eval_rows": 8},
-            "`max_eval_rows` must be left out where there are no evaluation rows, got 8. Name an `eval_split`, or "
-            "hold rows out with `eval_size`.",
+            "`max_eval_rows` needs evaluation rows, got 8 without any. Set `eval_split` or `eval_size`.",
         ),
         *(
             (
                 {"path": "demo", "min_rows_kept": share},
-                f"`min_rows_kept` must be a share above 0 and at most 1, got {share}. Write for example 0.5 to stop "
-                "where more than half of a split would be dropped.",
+                f"`min_rows_kept` must be greater than 0 and at most 1, got {share}. Write for example 0.5 to stop if "
+                "the audit drops more than half of a split.",
             )
             for share in (0, -0.1, 1.1, float("nan"))
         ),
-        ({"path": "demo", "audit": "skip"}, "`audit` must be one of drop, keep, error, got 'skip' for missing."),
-        ({"path": "demo", "audit": {"cut": "skip"}}, "`audit` must be one of drop, keep, error, got 'skip' for cut."),
+        (
+            {"path": "demo", "audit": "skip"},
+            "`audit` must be one of drop, keep, error, got 'skip'. Write for example `audit: drop`.",
+        ),
+        (
+            {"path": "demo", "audit": {"cut": "skip"}},
+            "`audit` must be one of drop, keep, error, got 'skip' for cut. Write for example `audit: drop`.",
+        ),
         (
             {"path": "demo", "audit": {"short": "keep"}},
-            "`audit` must name its kinds among missing, empty, identical, duplicate, leaked, lost, cut, got 'short'.",
+            "`audit` must use the kinds missing, empty, identical, duplicate, leaked, lost, cut, got 'short'. Write "
+            "for example `audit: {cut: keep}`.",
         ),
         (
             {"path": "demo", "audit": {"missing": "keep"}},
-            "`audit` must be drop or error for missing, got 'keep': a null cannot be trained on.",
+            "`audit` must be drop or error for missing, got 'keep'. Null answers cannot be trained on; remove the key "
+            "to drop them.",
         ),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
 )
-def test_settings_that_cannot_be_meant_are_refused_with_value_and_remedy(settings, message):
+def test_invalid_settings_raise_an_error_with_value_and_remedy(settings, message):
     with pytest.raises(ValueError, match="`") as raised:
         DataConfig(**settings)
     assert str(raised.value) == message
@@ -297,14 +305,18 @@ def test_a_folder_named_demo_does_not_hide_the_built_in_data():
 
 
 UNREADABLE = {
-    "no file": ("rows.jsonl", None, "cannot be read: there is no such file"),
+    "no file": ("rows.jsonl", None, "cannot be read: the file does not exist"),
     "empty file": ("rows.jsonl", b"", "cannot be read: the file is empty"),
     "broken JSON": ("rows.jsonl", b'{"chosen": "a"\n{{{', "JSON parse error: Missing a comma or '}' after an object"),
     "broken last line": ("rows.jsonl", b'{"chosen": "a"}\n{{{', "JSON parse error: Missing a name for object member"),
     "JSON of no rows": ("rows.json", b"3", "JSON parse error: "),
     "no parquet": ("rows.parquet", b"xx", "cannot be read: Parquet file size is 2 bytes"),
     "no text": ("rows.csv", b"\xff\xfe\x00,\n", "'utf-8' codec can't decode byte 0xff"),
-    "no rows in it": ("notes.md", b"# Notes", "cannot be read: a file must end in .jsonl, .json, .csv or .parquet"),
+    "no rows in it": (
+        "notes.md",
+        b"# Notes",
+        "cannot be read: file names must end in .jsonl, .json, .csv or .parquet",
+    ),
     "no such Hub name": ("some/dataset", None, "cannot be read: Couldn't reach 'some/dataset' on the Hub"),
 }
 
@@ -332,10 +344,10 @@ def test_a_file_without_rows_is_refused(name, content, streaming):
 @pytest.mark.parametrize(
     ("path", "reason"),
     [
-        ("rows.jsonl", "a file has the one split 'train'; hold rows out with `data.eval_size`"),
-        ("rows", "it holds no splits, only rows; hold some out with `data.eval_size`"),
-        ("splits", "it has the splits train, test"),
-        ("demo", "the demo has the splits train, test"),
+        ("rows.jsonl", "a file has only the split 'train'; to hold out rows, set `data.eval_size`"),
+        ("rows", "it has no splits; to hold out rows, set `data.eval_size`"),
+        ("splits", "its splits are train, test"),
+        ("demo", "its splits are train, test"),
     ],
 )
 def test_a_split_that_is_not_there_is_refused_with_those_that_are(path, reason, streaming):
@@ -409,11 +421,12 @@ def test_columns_are_renamed_and_the_rest_left_out(given, columns, expected, str
 def test_columns_that_are_not_there_are_refused_with_those_that_are(streaming):
     write("rows.jsonl", [{"question": "q", "chosen": "a", "bad": "b"}])
     assert refusal(path="rows.jsonl", streaming=streaming) == (
-        "'rows.jsonl' has no column 'rejected', only question, chosen, bad. Name yours, for example "
+        "'rows.jsonl' must have a column 'rejected', got the columns question, chosen, bad. Map the name, for example "
         "`data.columns: {rejected: question}`."
     )
     assert refusal(path="rows.jsonl", columns={"rejected": "worse"}, streaming=streaming) == (
-        "`data.columns` maps rejected to 'worse', but 'rows.jsonl' has the columns question, chosen, bad."
+        "`data.columns` must map to columns of 'rows.jsonl', got 'worse' for rejected. Its columns are question, "
+        "chosen, bad."
     )
 
 
@@ -430,7 +443,7 @@ def test_a_mixture_draws_by_weight_until_a_source_is_exhausted(streaming):
     counts = Counter(row["prompt"][0] for row in rows)
     assert counts["a"] == 300
     assert 70 <= counts["b"] <= 130
-    for name in "ab":  # each source in its own order
+    for name in "ab":  # each source keeps its order
         assert [row["prompt"] for row in rows if row["prompt"][0] == name] == [
             f"{name}{i}" for i in range(counts[name])
         ]
@@ -469,11 +482,11 @@ def test_sources_of_different_forms_are_refused(streaming):
     write("implicit.jsonl", [{"chosen": "w1 w2", "rejected": "w1 w3"}])
     write("chat.jsonl", [chat()])
     assert refusal(mixture=[{"path": "implicit.jsonl"}, {"path": "text.jsonl"}], streaming=streaming) == (
-        "the sources of `data.mixture` must all have a column 'prompt' or none, got it in text.jsonl alone. Add it to "
-        "the others."
+        "Either all sources of `data.mixture` must have a column 'prompt' or none, got it only in text.jsonl. Add it "
+        "to the others."
     )
     message = refusal(mixture=[{"path": "text.jsonl"}, {"path": "chat.jsonl"}], streaming=streaming)
-    assert message.startswith("the sources of `data.mixture` cannot be mixed: The features can't be aligned")
+    assert message.startswith("The sources of `data.mixture` cannot be mixed: The features can't be aligned")
 
 
 # Holding out
@@ -510,15 +523,14 @@ def test_the_number_of_rows_to_hold_out_that_an_error_proposes_can_be_held_out()
     train, evaluation = load(path="rows.jsonl", eval_size=1)
     assert (len(train), len(evaluation)) == (1, 1)
     assert refusal(path=write("rows.jsonl", ROWS[:1]), eval_size=1) == (
-        "`data.eval_size` must be less than the 1 training rows, got 1. Leave it out."
+        "`data.eval_size` must be less than the 1 training rows, got 1. Remove it."
     )
 
 
 @pytest.mark.parametrize("size", [10, 11, 2**62])
 def test_holding_out_every_row_of_a_stream_is_refused(size):
     assert refusal(path=write("rows.jsonl", ROWS), eval_size=size, streaming=True) == (
-        f"`data.eval_size` must be less than the number of training rows, got {size}, with which none is left. Write "
-        "a smaller number."
+        f"`data.eval_size` must be less than the number of training rows, got {size}. Write a smaller number."
     )
     train, evaluation = load(path="rows.jsonl", eval_size=9, streaming=True)
     assert (len(train), len(evaluation)) == (1, 9)
@@ -561,19 +573,21 @@ def test_the_plain_template_tells_roles_apart_and_its_prompt_is_a_prefix(tokeniz
 # The audit
 
 
-def audit(train, evaluation=None, *, tokenizer, max_length=None, streaming=False, **settings):
+def audit(train, evaluation=None, *, tokenizer, max_length=None, mode="keep_start", streaming=False, **settings):
     def rows(values):
         rows = None if values is None else Dataset.from_list(values)
         return rows.to_iterable_dataset() if rows is not None and streaming else rows
 
     settings = {"min_rows_kept": 0.01, **settings}
     config = DataConfig(path="demo", streaming=streaming, **settings)
-    kept, held, audits = audit_preferences(rows(train), rows(evaluation), config, tokenizer, max_length)
-    return unnumbered(kept), None if held is None else unnumbered(held), audits
+    truncation = Truncation(max_length, mode)
+    audited = audit_preferences(rows(train), rows(evaluation), config, tokenizer, truncation)
+    held = audited.evaluation
+    return unnumbered(audited.train), None if held is None else unnumbered(held), audited.audits
 
 
 def unnumbered(rows):
-    return [{name: value for name, value in row.items() if name != ROW_INDEX} for row in rows]
+    return [{name: row[name] for name in row if name not in (ROW_INDEX, STREAM_ROW_INDEX)} for row in rows]
 
 
 def counts(split):
@@ -583,7 +597,7 @@ def counts(split):
 SOUND, SOUND_CHAT = row(), chat()
 KEPT_CHAT = [user("w1")], [assistant("w2")], [assistant("w3")]
 FAULTS = {
-    # kind, a faulty row; each beside a sound one, with a `max_length` of 9
+    # kind and faulty row, next to a valid row with `max_length` 9
     "null chosen": ("missing", {**SOUND, "chosen": None}),
     "null rejected": ("missing", {**SOUND, "rejected": None}),
     "null prompt": ("missing", {**SOUND, "prompt": None}),
@@ -631,8 +645,8 @@ def check_policies(kind, sound, faulty, tokenizer, streaming, kept_row=None):
             assert counts(audits["train"]) == {kind: 1}
     with pytest.raises(DataError) as raised:
         audit([sound, faulty], audit={kind: "error"}, **settings)
-    start = f"a train row is `{kind}`: " if streaming else f"1 of 2 train rows are `{kind}`: "
-    end = "" if streaming else f" (first at row 1). Mend the data, or set `data.audit.{kind}: drop`."
+    start = f"A row of the train split is `{kind}`: " if streaming else f"1 of 2 train rows are `{kind}`: "
+    end = ("" if streaming else " (first in row 1)") + f". Fix the data, or set `data.audit.{kind}: drop`."
     assert str(raised.value).startswith(start + AUDIT_KINDS[kind])
     assert str(raised.value).endswith(end)
 
@@ -649,7 +663,7 @@ def test_each_policy_holds_for_each_fault_of_a_conversation(kind, sound, faulty,
 
 IMPLICIT_FAULTS = {
     "nothing chosen": ("empty", {"chosen": "", "rejected": "w1"}, row("", "", "w1")),
-    # Where the answers differ at once, TRL's extraction looks at the last character of the chosen one
+    # If the answers differ from the start, TRL's extraction looks at the last character of the chosen one
     "nothing but space once the prompt is out": (
         "empty",
         {"chosen": "w1 w2 ", "rejected": "x3"},
@@ -667,11 +681,11 @@ def test_each_policy_holds_for_each_fault_of_an_implicit_prompt(name, tokenizer,
 
 def test_a_clean_dataset_is_returned_as_it_is(tokenizer):
     rows = Dataset.from_list(ROWS)
-    kept, held, audits = audit_preferences(rows, None, DataConfig(path="demo"), tokenizer, 99)
-    assert unnumbered(kept) == ROWS
-    assert held is None
-    assert str(audits["train"]) == "10 of 10 rows kept"
-    assert list(audits["train"].findings) == list(AUDIT_KINDS)
+    audited = audit_preferences(rows, None, DataConfig(path="demo"), tokenizer, Truncation(99))
+    assert unnumbered(audited.train) == ROWS
+    assert audited.evaluation is None
+    assert str(audited.audits["train"]) == "10 of 10 rows kept"
+    assert list(audited.audits["train"].findings) == list(AUDIT_KINDS)
 
 
 def test_a_row_keeps_the_number_it_had_before_the_audit(tokenizer, streaming):
@@ -680,9 +694,10 @@ def test_a_row_keeps_the_number_it_had_before_the_audit(tokenizer, streaming):
     if streaming:
         train, held = train.to_iterable_dataset(), held.to_iterable_dataset()
     config = DataConfig(path="demo", streaming=streaming)
-    kept, kept_held, _ = audit_preferences(train, held, config, tokenizer, None)
-    assert [(row["prompt"], row[ROW_INDEX]) for row in kept] == [("w1", 0), ("w2", 2), ("w3", 4)]
-    assert [(row["prompt"], row[ROW_INDEX]) for row in kept_held] == [("w4", 1)]
+    audited = audit_preferences(train, held, config, tokenizer, Truncation(None))
+    column = STREAM_ROW_INDEX if streaming else ROW_INDEX
+    assert [(row["prompt"], row[column]) for row in audited.train] == [("w1", 0), ("w2", 2), ("w3", 4)]
+    assert [(row["prompt"], row[column]) for row in audited.evaluation] == [("w4", 1)]
 
 
 @pytest.mark.parametrize(
@@ -763,8 +778,8 @@ def test_the_same_row_with_an_implicit_and_an_explicit_prompt_is_leaked(chat_tok
 @pytest.mark.parametrize(
     ("policies", "error"),
     [
-        ({"duplicate": "error"}, "`duplicate`: the same row stands earlier in the split (first at row 1)."),
-        ({"leaked": "error"}, "`leaked`: the same row stands in the evaluation split (first at row 2)."),
+        ({"duplicate": "error"}, "`duplicate`: the split already contains the same row (first in row 1)."),
+        ({"leaked": "error"}, "`leaked`: the evaluation split contains the same row (first in row 2)."),
     ],
 )
 def test_repeated_rows_are_kept_or_refused_where_the_policy_says_so(policies, error, tokenizer):
@@ -786,14 +801,18 @@ def test_a_row_of_two_kinds_goes_unless_both_are_kept(kept_kind, other, tokenize
 
 
 @pytest.mark.parametrize(
-    ("max_length", "expected"),
-    [(1, "lost"), (2, "lost"), (3, "cut"), (4, "cut"), (5, None), (None, None)],
+    ("mode", "max_length", "expected"),
+    [
+        *(("keep_start", length, kind) for length, kind in enumerate(["lost", "lost", "cut", "cut", None], start=1)),
+        *(("keep_end", length, kind) for length, kind in enumerate(["cut", "cut", None, None], start=1)),
+        ("keep_start", None, None),
+    ],
 )
-def test_lost_and_cut_are_told_apart_by_the_token(max_length, expected, tokenizer, streaming):
-    # Two tokens of prompt, and three of the longer answer with the EOS that TRL appends
+def test_lost_and_cut_are_told_apart_by_the_token(mode, max_length, expected, tokenizer, streaming):
+    # Two prompt tokens, and three in the longer answer with the EOS token that TRL appends
     rows = [row("w1 w2", " w3", " w4 w5")]
     policies = {kind: "keep" for kind in ("lost", "cut") if kind != expected}
-    settings = {"tokenizer": tokenizer, "max_length": max_length, "streaming": streaming}
+    settings = {"tokenizer": tokenizer, "max_length": max_length, "mode": mode, "streaming": streaming}
     assert audit(rows, audit="keep", **settings)[0] == rows
     if expected is None:
         assert audit(rows, audit="error", **settings)[0] == rows
@@ -810,39 +829,80 @@ def test_an_answer_that_ends_with_eos_is_given_no_second_one(tokenizer):
 LENGTHS = [(prompt, chosen, rejected) for prompt in (1, 4) for chosen in (1, 3) for rejected in (1, 5)]
 
 
-def trl_lengths(rows, tokenizer):
-    args = DPOConfig(output_dir="out", bf16=False, use_cpu=True, report_to="none", max_length=None)
+def trl_kinds(rows, tokenizer, max_length, mode):
+    """Number of rows that TRL drops, and of other rows in which it truncates an answer."""
+    args = DPOConfig(
+        output_dir="out", bf16=False, use_cpu=True, report_to="none", max_length=max_length, truncation_mode=mode
+    )
     prepared = DPOTrainer._prepare_dataset(
         SimpleNamespace(_tokenizer=tokenizer), Dataset.from_list(rows), tokenizer, args, "train"
     )
-    return [
-        (len(row["prompt_ids"]), len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"])))
-        for row in prepared
-    ]
+    collator = DataCollatorForPreference(tokenizer.pad_token_id, max_length=max_length, truncation_mode=mode)
+    cut = 0
+    for pair in prepared:
+        kept = collator([pair])["completion_mask"].sum(dim=1).tolist()
+        cut += kept != [len(pair["chosen_ids"]), len(pair["rejected_ids"])]
+    return +Counter(lost=len(rows) - len(prepared), cut=cut)
 
 
+@pytest.mark.filterwarnings("ignore:The `'keep_end'` truncation mode is deprecated:FutureWarning")
+@pytest.mark.parametrize("mode", ["keep_start", "keep_end"])
 @pytest.mark.parametrize(
     "rows",
     [
         pytest.param([row("w1 " * p, " w2" * c, " w3" * r) for p, c, r in LENGTHS], id="text"),
         pytest.param([chat("w1 " * p, "w2 " * c, "w3 " * r) for p, c, r in LENGTHS], id="conversation"),
-        pytest.param([{**chat("w1 " * p), "tools": json.dumps([{"name": "f"}] * p)} for p in (1, 2, 5)], id="tools"),
+        pytest.param(
+            [{**chat("w1 " * p, "w2 w2"), "tools": json.dumps([{"name": "f"}] * p)} for p in (1, 2, 5)], id="tools"
+        ),
     ],
 )
-def test_the_audit_counts_tokens_as_trl_does(rows, chat_tokenizer):
-    lengths = trl_lengths(rows, chat_tokenizer)
-    for max_length in range(1, max(whole for _, whole in lengths) + 1):
-        findings = Counter(
-            "lost" if prompt >= max_length else "cut" for prompt, whole in lengths if whole > max_length
-        )
-        _, _, audits = audit(rows, tokenizer=chat_tokenizer, max_length=max_length, audit="keep")
-        assert counts(audits["train"]) == findings
+def test_rows_are_lost_and_cut_as_trl_drops_and_truncates_them(rows, mode, chat_tokenizer):
+    seen = Counter()
+    for max_length in range(1, 13):
+        _, _, audits = audit(rows, tokenizer=chat_tokenizer, max_length=max_length, mode=mode, audit="keep")
+        assert counts(audits["train"]) == trl_kinds(rows, chat_tokenizer, max_length, mode)
+        seen.update(counts(audits["train"]))
+    assert seen["cut"] > 0
+    assert (seen["lost"] > 0) is (mode == "keep_start")
+
+
+@pytest.mark.filterwarnings("ignore:The `'keep_end'` truncation mode is deprecated:FutureWarning")
+@pytest.mark.parametrize(
+    ("options", "lost"),
+    [
+        ({}, True),
+        ({"truncation_mode": "keep_end"}, False),
+        ({"max_length": None}, False),
+        ({"packing": True}, True),
+        ({"packing": True, "truncation_mode": "keep_end"}, True),
+        ({"packing": True, "packing_strategy": "bfd_split"}, False),
+        ({"packing": True, "packing_strategy": "wrapped"}, False),
+    ],
+    ids=str,
+)
+def test_a_long_prompt_is_lost_in_the_sft_stage_if_no_token_of_the_answer_is_trained_on(
+    options, lost, tokenizer, tiny_model
+):
+    settings = {"max_length": 8, **options}
+    args = SFTConfig(output_dir="out", bf16=False, use_cpu=True, report_to="none", padding_free=False, **settings)
+    rows = [row("w1 " * 9)]
+    trained = ChosenSFTTrainer(tiny_model, args, train_dataset=Dataset.from_list(rows)).train_dataset
+    learned = any(label != -100 for sequence in trained for label in sequence["labels"])
+    truncation = Truncation.from_args(args)
+    assert learned is not lost
+    assert truncation.loses_answers(tokenize_pair(rows[0], tokenizer)) is lost
+
+
+def test_a_dpo_stage_truncates_by_its_own_settings():
+    args = DPOConfig(output_dir="out", bf16=False, use_cpu=True, report_to="none", max_length=7)
+    assert Truncation.from_args(args) == Truncation(7, "keep_start")
 
 
 def test_tools_count_where_the_prompt_is_implicit_too(chat_tokenizer):
     tools = json.dumps([{"name": "f"}] * 3)
     rows = [{**implicit_chat(chosen="w2 w2"), "tools": tools}]
-    # One token for each tool, two for the user, and three for the longer answer
+    # One token per tool, two for the user and three for the longer answer
     kept, _, _ = audit(rows, tokenizer=chat_tokenizer, max_length=8, audit="error")
     assert kept == [{**chat(chosen="w2 w2"), "tools": tools}]
     with pytest.raises(DataError, match="`cut`"):
@@ -859,9 +919,9 @@ def test_tools_count_where_the_prompt_is_implicit_too(chat_tokenizer):
 )
 def test_a_conversation_that_cannot_be_rendered_is_refused(template, extra, reason, tokenizer, streaming):
     tokenizer.chat_template = template
-    with pytest.raises(DataError, match=r"^the chat template cannot render a row: ") as raised:
+    with pytest.raises(DataError, match=r"^The chat template cannot render a row: ") as raised:
         audit([{**chat(), **extra}], tokenizer=tokenizer, max_length=9, streaming=streaming)
-    assert str(raised.value).startswith(f"the chat template cannot render a row: {reason}")
+    assert str(raised.value).startswith(f"The chat template cannot render a row: {reason}")
     assert str(raised.value).endswith('[{"role": "user", "content": "w1"}]')
 
 
@@ -870,8 +930,8 @@ def test_an_audit_that_leaves_too_little_is_refused_with_what_it_found(tokenizer
     with pytest.raises(DataError) as raised:
         audit(rows, tokenizer=tokenizer, min_rows_kept=0.5)
     assert str(raised.value) == (
-        "the row audit leaves 4 of 10 train rows, less than `data.min_rows_kept` (0.5): 4 of 10 rows kept: 6 "
-        "identical (drop). Mend the data, raise `max_length`, or lower `data.min_rows_kept`."
+        "The row audit leaves 4 of 10 train rows, less than `data.min_rows_kept` (0.5): 4 of 10 rows kept: 6 "
+        "identical (drop). Fix the data, raise `max_length`, or lower `data.min_rows_kept`."
     )
     assert len(audit(rows, tokenizer=tokenizer, min_rows_kept=0.4)[0]) == 4
     with pytest.raises(DataError, match="leaves 0 of 6 train rows"):
@@ -920,6 +980,6 @@ def test_the_sources_are_those_of_the_mixture_or_the_config_itself():
 def test_rows_of_another_form_than_the_first_are_missing():
     conversation = [{"role": "assistant", "content": "a"}]
     rows = [{"prompt": "x", "chosen": "a", "rejected": "b"}] * 2
-    check = _RowCheck(None, None, set())
+    check = _RowCheck(None, Truncation(None), set())
     assert check(rows[0]) == []
     assert check({"prompt": "x", "chosen": conversation, "rejected": conversation}) == ["missing"]

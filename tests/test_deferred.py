@@ -1,4 +1,4 @@
-"""Gathers made one, and the values that a step reads from the device counted beside stock TRL's."""
+"""One gather per step, and fewer reads from the device than in stock TRL."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from dposhift_trl.training.metrics import PairScores
 
 
 class Counter(TorchDispatchMode):
-    """Counts operations whose result the host must wait for: numbers read, and sizes that values decide."""
+    """Counts operations that synchronize with the device: reading a number, and shapes that depend on values."""
 
     def __init__(self):
         super().__init__()
@@ -27,7 +27,7 @@ class Counter(TorchDispatchMode):
 
 
 def reads_and_gathers_of_a_loss(trainer_class, config_class, model, settings, monkeypatch, **changes):
-    """Of one batch's loss, after the first, whose checks are made once."""
+    """Counts for the second batch, because the checks of the first batch run once."""
     trainer = trainer_class(model, args=config_class(**settings, **changes), train_dataset=make_rows(8))
     batches = [trainer._prepare_inputs(batch) for batch in trainer.get_train_dataloader()]
     trainer.model.train()
@@ -35,7 +35,7 @@ def reads_and_gathers_of_a_loss(trainer_class, config_class, model, settings, mo
     gathers = []
     gather = Accelerator.gather  # which `gather_for_metrics` calls too
     monkeypatch.setattr(Accelerator, "gather", lambda self, x: gathers.append(x) or gather(self, x))
-    # As on a GPU, where nothing is read to look for a value that is not finite before a log or a checkpoint is due
+    # As on a GPU, where non-finite values are looked for only before a log or a checkpoint
     monkeypatch.setattr(DPOShiftTrainer, "_stop_on_non_finite", lambda self, newest=False: None)
     with Counter() as counter:
         trainer.compute_loss(trainer.model, batches[1])
@@ -43,7 +43,7 @@ def reads_and_gathers_of_a_loss(trainer_class, config_class, model, settings, mo
 
 
 def test_a_loss_waits_3_times_and_gathers_once_where_trls_does_21_and_15_times(tiny_model, settings, monkeypatch):
-    """Left are two of TRL's own, which index mean logits by a mask, and one of the head that only a CPU uses."""
+    """TRL indexes the logits by a mask twice, and the CPU's fused head reads one number."""
     with monkeypatch.context() as patch:
         stock = reads_and_gathers_of_a_loss(DPOTrainer, DPOConfig, tiny_model, settings, patch)
     with monkeypatch.context() as patch:
@@ -52,7 +52,7 @@ def test_a_loss_waits_3_times_and_gathers_once_where_trls_does_21_and_15_times(t
     assert ours == (3, 1)
 
 
-def test_everything_noted_comes_with_one_gather_and_as_it_was():
+def test_all_recorded_tensors_are_gathered_at_once_with_their_dtypes():
     later = GatherLater(Accelerator(cpu=True))
     count = later.gather_for_metrics(torch.tensor(7)).sum()
     total = later.gather(torch.tensor([0.1, 0.2], dtype=torch.float32)).sum()
@@ -64,26 +64,26 @@ def test_everything_noted_comes_with_one_gather_and_as_it_was():
     matrix = torch.arange(6.0).view(3, 2)
     (gathered,), value_of = later.resolve(matrix)
     assert torch.equal(gathered, matrix)
-    # In float32 as TRL divides, then a number of Python's
+    # Divided in float32 as in TRL, then converted to a Python number
     assert value_of(mean).item() == (torch.tensor([0.1, 0.2]).sum() / torch.tensor(7)).item()
     assert value_of(mean).dtype == torch.float64
     assert (value_of(tokens).item(), value_of(flags).item(), value_of("kept")) == (8, 1, "kept")
 
 
-def test_a_mean_over_no_token_is_zero_as_in_trl():
+def test_a_mean_over_zero_tokens_is_zero_as_in_trl():
     later = GatherLater(Accelerator(cpu=True))
     total, count = later.gather(torch.tensor(0.0)).sum(), later.gather(torch.tensor(0)).sum()
     value = (total / count).item()
     assert later.resolve(torch.zeros(1))[1](value).item() == 0.0
 
 
-def test_a_comparison_that_would_have_to_wait_is_refused():
-    with pytest.raises(NotImplementedError, match="only a divisor is compared, and only with 0"):
+def test_a_comparison_that_would_synchronize_is_an_error():
+    with pytest.raises(NotImplementedError, match="can only be compared with 0, got a comparison with 1"):
         _ = GatherLater(Accelerator(cpu=True)).gather(torch.ones(1)) > 1
 
 
 class WithoutFloat64(torch.Tensor):
-    """A tensor on the CPU that takes itself for one on Apple's GPU, which has no float64."""
+    """A CPU tensor that behaves like a tensor on Apple's GPU, which has no float64."""
 
     device = torch.device("mps")
 

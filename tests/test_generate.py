@@ -1,5 +1,6 @@
-"""Answers of a run's models: the same in any batch, seeded, and in the formats of the judges."""
+"""Answers of a run's models: independent of the batch, seeded, and in the formats of the judges."""
 
+import doctest
 import hashlib
 import json
 import os
@@ -18,19 +19,17 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from dposhift_trl import DPOShiftConfig, DPOShiftTrainer
-from dposhift_trl.data.sources import PLAIN_CHAT_TEMPLATE
+from dposhift_trl.data.chat_template import PLAIN_CHAT_TEMPLATE
 from dposhift_trl.generate import (
     GenerateError,
     GenerationSettings,
-    Question,
-    SeededSampling,
-    answer_questions,
     answer_statistics,
     generate_answers,
-    load_questions,
-    main,
-    prompt_tokens,
+    statistics,
 )
+from dposhift_trl.generate.__main__ import main
+from dposhift_trl.generate.questions import Question, load_questions, prompt_tokens
+from dposhift_trl.generate.sampling import SeededSampling, answer_questions
 from dposhift_trl.recipe import dump_yaml
 
 
@@ -44,7 +43,7 @@ TALK = [
 
 
 def save_model(folder: Path, seed: int, template: str | None = None) -> None:
-    """A model whose answers end by themselves now and then, which a wide initialisation makes sure of."""
+    """A model with a wide initialization, so that some of its answers end before the limit."""
     torch.manual_seed(seed)
     tokenizer = make_tokenizer()
     tokenizer.chat_template = template
@@ -57,7 +56,7 @@ def save_model(folder: Path, seed: int, template: str | None = None) -> None:
 
 
 def save_run(folder: Path, stages=("sft", "dpo"), template: str | None = None, rows=None) -> Path:
-    """A run folder as the command leaves it, of models that were never trained."""
+    """A run folder as the command writes it, with models that were never trained."""
     recipe = {
         "output_dir": str(folder), "seed": 1, "run_name": "trial",
         "model": {"model_name_or_path": "demo"}, "data": {"path": "demo"}, **{stage: {} for stage in stages},
@@ -85,7 +84,7 @@ def run(made, tmp_path) -> Path:
 
 @pytest.fixture
 def refuse(capfd):
-    """Run the command where it must refuse, and return the line that says why."""
+    """Run the command with invalid input and return the error."""
 
     def call(*arguments):
         capfd.readouterr()
@@ -117,7 +116,7 @@ def ragged_questions(count: int = 9) -> list[Question]:
     ]
 
 
-def test_statistics_agree_with_those_worked_by_hand():
+def test_statistics_agree_with_a_calculation_by_hand():
     # 4-grams: 1 of 3 distinct in 7 7 7 7 7 7; both of 2 distinct in 1 2 3 4 5; none in 1 2 and in the empty answer.
     # Tokens: 6 + 5 + 2 + 0 = 13, of which 1, 2, 3, 4, 5, 7 distinct; bigrams: 5 + 4 + 1 = 10, of which 77 12 23 34 45
     found = answer_statistics(
@@ -135,6 +134,10 @@ def test_statistics_agree_with_those_worked_by_hand():
     }
 
 
+def test_the_examples_of_the_statistics_are_right():
+    assert doctest.testmod(statistics) == (0, 2)
+
+
 def test_statistics_of_nothing_are_null_and_an_answer_without_text_is_empty_by_its_tokens():
     nothing = answer_statistics([])
     assert nothing.pop("count") == 0
@@ -144,7 +147,7 @@ def test_statistics_of_nothing_are_null_and_an_answer_without_text_is_empty_by_i
 
 
 @pytest.mark.parametrize("mode", ["greedy", "sampled"])
-def test_a_batch_answers_as_its_questions_do_one_by_one(made, mode):
+def test_a_batch_gives_the_same_answers_as_its_questions_one_by_one(made, mode):
     model, tokenizer = load(made / "dpo")
     questions = ragged_questions()
     lengths = [len(prompt_tokens(tokenizer, question.prompt)) for question in questions]
@@ -179,14 +182,14 @@ def test_greedy_answers_are_the_argmax_of_plain_forwards(made):
         assert answer.cut == cut
 
 
-def test_a_model_whose_saved_settings_sample_is_asked_by_ours_alone_and_keeps_its_own(made):
+def test_the_generation_settings_of_a_model_are_ignored_and_kept(made):
     model, tokenizer = load(made / "dpo")
     questions, settings = ragged_questions(4), GenerationSettings(max_new_tokens=8)
     plain = answer_questions(model, tokenizer, questions, settings, "greedy")
-    theirs = model.generation_config
-    theirs.update(do_sample=True, temperature=3.0, repetition_penalty=5.0, max_length=12, min_new_tokens=8)
+    own = model.generation_config
+    own.update(do_sample=True, temperature=3.0, repetition_penalty=5.0, max_length=12, min_new_tokens=8)
     assert answer_questions(model, tokenizer, questions, settings, "greedy") == plain
-    assert model.generation_config is theirs
+    assert model.generation_config is own
 
 
 def test_sampling_draws_from_the_softmax_and_each_seed_has_its_own_stream():
@@ -199,7 +202,7 @@ def test_sampling_draws_from_the_softmax_and_each_seed_has_its_own_stream():
     assert torch.equal(draws[:7], SeededSampling(seeds[:7])(None, logits.expand(7, 4)).argmax(dim=1))
 
 
-def test_top_p_keeps_the_likeliest_tokens_and_a_small_temperature_comes_to_the_greedy_answers(made):
+def test_a_small_top_p_or_temperature_gives_the_greedy_answers(made):
     model, tokenizer = load(made / "dpo")
     questions = ragged_questions(4)
     settings = {
@@ -216,7 +219,7 @@ def test_top_p_keeps_the_likeliest_tokens_and_a_small_temperature_comes_to_the_g
 
 
 @pytest.mark.parametrize("form", ["text", "text after a special token", "conversations"])
-def test_prompts_are_tokenised_as_the_trainer_does(tmp_path, settings, form):
+def test_prompts_are_tokenized_as_the_trainer_does(tmp_path, settings, form):
     folder = save_tiny_model(tmp_path / "model")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     rows = make_rows(4)
@@ -281,7 +284,7 @@ def test_the_same_call_again_writes_the_same_bytes_at_any_batch_size_and_another
     assert main([str(run), *SHORT, "--batch-size", "2"]) == 0
     assert digests(run / "generations") == first
     error = refuse(run, *SHORT, "--seed", 7, "--top-p", 0.9)
-    assert "answers of other settings; they differ in seed, top_p" in error
+    assert "answers with other settings: seed, top_p." in error
     assert digests(run / "generations") == first
     assert main([str(run), *SHORT, "--seed", "7", "--overwrite"]) == 0
     second = digests(run / "generations")
@@ -290,11 +293,11 @@ def test_the_same_call_again_writes_the_same_bytes_at_any_batch_size_and_another
     }
 
 
-def test_a_folder_of_other_files_is_left_alone_unless_it_is_to_be_written_beside_them(run, tmp_path, refuse):
+def test_a_folder_with_other_files_is_refused_without_overwrite(run, tmp_path, refuse):
     folder = tmp_path / "mine"
     folder.mkdir()
     (folder / "thesis.txt").write_text("mine")
-    assert "holds other files (thesis.txt)" in refuse(run, *SHORT, "--output", folder)
+    assert "contains other files (thesis.txt)" in refuse(run, *SHORT, "--output", folder)
     assert [path.name for path in folder.iterdir()] == ["thesis.txt"]
     assert main([str(run), *SHORT, "--output", str(folder), "--overwrite"]) == 0
     assert (folder / "thesis.txt").read_text() == "mine"
@@ -305,21 +308,21 @@ def test_a_folder_of_other_files_is_left_alone_unless_it_is_to_be_written_beside
 @pytest.mark.parametrize(
     ("stages", "models"), [(("dpo",), ["base", "dpo"]), (("sft",), ["base", "sft"])], ids=["no sft", "no dpo"]
 )
-def test_what_the_recipe_starts_from_stands_in_for_a_missing_stage(tmp_path, stages, models):
+def test_the_base_model_replaces_a_missing_stage(tmp_path, stages, models):
     report = generate_answers(
         save_run(tmp_path / "run", stages), settings=GenerationSettings(limit=2, max_new_tokens=3), device="cpu"
     )
     assert report["models"] == models == list(report["statistics"])
 
 
-def test_a_report_that_is_there_is_written_anew_with_the_answers_unless_it_is_to_be_left(run, tmp_path, capfd):
+def test_an_existing_report_is_updated_with_the_answers_unless_told_not_to(run, tmp_path, capfd):
     page = run / "report" / "report.html"
     assert main([str(run), *SHORT]) == 0
     assert not page.exists()
     page.parent.mkdir()
     page.write_text("mine")
     assert main([str(run), *SHORT]) == 0
-    assert "The report is as it was" in capfd.readouterr().err
+    assert "The report was not updated" in capfd.readouterr().err
     assert page.read_text() == "mine"
     page.write_text('<meta name="generator" content="dposhift_trl">')
     assert main([str(run), *SHORT, "--no-report"]) == main([str(run), *SHORT, "--output", str(tmp_path / "o")]) == 0
@@ -346,7 +349,7 @@ def test_an_adapter_answers_as_the_model_it_is_merged_into(run):
     assert [line["answers"]["dpo"]["greedy"] for line in beside] == [[turns[0].text] for turns in merged]
 
 
-def test_a_run_trained_on_conversations_puts_every_prompt_through_its_template(tmp_path):
+def test_a_run_trained_on_conversations_renders_every_prompt_with_its_template(tmp_path):
     rows = [
         {
             "prompt": TALK, "chosen": [{"role": "assistant", "content": "w5"}],
@@ -366,7 +369,7 @@ def test_a_run_trained_on_conversations_puts_every_prompt_through_its_template(t
     ]
 
 
-def test_every_kind_of_prompt_file_is_read(run, tmp_path):
+def test_every_format_of_prompt_files_is_read(run, tmp_path):
     tokenizer = make_tokenizer()
     path = tmp_path / "prompts.jsonl"
     lines = [
@@ -405,7 +408,7 @@ def test_later_turns_follow_the_models_own_answers(tmp_path):
     ]
     ((expected,),) = answer_questions(model, tokenizer, [Question(81, "", talk)], settings, "greedy")
     assert second == expected.text
-    # The third fills the positions: it is not asked, and counts nowhere
+    # The third turn fills the positions, so it is neither asked nor counted
     assert third == ""
     assert report["statistics"]["dpo"]["greedy"]["count"] == 2
     (judged,) = read_lines(folder / "generations" / "dpo-greedy.mt_bench.jsonl")
@@ -420,7 +423,7 @@ def test_prompts_without_tokens_or_room_are_left_out_and_counted(run, tmp_path, 
     assert report["left_out"] == {"empty": 1, "too_long": 1}
     assert [line["question_id"] for line in read_lines(run / "generations" / "side_by_side.jsonl")] == [0, 3]
     path.write_text(json.dumps({"prompt": ""}))
-    assert "no prompt is left" in refuse(run, "--prompts", path, "--output", tmp_path / "other")
+    assert "No prompt left" in refuse(run, "--prompts", path, "--output", tmp_path / "other")
 
 
 def test_text_is_written_as_utf_8_and_not_escaped(run, tmp_path):
@@ -431,27 +434,50 @@ def test_text_is_written_as_utf_8_and_not_escaped(run, tmp_path):
     assert "w1 größer 你好 \N{LINE SEPARATOR}w2" in written
 
 
-def test_a_run_folder_that_is_none_is_refused_in_one_line(run, tmp_path, refuse):
-    assert "There is no such folder" in refuse(tmp_path / "nowhere")
-    assert "holds no recipe.yaml" in refuse(tmp_path)
+def test_a_folder_without_a_finished_run_is_refused_in_one_line(run, tmp_path, refuse):
+    assert "which does not exist" in refuse(tmp_path / "nowhere")
+    assert "contains no recipe.yaml" in refuse(tmp_path)
     (run / "dpo" / "finished.json").unlink()
     assert "stage `dpo` is not finished" in refuse(run)
-    (run / "recipe.yaml").write_text("[1, 2")
-    assert "is not the recipe of a run" in refuse(run)
-    (run / "recipe.yaml").write_text("- 1")
-    assert "is not the recipe of a run" in refuse(run)
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"[1, 2", "is not valid YAML"),
+        (b"- 1", "must contain a mapping, got list"),
+        (b"", "is empty"),
+        (b" \n# comment\n", "must contain a mapping, got NoneType"),
+        (b"\0\1", "is not valid YAML"),
+        (b"\xff\xfe", "is not UTF-8 text"),
+        (None, "must be a file, got a directory"),
+        (b"seed: 1", "has no `model`"),
+        (b"model: 3\nrun_name: x", "has no valid section `model`"),
+        (b"model: {model_name_or_path: x, other: 1}\nrun_name: x", "has no valid section `model`"),
+    ],
+)
+def test_a_broken_recipe_of_a_run_is_refused_in_one_line(run, refuse, content, says):
+    path = run / "recipe.yaml"
+    path.unlink()
+    path.mkdir() if content is None else path.write_bytes(content)
+    assert refuse(run).startswith(f"{path} {says}")
+
+
+def test_evaluation_rows_without_answers_are_refused_in_one_line(run, refuse):
+    pq.write_table(pa.table({"prompt": ["w1"]}), run / "eval_rows.parquet")
+    assert "must have the columns `chosen` and `rejected`, got prompt." in refuse(run, *SHORT)
 
 
 def test_a_run_folder_with_broken_parts_is_refused_in_one_line(run, refuse):
     weights = (run / "sft" / "model.safetensors").read_bytes()
     (run / "sft" / "model.safetensors").write_bytes(weights[:100])
-    assert "the model `sft`" in refuse(run, *SHORT)
+    assert "The model `sft`" in refuse(run, *SHORT)
     (run / "eval_rows.parquet").write_bytes(b"PAR1")
-    assert "eval_rows.parquet: cannot be read" in refuse(run, *SHORT)
+    assert "eval_rows.parquet cannot be read" in refuse(run, *SHORT)
     (run / "eval_rows.parquet").unlink()
-    assert "holds no evaluation rows" in refuse(run, *SHORT)
+    assert "has no evaluation rows" in refuse(run, *SHORT)
     (run / "dpo" / "tokenizer.json").write_text("{")
-    assert "the tokenizer" in refuse(run, *SHORT)
+    assert "The tokenizer" in refuse(run, *SHORT)
 
 
 @pytest.mark.parametrize(
@@ -467,10 +493,10 @@ def test_a_run_folder_with_broken_parts_is_refused_in_one_line(run, refuse):
         ("p.jsonl", '{"instruction": null}', "`instruction` must be text, got None"),
         ("p.jsonl", '{"turns": []}', "`turns` must be a list of texts"),
         ("p.jsonl", '{"prompt": "w1", "question_id": 1.5}', "`question_id` must be a whole number or text"),
-        ("p.jsonl", '{"prompt": "a", "question_id": 1}\n{"prompt": "b"}', "must name one question, got 1 twice"),
+        ("p.jsonl", '{"prompt": "a", "question_id": 1}\n{"prompt": "b"}', "`question_id` must be unique, got 1 twice"),
         ("p.jsonl", '{"prompt": "\\ud800"}', "without lone surrogates"),
         ("p.jsonl", '{"turns": ["w1", "w2"]}', "no chat template"),
-        ("p.txt", "\n \n", "must hold at least one prompt"),
+        ("p.txt", "\n \n", "must contain at least one prompt"),
         ("p.txt", b"\xff\xfe", "cannot be read"),
     ],
 )
@@ -482,7 +508,7 @@ def test_a_prompt_file_with_a_mistake_is_refused_in_one_line(made, tmp_path, ref
 
 
 def test_a_prompt_file_that_is_not_there_is_refused(made, tmp_path, refuse):
-    assert "There is no such file" in refuse(made, "--prompts", tmp_path / "none.jsonl")
+    assert "which does not exist" in refuse(made, "--prompts", tmp_path / "none.jsonl")
     (tmp_path / "folder.txt").mkdir()
     assert "cannot be read" in refuse(made, "--prompts", tmp_path / "folder.txt")
 
@@ -499,11 +525,11 @@ def test_a_setting_out_of_range_is_refused_with_its_rule(made, refuse, flag, val
 
 
 def test_settings_are_checked_where_they_are_made():
-    with pytest.raises(GenerateError, match=r"^`limit` must be at least 1, got 0\. Leave it out for 64\.$"):
+    with pytest.raises(GenerateError, match=r"^`limit` must be at least 1, got 0\. The default is 64\.$"):
         GenerationSettings(limit=0)
 
 
-def test_a_real_process_that_must_refuse_ends_with_2_and_one_line(run):
+def test_a_real_process_with_invalid_input_ends_with_2_and_one_line(run):
     assert main([str(run), *SHORT]) == 0
     done = subprocess.run(
         [sys.executable, "-m", "dposhift_trl.generate", str(run), *SHORT, "--seed", "3"],
@@ -512,4 +538,4 @@ def test_a_real_process_that_must_refuse_ends_with_2_and_one_line(run):
     )  # fmt: skip
     assert done.returncode == 2
     assert len(done.stderr.strip().splitlines()) == 1
-    assert "they differ in seed" in done.stderr
+    assert "answers with other settings: seed." in done.stderr

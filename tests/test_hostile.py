@@ -1,4 +1,4 @@
-"""Hostile recipes and rows: one line a mistake, nothing run, nothing written outside the run folder."""
+"""Hostile recipes and rows: one line per mistake, no code executed, nothing written outside the run folder."""
 
 import csv
 import dataclasses
@@ -24,15 +24,12 @@ from hypothesis import strategies as st
 from trl import DPOConfig, DPOTrainer, SFTConfig
 
 from dposhift_trl import ChosenSFTTrainer, DPOShiftConfig, DPOShiftTrainer
-from dposhift_trl.data.audit import _shown, audit_preferences
-from dposhift_trl.data.sources import (
-    MAX_LINE,
-    DataConfig,
-    DataError,
-    load_preferences,
-    reading_rows,
-    use_plain_chat_template,
-)
+from dposhift_trl.data.audit import audit_preferences
+from dposhift_trl.data.chat_template import use_plain_chat_template
+from dposhift_trl.data.config import DataConfig
+from dposhift_trl.data.errors import MAX_LINE, DataError, reading_rows
+from dposhift_trl.data.sources import load_preferences
+from dposhift_trl.data.tokens import Truncation, shorten
 from dposhift_trl.recipe import SECTIONS, TOP_LEVEL, UNWRITABLE, RecipeError, dump_yaml, load_recipe, parse_yaml
 from dposhift_trl.run import main
 from dposhift_trl.schedules import check_knots
@@ -74,7 +71,7 @@ values = st.recursive(
 
 
 def as_yaml(value):
-    """JSON is YAML, with the characters written that need no escape, since YAML knows no surrogate pairs."""
+    """JSON is YAML if characters are not escaped as surrogate pairs, which YAML does not have."""
     text = json.dumps(value, ensure_ascii=False)
     text = text.replace("NaN", ".nan").replace("Infinity", ".inf") if isinstance(value, float) else text
     return re.sub("[\ud800-\udfff]", lambda match: f"\\u{ord(match[0]):04x}", text)
@@ -85,7 +82,7 @@ def as_yaml(value):
 
 @pytest.fixture(scope="module", autouse=True)
 def place(tmp_path_factory):
-    """A working directory, a cache and an environment of their own; HOME is its empty folder `home`."""
+    """A separate working directory, cache and environment; HOME is an empty folder."""
     folder = tmp_path_factory.mktemp("hostile")
     for name in ("work", "home", "rows"):
         (folder / name).mkdir()
@@ -107,14 +104,14 @@ def one_line(message):
 
 
 def prints(error):
-    """Python's stderr escapes what its encoding lacks, whichever that is."""
+    """Errors can be printed in any encoding, since stderr escapes missing characters."""
     assert sys.__stderr__.errors == "backslashreplace"
     for encoding in ("utf-8", "ascii"):
         print(error, file=io.TextIOWrapper(io.BytesIO(), encoding=encoding, errors="backslashreplace"), flush=True)
 
 
 def attempt(content, *overrides):
-    """The recipe that is accepted, or None; what is accepted can be written and read again."""
+    """The recipe if it is accepted, else `None`. Accepted recipes can be saved and read back."""
     Path("x.yaml").write_bytes(content if isinstance(content, bytes) else content.encode("utf-8", "surrogatepass"))
     try:
         recipe = load_recipe("x.yaml", overrides)
@@ -217,50 +214,51 @@ def test_a_tag_runs_nothing(call, text):
     [
         pytest.param(
             ["dpo.beta=0x" + "f" * 5000],
-            "`dpo.beta` must be a number of at most 63 bits, got one of 20000.",
+            "`dpo.beta` must be an integer with at most 63 bits, got one with 20000.",
             id="5000 digits",
         ),
         pytest.param(
             ["dpo.allow_lambda_above_one=true", f"dpo.shift_lambda={10**400}"],
-            "`dpo.shift_lambda` must be a number of at most 63 bits, got one of 1329.",
+            "`dpo.shift_lambda` must be an integer with at most 63 bits, got one with 1329.",
             id="lambda of 400 digits",
         ),
         pytest.param(
             [f"dpo.lambda_schedule=[[0, 1], [1, {10**400}]]"],
-            "`dpo.lambda_schedule[1][1]` must be a number of at most 63 bits, got one of 1329.",
+            "`dpo.lambda_schedule[1][1]` must be an integer with at most 63 bits, got one with 1329.",
             id="knot of 400 digits",
         ),
-        pytest.param(["dpo.lr_scheduler_kwargs" + ".a" * 3000 + "=1"], "is nested too deeply.", id="deep key"),
-        pytest.param(["seed=" + "[" * 60 + "]" * 60], "is nested too deeply.", id="deep value"),
+        pytest.param(["dpo.lr_scheduler_kwargs" + ".a" * 3000 + "=1"], "nested too deeply.", id="deep key"),
+        pytest.param(["seed=" + "[" * 60 + "]" * 60], "nested too deeply.", id="deep value"),
         pytest.param(
             ['output_dir="a\\0b"'],
-            "`output_dir` must be text without NULs and lone surrogates, got 'a\\x00b'. Take them out.",
+            "`output_dir` must not contain NUL characters or lone surrogates, got 'a\\x00b'. Remove them.",
             id="NUL in a path",
         ),
         pytest.param(
             ['data.columns={chosen: "\\ud800"}'],
-            "`data.columns.chosen` must be text without NULs and lone surrogates, got '\\ud800'. Take them out.",
+            "`data.columns.chosen` must not contain NUL characters or lone surrogates, got '\\ud800'. Remove them.",
             id="surrogate",
         ),
         pytest.param(
             ['dpo.lr_scheduler_kwargs={"\\ud800": 1}'],
-            "`dpo.lr_scheduler_kwargs` must be text without NULs and lone surrogates, got '\\ud800'. Take them out.",
+            "`dpo.lr_scheduler_kwargs` must not contain NUL characters or lone surrogates, got '\\ud800'. Remove "
+            "them.",
             id="surrogate as a key",
         ),
         pytest.param(
             ["dpo.lr_scheduler_kwargs={a: !!binary aGk=}"],
-            "`dpo.lr_scheduler_kwargs.a` must be made of mappings, lists, texts and numbers, got b'hi'.",
+            "`dpo.lr_scheduler_kwargs.a` must consist of mappings, lists, strings and numbers, got b'hi'.",
             id="bytes",
         ),
         pytest.param(
             ["wandb.project=../x"],
-            "section `wandb`: `project` must be at most 128 characters long and hold none of / \\ # ? % :, got "
-            "'../x'. Write for example `dposhift_trl`.",
+            "section `wandb`: `project` must be at most 128 characters without / \\ # ? % :, got '../x'. Write for "
+            "example `dposhift_trl`.",
             id="project",
         ),
         pytest.param(
             ["wandb.tags=[ok, '']"],
-            "section `wandb`: `tags` must be 1 to 64 characters long each, got ''. Shorten it.",
+            "section `wandb`: Each of `tags` must have 1 to 64 characters, got ''. Change or remove it.",
             id="tag",
         ),
         pytest.param(
@@ -381,7 +379,7 @@ def as_chat(row):
 
 
 def rows_of(form):
-    """Rows of texts or of conversations, some sound and some not."""
+    """Text or conversational rows, valid and invalid."""
     sound = answers if form == "text" else answers.map(lambda text: [{"role": "assistant", "content": text}])
     row = st.fixed_dictionaries(dict.fromkeys(ROW, sound | sound | texts_or_chats[form]))
     extras = st.fixed_dictionaries(
@@ -436,27 +434,27 @@ configs = st.fixed_dictionaries(
 
 
 def prepared(path, config, max_length):
-    """The rows that are left of a file and the tokenizer they are for, or None."""
+    """The rows of a file that are left after the audit, and their tokenizer, or `None`."""
     tokenizer = make_tokenizer()
     try:
         config = DataConfig(path=str(path), **config)
         train, evaluation = load_preferences(config, 0)
         use_plain_chat_template(train, tokenizer)
-        train, evaluation, audits = audit_preferences(train, evaluation, config, tokenizer, max_length)
+        audited = audit_preferences(train, evaluation, config, tokenizer, Truncation(max_length))
         with reading_rows():
-            left = list(itertools.islice(train, 50))
+            left = list(itertools.islice(audited.train, 50))
     except DataError as error:
         prints(error)
         one_line(str(error))
         return None
-    found = {split: dataclasses.asdict(audit) for split, audit in audits.items()}
+    found = {split: dataclasses.asdict(audit) for split, audit in audited.audits.items()}
     json.dumps(found, ensure_ascii=False).encode("utf-8")
     assert left
-    return train, tokenizer
+    return audited.train, tokenizer
 
 
-def tokenised(rows, tokenizer):
-    """What TRL's trainer makes of rows, without a trainer."""
+def tokenized(rows, tokenizer):
+    """Rows as tokenized by `DPOTrainer`."""
     args = DPOConfig(output_dir="../out", bf16=False, use_cpu=True, report_to="none", max_length=None)
     itself = SimpleNamespace(_tokenizer=tokenizer)
     return list(itertools.islice(DPOTrainer._prepare_dataset(itself, rows, tokenizer, args, "train"), 50))
@@ -470,17 +468,17 @@ def tokenised(rows, tokenizer):
     config=configs,
     max_length=st.sampled_from([None, 1, 4, 9, 32]),
 )
-def test_rows_of_any_kind_are_refused_or_can_be_tokenised(rows, ending, tail, config, max_length):
+def test_rows_of_any_kind_are_refused_or_can_be_tokenized(rows, ending, tail, config, max_length):
     path = write_rows(rows, ending, tail)
     kept = prepared(path, config, max_length)
     if kept is not None:
-        for row in tokenised(*kept):
+        for row in tokenized(*kept):
             ids = [*row["prompt_ids"], *row["chosen_ids"], *row["rejected_ids"]]
             assert all(isinstance(token, int) for token in ids)
 
 
 def step(model, rows, tokenizer, max_length):
-    """One step of both stages; the loss is a number."""
+    """Train both stages for one step and check that the loss is finite."""
     for trainer, config in ((ChosenSFTTrainer, SFTConfig), (DPOShiftTrainer, DPOShiftConfig)):
         args = config(
             output_dir="../out", bf16=False, use_cpu=True, report_to="none", disable_tqdm=True, max_steps=1,
@@ -511,7 +509,7 @@ def test_what_is_left_of_odd_rows_is_trained_on(form, streaming, tiny_model):
 def test_a_null_for_the_template_s_arguments_is_none_of_them(given, streaming):
     rows = [{**ROW, "prompt": f"w{index}", "chat_template_kwargs": value} for index, value in enumerate(given)]
     rows, tokenizer = prepared(write_rows(rows, ".jsonl", b""), {"streaming": streaming}, 32)
-    assert len(tokenised(rows, tokenizer)) == 2
+    assert len(tokenized(rows, tokenizer)) == 2
     assert all(isinstance(row["chat_template_kwargs"], dict) for row in rows)
 
 
@@ -528,8 +526,8 @@ def test_a_conversation_that_a_template_fails_on_is_refused(extra, max_length, s
     config, tokenizer = DataConfig(path=str(path), streaming=streaming), make_tokenizer()
     train, _ = load_preferences(config, 0)
     assert use_plain_chat_template(train, tokenizer)
-    with pytest.raises(DataError, match=r"^the chat template cannot render a row: "):
-        audit_preferences(train, None, config, tokenizer, max_length)
+    with pytest.raises(DataError, match=r"^The chat template cannot render a row: "):
+        audit_preferences(train, None, config, tokenizer, Truncation(max_length))
 
 
 def test_a_stream_of_which_nothing_is_left_is_refused():
@@ -537,14 +535,14 @@ def test_a_stream_of_which_nothing_is_left_is_refused():
     config = DataConfig(path=str(write_rows(rows, ".jsonl", b"")), streaming=True)
     train, _ = load_preferences(config, 0)
     with pytest.raises(DataError) as raised:
-        audit_preferences(train, None, config, make_tokenizer(), 9)
+        audit_preferences(train, None, config, make_tokenizer(), Truncation(9))
     assert str(raised.value) == (
-        "the row audit leaves none of the streamed train rows. Mend the data, raise `max_length`, or hold out fewer "
+        "The row audit leaves none of the streamed train rows. Fix the data, raise `max_length`, or hold out fewer "
         "rows."
     )
 
 
-# Longer than what is read at once; of the same answers, so that all of it is dropped
+# Longer than one read buffer; with identical answers, so that all rows are dropped
 FILLER = (json.dumps({**ROW, "chosen": "w" * 100_000, "rejected": "w" * 100_000}) + "\n") * 110
 LONG = (json.dumps(ROW) + "\n" + FILLER).encode()
 
@@ -567,8 +565,8 @@ def test_a_stream_that_breaks_late_is_a_mistake_of_the_data(ending, start, end, 
     with pytest.raises(DataError) as raised, reading_rows():
         list(train)
     one_line(str(raised.value))
-    assert str(raised.value).startswith(f"the rows of `data` cannot be read: {reason}")
-    assert str(raised.value).endswith(". Mend the file.")
+    assert str(raised.value).startswith(f"The rows of `data` cannot be read: {reason}")
+    assert str(raised.value).endswith(". Fix the file.")
 
 
 @pytest.mark.parametrize("error", [OSError(28, "full"), TypeError("x"), ValueError("x"), KeyError("x")], ids=repr)
@@ -583,7 +581,7 @@ def test_bytes_that_are_no_text_are_refused_in_parquet(streaming):
     text = pa.Array.from_buffers(pa.string(), 1, [None, pa.py_buffer(b"\0\0\0\0\1\0\0\0"), pa.py_buffer(b"\xff")])
     path = f"../rows/rows{next(NUMBER)}.parquet"
     pq.write_table(pa.table({"prompt": ["w1"], "chosen": text, "rejected": ["w3"]}), path)
-    with pytest.raises(DataError, match=r"^the rows of `data` cannot be read: 'utf-8' codec can't decode"):
+    with pytest.raises(DataError, match=r"^The rows of `data` cannot be read: 'utf-8' codec can't decode"):
         use_plain_chat_template(load_preferences(DataConfig(path=path, streaming=streaming), 0)[0], make_tokenizer())
 
 
@@ -596,7 +594,7 @@ def test_values_that_json_lacks_are_shown_and_compared(value):
 
 
 def test_what_an_audit_shows_can_be_written():
-    shown = [_shown(value) for value in ("\ud800", [{"role": "\udfff", "content": "e\u0301"}], "\0", None)]
+    shown = [shorten(value) for value in ("\ud800", [{"role": "\udfff", "content": "e\u0301"}], "\0", None)]
     assert shown[0] == "\\ud800"
     assert json.loads(json.dumps(shown, ensure_ascii=False).encode("utf-8").decode()) == shown
 
@@ -633,7 +631,7 @@ def files(folder):
 
 @pytest.fixture(scope="module")
 def commands(tmp_path_factory, tiny_model):
-    """Two real processes under way, by name: the folder of each, the files that lay there before it, and itself."""
+    """Two running commands by name: folder, files in it before the start, and process."""
     folders = {name: tmp_path_factory.mktemp(name) for name in ("mistakes", "climbing")}
     for folder in folders.values():
         for name in ("home", "tmp", "in/side"):
@@ -676,12 +674,12 @@ def test_a_hostile_recipe_is_one_line_a_mistake_on_an_ascii_terminal(commands):
     _, err = command.communicate(timeout=120)
     assert command.returncode == 2, err
     assert err.splitlines() == [
-        "x.yaml: `output_dir` must be text, got ['\\xe9'].",
-        "x.yaml: `model.dtype` must be text or null, got 3.",
+        "x.yaml: `output_dir` must be a string, got ['\\xe9'].",
+        "x.yaml: `model.dtype` must be a string or null, got 3.",
         "x.yaml: unknown key `sft.a b`.",
         "x.yaml: unknown key `sft.\\x1b[31m`.",
         "x.yaml: `dpo.beta` must be a number, got '\\xe9\\n\\nb'.",
-        "x.yaml: `dpo.max_steps` must be a whole number, got 15.0.",
+        "x.yaml: `dpo.max_steps` must be an integer, got 15.0.",
         "x.yaml: unknown key `\\u202elatad`. Did you mean `data`?",
     ]
     assert files(folder) == before
@@ -698,7 +696,7 @@ def test_names_that_climb_write_nothing_outside_the_run_folder(commands):
         "tmp/",
         "home/.cache/wandb/logs/",
         "home/.cache/matplotlib/",
-    )  # of the libraries, named by none of the recipe's values
+    )  # library caches, not named by any value in the recipe
     assert {name for name in new if not name.startswith(("run/", *caches))} == set()
     assert {name for name in new if "climbed" in name} == set()
     assert not [path for path in folder.parent.rglob("*climbed*") if not path.is_relative_to(folder)]
@@ -715,4 +713,4 @@ def test_a_stream_that_breaks_in_training_ends_the_command_with_one_line(tmp_pat
     (tmp_path / "x.yaml").write_text(dump_yaml(recipe))
     capfd.readouterr()
     assert main([str(tmp_path / "x.yaml")]) == 2
-    assert capfd.readouterr().err.count("the rows of `data` cannot be read: JSON parse error: ") == 1
+    assert capfd.readouterr().err.count("The rows of `data` cannot be read: JSON parse error: ") == 1

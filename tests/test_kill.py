@@ -1,4 +1,4 @@
-"""SIGKILL at random moments; `kill_and_resume.py` does the same at length."""
+"""SIGKILL at random moments; `kill_and_resume.py` is the long version."""
 
 from kill_and_resume import kill_and_resume
 

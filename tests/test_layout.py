@@ -65,6 +65,7 @@ def test_a_layout_shares_the_prompt_and_the_tokens_on_which_answers_agree():
     assert layout.rows.tolist() == [2, 3, 4, 5, 6, 7]
     assert layout.labels.tolist() == [[6, 7, 2, 8, 9, 2]]
     assert layout.key_index.tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 5, 6, 7]
+    assert layout.key_places.tolist() == [[0, 1, 2, 3, 4, 8, 9, 10], [5, 6, 7, 3, 4, 8, 9, 10]]
     assert (layout.query_offsets.tolist(), layout.key_offsets.tolist()) == ([0, 5, 8], [0, 5, 11])
     assert (layout.most_queries, layout.most_keys) == (5, 6)
 

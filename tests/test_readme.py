@@ -14,8 +14,9 @@ from packaging.version import Version
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 from dposhift_trl import __version__
+from dposhift_trl.__main__ import COMMANDS, module_of
+from dposhift_trl.data.chat_template import PLAIN_CHAT_TEMPLATE
 from dposhift_trl.data.demo import save_demo_model
-from dposhift_trl.data.sources import PLAIN_CHAT_TEMPLATE
 from dposhift_trl.recipe import load_recipe
 from dposhift_trl.schedules import LAMBDA_SCHEDULES
 
@@ -125,8 +126,7 @@ def test_every_other_command_takes_the_options_it_is_given(line, monkeypatch, ca
     monkeypatch.chdir(ROOT)
     words = shlex.split(line)
     name, *arguments = words[words.index("-m") + 1 :]
-    package = (ROOT / name.replace(".", "/")).is_dir()
-    module = import_module(f"{name}.__main__" if package else name)
+    module = import_module(module_of(name.removeprefix("dposhift_trl.")))
     if name == "dposhift_trl.sweep":
         recipe, *overrides = arguments
         assert len(module.plan(recipe, [*overrides, "sft.bf16=false", *ON_CPU]).points) == 6
@@ -139,10 +139,4 @@ def test_every_other_command_takes_the_options_it_is_given(line, monkeypatch, ca
 
 
 def test_the_readme_names_every_command_there_is():
-    commands = [
-        path.parent.name if path.stem == "__main__" else path.stem
-        for path in [*(ROOT / "dposhift_trl").glob("*.py"), *(ROOT / "dposhift_trl").glob("*/__main__.py")]
-        if '__name__ == "__main__"' in path.read_text()
-    ]
-    assert sorted(commands) == ["generate", "reference", "report", "run", "sweep"]
-    assert all(f"-m dposhift_trl.{command}" in README for command in commands)
+    assert all(f"-m dposhift_trl.{command}" in README for command in COMMANDS)

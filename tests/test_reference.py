@@ -1,3 +1,5 @@
+"""The reference: the key of its scores, their cache, and when the model is in memory."""
+
 import copy
 import math
 import os
@@ -91,16 +93,16 @@ def files(folder):
         pytest.param({"tokens": {**TOKENS, "prompt_ids": [[5, 6], [7], [8, 9, 11]]}}, id="a prompt token"),
         pytest.param({"tokens": {**TOKENS, "chosen_ids": [[11, 0], [12, 13, 0], [1]]}}, id="a chosen token"),
         pytest.param({"tokens": {**TOKENS, "rejected_ids": [[14, 1], [15, 0], [16, 17, 0]]}}, id="a rejected token"),
-        pytest.param({"tokens": {**TOKENS, "prompt_ids": [[5], [6, 7], [8, 9, 10]]}}, id="a row's border"),
+        pytest.param({"tokens": {**TOKENS, "prompt_ids": [[5], [6, 7], [8, 9, 10]]}}, id="a row boundary"),
         pytest.param({"tokens": {name: ids[::-1] for name, ids in TOKENS.items()}}, id="order of rows"),
         pytest.param({"tokens": {name: ids[:2] for name, ids in TOKENS.items()}}, id="fewer rows"),
     ],
 )
-def test_whatever_changes_a_score_changes_the_key(change):
+def test_everything_that_changes_a_score_changes_the_key(change):
     assert key_of(**change) != key_of()
 
 
-def test_ld_alpha_matters_without_max_length_too():
+def test_ld_alpha_changes_the_key_without_max_length_too():
     assert key_of(max_length=None, ld_alpha=0.5) != key_of(max_length=None)
 
 
@@ -117,11 +119,11 @@ def test_ld_alpha_matters_without_max_length_too():
         ),
     ],
 )
-def test_how_the_rows_are_held_does_not_change_the_key(dataset):
+def test_how_the_rows_are_stored_does_not_change_the_key(dataset):
     assert reference_key(dataset, "f", **SCORING) == key_of()
 
 
-def test_truncation_mode_has_no_say_without_max_length():
+def test_truncation_mode_does_not_change_the_key_without_max_length():
     assert key_of(max_length=None, truncation_mode="keep_end") == key_of(max_length=None)
 
 
@@ -166,7 +168,7 @@ def test_a_bit_a_name_a_dtype_or_a_setting_changes_the_fingerprint(tiny_model, c
     assert reference_fingerprint(model) != before
 
 
-def test_bfloat16_weights_are_told_apart_by_one_bit(tiny_model):
+def test_one_bit_of_bfloat16_weights_changes_the_fingerprint(tiny_model):
     model, other = load(tiny_model, torch.bfloat16), load(tiny_model, torch.bfloat16)
     assert reference_fingerprint(model) == reference_fingerprint(other)
     other.transformer.ln_f.bias.data.view(torch.int16)[0] ^= 1
@@ -189,7 +191,7 @@ def test_with_adapters_off_the_reference_is_the_bare_model(tiny_model, kwargs):
     assert reference_fingerprint(lora(load(tiny_model), seed=1, **kwargs)) == bare
 
 
-def test_a_frozen_adapter_counts_and_the_one_in_training_does_not(tiny_model):
+def test_a_frozen_adapter_changes_the_fingerprint_and_the_trained_one_does_not(tiny_model):
     model = lora(load(tiny_model), seed=0)
     model.add_adapter("ref", model.peft_config["default"])
     with_ref = reference_fingerprint(model, "ref")
@@ -203,7 +205,7 @@ def test_a_frozen_adapter_counts_and_the_one_in_training_does_not(tiny_model):
     assert reference_fingerprint(model, "ref") != with_ref
 
 
-def test_a_frozen_adapter_counts_with_its_scale_and_not_by_its_name(tiny_model):
+def test_the_scale_of_a_frozen_adapter_changes_the_fingerprint_and_its_name_does_not(tiny_model):
     model, doubled = lora(load(tiny_model)), lora(load(tiny_model), lora_alpha=16)
     assert reference_fingerprint(model, "default") != reference_fingerprint(doubled, "default")
     model.add_adapter("ref", copy.deepcopy(model.peft_config["default"]))
@@ -213,7 +215,7 @@ def test_a_frozen_adapter_counts_with_its_scale_and_not_by_its_name(tiny_model):
     assert reference_fingerprint(model, "ref") == reference_fingerprint(model, "default")
 
 
-def test_a_reference_that_cannot_be_told_is_refused(tiny_model):
+def test_a_reference_without_a_fingerprint_is_an_error(tiny_model):
     with pytest.raises(ValueError, match=r"`adapter` must be one of \['default'\] or None, got 'ref'"):
         reference_fingerprint(lora(load(tiny_model)), "ref")
     merged = lora(load(tiny_model))
@@ -238,7 +240,7 @@ def test_scores_come_back_bit_for_bit_and_are_scored_once(tmp_path, dtype):
     assert files(tmp_path) == [f"{KEY}.parquet"]
 
 
-def test_any_program_can_read_the_file(tmp_path):
+def test_the_file_is_plain_parquet(tmp_path):
     values = cached(tmp_path, Scorer())
     table = pq.read_table(tmp_path / f"{KEY}.parquet")
     assert table.column_names == ["ref_chosen_logps", "ref_rejected_logps"]
@@ -277,7 +279,7 @@ def rename(path, old, new):
 
 
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
-def test_a_damaged_file_is_scored_again_with_one_line(tmp_path, damage, caplog):
+def test_a_damaged_file_is_scored_again_with_one_warning(tmp_path, damage, caplog):
     expected = cached(tmp_path, Scorer())
     damage(tmp_path / f"{KEY}.parquet")
     caplog.clear()
@@ -292,7 +294,7 @@ def test_a_damaged_file_is_scored_again_with_one_line(tmp_path, damage, caplog):
     assert not caplog.records
 
 
-def test_no_flipped_bit_ever_gives_a_wrong_value(tmp_path):
+def test_no_flipped_bit_gives_a_wrong_value(tmp_path):
     expected = cached(tmp_path, Scorer(), 3)
     path = tmp_path / f"{KEY}.parquet"
     data = path.read_bytes()
@@ -301,7 +303,7 @@ def test_no_flipped_bit_ever_gives_a_wrong_value(tmp_path):
         assert same_bits(cached(tmp_path, Scorer(), 3), expected)
 
 
-def test_an_interrupted_run_goes_on_where_it_stopped_even_in_other_chunks(tmp_path, caplog):
+def test_an_interrupted_computation_continues_even_with_other_chunks(tmp_path, caplog):
     with pytest.raises(KeyboardInterrupt):
         cached(tmp_path, Scorer(stop_at=8), 20)
     assert files(tmp_path) == [f"{KEY}.000000000-000000004.parquet", f"{KEY}.000000004-000000008.parquet"]
@@ -313,8 +315,8 @@ def test_an_interrupted_run_goes_on_where_it_stopped_even_in_other_chunks(tmp_pa
     assert files(tmp_path) == [f"{KEY}.parquet"]
 
 
-def test_parts_that_overlap_give_each_row_once(tmp_path):
-    for stop_at, chunk_rows in ((8, 4), (6, 3)):  # as two runs leave them where locks do not hold
+def test_overlapping_parts_give_each_row_once(tmp_path):
+    for stop_at, chunk_rows in ((8, 4), (6, 3)):  # as two runs leave them without working locks
         with pytest.raises(KeyboardInterrupt):
             cached(tmp_path / str(chunk_rows), Scorer(stop_at=stop_at), chunk_rows=chunk_rows)
     for path in (tmp_path / "3").glob("*.parquet"):
@@ -329,17 +331,17 @@ def test_parts_that_overlap_give_each_row_once(tmp_path):
     ("values", "message"),
     [
         pytest.param(torch.tensor([1.0, float("nan"), 1.0]), r"rows \[1\] are not finite", id="not a number"),
-        pytest.param(torch.ones(2), "must return 3 values twice", id="too few"),
-        pytest.param(torch.ones(3, 1), "must return 3 values twice", id="shape"),
+        pytest.param(torch.ones(2), r"must return two tensors of shape \(3,\), got", id="too few"),
+        pytest.param(torch.ones(3, 1), r"must return two tensors of shape \(3,\), got", id="shape"),
     ],
 )
-def test_bad_scores_are_refused_and_not_kept(tmp_path, values, message):
+def test_invalid_scores_are_an_error_and_not_stored(tmp_path, values, message):
     with pytest.raises(ValueError, match=message):
         cached(tmp_path, lambda rows: (torch.ones(3), values), 3)
     assert files(tmp_path) == []
 
 
-def test_a_folder_that_cannot_be_written_is_named_with_the_remedy(tmp_path):
+def test_a_folder_that_cannot_be_written_is_an_error_with_the_remedy(tmp_path):
     (tmp_path / "file").write_text("")
     score = Scorer()
     with pytest.raises(ReferenceCacheError, match=rf"{tmp_path}/file/inner: .*`DPOSHIFT_CACHE`"):
@@ -357,7 +359,7 @@ def test_a_full_disk_stops_the_run_and_loses_no_finished_part(tmp_path, monkeypa
         fsync(descriptor)
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(ReferenceCacheError, match=r"No space left on device\. Free space"):
+    with pytest.raises(ReferenceCacheError, match=r"No space left on device\. Free disk space"):
         cached(tmp_path, Scorer())
     assert files(tmp_path) == [f"{KEY}.000000000-000000004.parquet", f"{KEY}.000000004-000000008.parquet"]
     score = Scorer()
@@ -365,7 +367,7 @@ def test_a_full_disk_stops_the_run_and_loses_no_finished_part(tmp_path, monkeypa
     assert score.calls == [range(8, 10)]
 
 
-def test_the_folder_is_that_of_the_environment(tmp_path, monkeypatch):
+def test_the_folder_is_read_from_the_environment(tmp_path, monkeypatch):
     monkeypatch.setenv("DPOSHIFT_CACHE", str(tmp_path / "here"))
     assert default_folder() == tmp_path / "here"
     cached(None, Scorer())
@@ -394,7 +396,7 @@ def score(rows):
     if rows.start == 4:
         time.sleep(pause)
     numbers = torch.arange(rows.start, rows.stop, dtype=torch.float64)
-    if state.num_processes > 1:  # each process scores one row in two
+    if state.num_processes > 1:  # each process scores every other row
         numbers = gather(numbers[state.process_index :: 2]).view(2, -1).T.flatten()
     return (-(numbers + 1).sqrt()).float(), (-(numbers + 2).log() / 3).float()
 
@@ -433,13 +435,13 @@ def calls(folder, rank=0):
     return path.read_text().split() if path.exists() else []
 
 
-def test_a_killed_run_makes_way_and_its_finished_chunks_are_not_scored_again(tmp_path):
+def test_another_run_continues_after_a_killed_one_without_scoring_its_chunks_again(tmp_path):
     killed = start(tmp_path, 300, "killed")
     while len(calls(tmp_path)) < 3:
         assert killed.poll() is None
         time.sleep(0.02)
     waiting = start(tmp_path, 0, "waiting")
-    assert any("Another run computes" in line for line in waiting.stderr)
+    assert any("Waiting for another run" in line for line in waiting.stderr)
     assert calls(tmp_path) == ["0", "2", "4"]
     os.kill(killed.pid, signal.SIGKILL)
     killed.communicate()
@@ -450,7 +452,7 @@ def test_a_killed_run_makes_way_and_its_finished_chunks_are_not_scored_again(tmp
     assert files(tmp_path / "cache") == [f"{KEY}.parquet"]
 
 
-def test_of_two_runs_at_once_one_computes(tmp_path):
+def test_one_of_two_simultaneous_runs_computes(tmp_path):
     runs = [start(tmp_path, 1.5, task) for task in "ab"]
     assert [run.wait(60) for run in runs] == [0, 0]
     assert calls(tmp_path) == ["0", "2", "4", "6", "8", "10"]
@@ -474,7 +476,7 @@ def test_two_processes_of_a_run_get_the_same_values_from_one_file(tmp_path):
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """A cache with one finished entry, one interrupted, and files that are not ours."""
+    """A cache with a complete entry, an interrupted one, and files of other programs."""
     folder = tmp_path / "cache"
     monkeypatch.setenv("DPOSHIFT_CACHE", str(folder))
     cached(folder, Scorer())
@@ -482,7 +484,7 @@ def folder(tmp_path, monkeypatch):
         cached(folder, Scorer(stop_at=8), key=OTHER_KEY)
     (folder / f"{OTHER_KEY}.{'c' * 32}.tmp").write_text("left by a killed run")
     (folder / "notes.parquet").write_text("mine")
-    (folder / f"{'1' * 32}.parquet").write_text("who knows whose")
+    (folder / f"{'1' * 32}.parquet").write_text("not a cache entry")
     (folder / f"{KEY}.txt").write_text("mine")
     return folder
 
@@ -490,7 +492,7 @@ def folder(tmp_path, monkeypatch):
 FOREIGN = [f"{KEY}.txt", f"{'1' * 32}.parquet", "notes.parquet"]
 
 
-def test_list_shows_what_is_stored_and_how_large(folder, capsys):
+def test_list_shows_the_entries_and_their_sizes(folder, capsys):
     assert main(["list"]) == 0
     title, finished, interrupted, unreadable, total = capsys.readouterr().out.splitlines()
     assert re.split("  +", title) == ["KEY", "ROWS", "BYTES", "WRITTEN (UTC)", "REFERENCE"]
@@ -507,7 +509,7 @@ def test_an_empty_or_missing_folder_is_listed_and_cleared(tmp_path, monkeypatch,
     assert capsys.readouterr().out.endswith(f"\n0 entries in {tmp_path}/none\n")
 
 
-def test_clear_removes_what_is_ours_and_nothing_else(folder, capsys):
+def test_clear_removes_entries_and_no_other_files(folder, capsys):
     assert main(["clear"]) == 0
     assert [line.split(":")[0] for line in capsys.readouterr().out.splitlines()] == [
         f"removed {KEY}",
@@ -517,7 +519,7 @@ def test_clear_removes_what_is_ours_and_nothing_else(folder, capsys):
     assert not list(folder.glob("*.lock"))
 
 
-def test_clear_takes_keys_and_an_age(folder, capsys):
+def test_clear_accepts_keys_and_an_age(folder, capsys):
     assert main(["clear", "--older-than", "1"]) == 0
     assert capsys.readouterr().out == ""
     os.utime(folder / f"{KEY}.parquet", (time.time() - 2 * 86400,) * 2)
@@ -526,11 +528,11 @@ def test_clear_takes_keys_and_an_age(folder, capsys):
     assert main(["clear", OTHER_KEY, "f" * 32]) == 1
     streams = capsys.readouterr()
     assert streams.out.startswith(f"removed {OTHER_KEY}:")
-    assert streams.err.startswith(f"{'f' * 32}: nothing of that key")
+    assert streams.err.startswith(f"{'f' * 32}: no entry with this key")
     assert files(folder) == FOREIGN
 
 
-def test_clear_leaves_what_a_run_is_computing(tmp_path, monkeypatch, capsys):
+def test_clear_leaves_an_entry_that_a_run_is_computing(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("DPOSHIFT_CACHE", str(tmp_path))
     codes = []
     cached(None, lambda rows: codes.append(main(["clear"])) or values_of(rows))
@@ -552,7 +554,7 @@ def test_the_command_line_is_checked(capsys):
         main(["clean"])
 
 
-# Beside TRL's own cache
+# Compared with TRL's cache
 
 
 @pytest.fixture
@@ -563,7 +565,7 @@ def cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def reference_scores(tiny_model, settings, tmp_path, monkeypatch, cache):
-    """A function that builds a trainer and returns its reference columns and how many batches it scored for them."""
+    """A function that creates a trainer and returns its reference columns and the number of batches it scored."""
     make_rows(12).save_to_disk(tmp_path / "rows")
 
     def build(trainer_class, peft_config=None, **changes):
@@ -588,7 +590,7 @@ def equal(left, right):
     return all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
 
 
-def test_trl_serves_stale_scores_when_ld_alpha_changes_and_we_do_not(reference_scores):
+def test_trl_reuses_stale_scores_when_ld_alpha_changes_and_we_do_not(reference_scores):
     plain, _ = reference_scores(DPOTrainer, max_length=None)
     stale, batches = reference_scores(DPOTrainer, max_length=None, ld_alpha=0.1)
     assert batches == 0
@@ -599,7 +601,7 @@ def test_trl_serves_stale_scores_when_ld_alpha_changes_and_we_do_not(reference_s
     assert batches == 3
     assert equal(ours, plain)
     assert not equal(weighted, plain)
-    # With `max_length` TRL scores afresh; no row is as long, so the scores are those
+    # With `max_length`, TRL scores again; no row is truncated, so the scores are equal
     fresh, batches = reference_scores(DPOTrainer, max_length=60, ld_alpha=0.1)
     assert batches == 3
     assert all(torch.allclose(a, b) for a, b in zip(weighted, fresh, strict=True))
@@ -623,11 +625,11 @@ def test_trl_scores_again_when_the_learning_rate_changes_and_we_do_not(reference
         assert batches == 0
         assert equal(again, first)
     rows, batches = reference_scores(DPOShiftTrainer, max_length=60, shared_prompt=False)
-    assert batches == 3  # of another rounding
+    assert batches == 3  # because the rounding differs
     assert all(torch.allclose(a, b, rtol=1e-5) for a, b in zip(rows, first, strict=True))
 
 
-def test_training_from_our_cache_is_training_from_trls(tiny_model, settings, cache):
+def test_training_with_our_cache_equals_training_with_trls(tiny_model, settings, cache):
     weights = []
     for trainer_class, make in ((DPOTrainer, DPOConfig), (DPOShiftTrainer, DPOShiftConfig)):
         ours = {} if make is DPOConfig else {"shift_lambda": 1.0, "shared_prompt": False}
@@ -647,19 +649,17 @@ def shift_trainer(model, settings, rows, eval_rows=None, **changes):
 @pytest.mark.parametrize(
     ("changes", "precomputes"),
     [
-        pytest.param({}, True, id="as it is"),
+        pytest.param({}, True, id="defaults"),
         pytest.param({"max_steps": -1}, True, id="whole epochs"),
         pytest.param({"max_steps": 2}, False, id="not every row is seen"),
-        pytest.param({"sync_ref_model": True}, False, id="a reference that moves"),
-        pytest.param({"disable_dropout": False}, True, id="dropout of the policy alone"),
-        pytest.param({"shared_prompt": False}, False, id="bit for bit as stock"),
-        pytest.param({"precompute_ref_log_probs": False}, False, id="asked away"),
-        pytest.param({"precompute_ref_log_probs": True, "max_steps": 2}, True, id="asked for"),
+        pytest.param({"sync_ref_model": True}, False, id="a reference that is updated"),
+        pytest.param({"disable_dropout": False}, True, id="dropout of the policy only"),
+        pytest.param({"shared_prompt": False}, False, id="bit for bit as DPOTrainer"),
+        pytest.param({"precompute_ref_log_probs": False}, False, id="disabled"),
+        pytest.param({"precompute_ref_log_probs": True, "max_steps": 2}, True, id="enabled"),
     ],
 )
-def test_auto_scores_the_reference_beforehand_where_that_holds_and_pays(
-    changes, precomputes, tiny_model, settings, cache
-):
+def test_auto_precomputes_if_the_scores_stay_valid_and_save_time(changes, precomputes, tiny_model, settings, cache):
     trainer = shift_trainer(tiny_model, settings, make_rows(12), **changes)
     assert trainer.precompute_ref_logps is precomputes
     assert cache.exists() is precomputes
@@ -678,22 +678,22 @@ def test_a_reference_with_dropout_is_scored_at_each_step(given, tiny_model, sett
     assert trainer.ref_model is options.get("ref_model")
 
 
-def test_auto_leaves_streams_alone(tiny_model, settings, cache):
+def test_auto_does_not_precompute_iterable_datasets(tiny_model, settings, cache):
     rows = make_rows(12)
     assert not shift_trainer(tiny_model, settings, rows.to_iterable_dataset()).precompute_ref_logps
     assert not shift_trainer(tiny_model, settings, rows, rows.to_iterable_dataset()).precompute_ref_logps
 
 
-@pytest.mark.parametrize("kind", ["full", "lora", "explicit reference"])
-def test_scores_kept_on_disk_train_and_evaluate_as_scores_made_at_each_step_do(kind, tiny_model, settings, cache):
+@pytest.mark.parametrize("setup", ["full", "lora", "explicit reference"])
+def test_precomputed_scores_train_and_evaluate_like_scores_computed_at_each_step(setup, tiny_model, settings, cache):
     logs = []
     for precompute in (False, "auto", "auto"):
         options = {
             "full": {},
             "lora": {"peft_config": LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True)},
             "explicit reference": {"ref_model": AutoModelForCausalLM.from_pretrained(tiny_model)},
-        }[kind]
-        if kind == "explicit reference":
+        }[setup]
+        if setup == "explicit reference":
             torch.manual_seed(5)
             for weight in options["ref_model"].parameters():
                 weight.data.add_(0.02 * torch.randn_like(weight))
@@ -701,11 +701,11 @@ def test_scores_kept_on_disk_train_and_evaluate_as_scores_made_at_each_step_do(k
         changes = {"precompute_ref_log_probs": precompute, "eval_strategy": "steps", "eval_steps": 2}
         trainer = shift_trainer(tiny_model, settings, rows, evaluated, **changes, **options)
         trainer.train()
-        # Rows and streams that the trainer has not seen
+        # Datasets and iterable datasets that the trainer has not seen
         trainer.evaluate(make_rows(4, seed=3), metric_key_prefix="fresh")
         trainer.evaluate({"c": make_rows(4, seed=4).to_iterable_dataset()}, metric_key_prefix="eval")
         trainer.evaluate()
-        assert (trainer.ref_model is None) is (kind == "lora" or (precompute == "auto" and kind == "full"))
+        assert (trainer.ref_model is None) is (setup == "lora" or (precompute == "auto" and setup == "full"))
         times = ("runtime", "per_second")
         logs.append([{k: v for k, v in e.items() if not k.endswith(times)} for e in trainer.state.log_history])
     online, first, again = logs
@@ -715,7 +715,7 @@ def test_scores_kept_on_disk_train_and_evaluate_as_scores_made_at_each_step_do(k
         assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-5)
 
 
-def test_a_reference_that_is_no_longer_in_its_folder_is_not_replaced_by_another(settings, tmp_path, tiny_model, cache):
+def test_a_reference_that_has_changed_on_disk_is_an_error(settings, tmp_path, tiny_model, cache):
     AutoModelForCausalLM.from_pretrained(tiny_model).save_pretrained(tmp_path / "model")
     trainer = shift_trainer(tiny_model, settings, make_rows(12))
     trainer.train()
@@ -723,7 +723,7 @@ def test_a_reference_that_is_no_longer_in_its_folder_is_not_replaced_by_another(
     other.transformer.wte.weight.data[3, 4] += 1e-3
     other.save_pretrained(tmp_path / "model")
     trainer.model.config._name_or_path = str(tmp_path / "model")
-    with pytest.raises(ValueError, match="the weights there are not those that training began with"):
+    with pytest.raises(ValueError, match="its weights are no longer those that training started with"):
         trainer.evaluate(make_rows(4, seed=3))
     trainer.model.config._name_or_path = str(tmp_path / "gone")
     with pytest.raises(ValueError, match=r"`eval_dataset` must be passed .* longer be loaded from '.*gone'"):
@@ -731,7 +731,7 @@ def test_a_reference_that_is_no_longer_in_its_folder_is_not_replaced_by_another(
     assert trainer.ref_model is None
 
 
-def test_a_model_in_memory_gets_the_reference_that_trl_would_load(settings, tiny_model, cache):
+def test_a_model_in_memory_gets_the_reference_that_trl_loads(settings, tiny_model, cache):
     rows, scores = make_rows(12), []
     for changed in (False, True):
         model = AutoModelForCausalLM.from_pretrained(tiny_model)
@@ -760,18 +760,18 @@ def record_loads(monkeypatch, module):
 
 @pytest.fixture
 def loaded(monkeypatch):
-    """Weak references to the references that are brought back, with what they are loaded by."""
+    """Weak references to the reference models that are loaded again, and the arguments."""
     return record_loads(monkeypatch, "dposhift_trl.reference.precompute")
 
 
 @pytest.fixture
 def loaded_by_trl(monkeypatch):
-    """The same of the models that DPOTrainer loads."""
+    """The same for the models that DPOTrainer loads."""
     return record_loads(monkeypatch, "trl.trainer.dpo_trainer")
 
 
-@pytest.mark.parametrize("kind", ["by name", "in memory"])
-def test_no_reference_model_is_in_memory_during_training(kind, settings, tiny_model, cache, loaded, loaded_by_trl):
+@pytest.mark.parametrize("setup", ["by name", "in memory"])
+def test_no_reference_model_is_in_memory_during_training(setup, settings, tiny_model, cache, loaded, loaded_by_trl):
     alive = []
 
     class Watch(TrainerCallback):
@@ -783,9 +783,9 @@ def test_no_reference_model_is_in_memory_during_training(kind, settings, tiny_mo
             if state.global_step == 2:
                 trainer.evaluate(make_rows(4, seed=3), metric_key_prefix="eval_fresh")
 
-    policy = AutoModelForCausalLM.from_pretrained(tiny_model) if kind == "in memory" else tiny_model
+    policy = AutoModelForCausalLM.from_pretrained(tiny_model) if setup == "in memory" else tiny_model
     trainer = shift_trainer(policy, settings, make_rows(12))
-    assert (len(loaded), len(loaded_by_trl)) == (0, 1 + (kind == "by name"))
+    assert (len(loaded), len(loaded_by_trl)) == (0, 1 + (setup == "by name"))
     trainer.add_callback(Watch())
     trainer.train()
     assert alive == [0] * 4
@@ -807,7 +807,7 @@ def test_the_reference_of_a_model_in_memory_is_loaded_as_the_policy_was(
         assert options == {**expected, "trust_remote_code": False, "use_safetensors": True}
 
 
-def test_after_a_reference_that_cannot_be_loaded_the_arguments_are_as_they_were(settings, tiny_model, tmp_path, cache):
+def test_the_arguments_are_unchanged_if_the_reference_cannot_be_loaded(settings, tiny_model, tmp_path, cache):
     args = DPOShiftConfig(**settings)
     model = AutoModelForCausalLM.from_pretrained(tiny_model)
     model.config._name_or_path = str(tmp_path)
@@ -817,10 +817,8 @@ def test_after_a_reference_that_cannot_be_loaded_the_arguments_are_as_they_were(
     assert args.precompute_ref_log_probs is None
 
 
-@pytest.mark.parametrize("kind", ["by name", "explicit", "explicit with LoRA"])
-def test_an_evaluation_within_an_evaluation_leaves_the_reference_where_it_is(
-    kind, settings, tiny_model, cache, loaded
-):
+@pytest.mark.parametrize("setup", ["by name", "explicit", "explicit with LoRA"])
+def test_a_nested_evaluation_leaves_the_reference_in_place(setup, settings, tiny_model, cache, loaded):
     class Nested(TrainerCallback):
         inside = False
 
@@ -831,10 +829,10 @@ def test_an_evaluation_within_an_evaluation_leaves_the_reference_where_it_is(
                 self.inside = False
 
     options = {}
-    if "explicit" in kind:
+    if "explicit" in setup:
         reference = options["ref_model"] = AutoModelForCausalLM.from_pretrained(tiny_model)
         reference.transformer.wte.weight.data += 0.1 * torch.randn_like(reference.transformer.wte.weight)
-    if "LoRA" in kind:
+    if "LoRA" in setup:
         options["peft_config"] = LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True)
     trainer = shift_trainer(tiny_model, settings, make_rows(12), **options)
     trainer.train()
@@ -844,10 +842,12 @@ def test_an_evaluation_within_an_evaluation_leaves_the_reference_where_it_is(
     both = trainer.evaluate({"a": stream, "b": stream})
     assert alone["eval_loss"] == both["eval_a_loss"] == both["eval_b_loss"] != pytest.approx(math.log(2), abs=1e-4)
     assert trainer.ref_model is options.get("ref_model")
-    assert len(loaded) == (2 if kind == "by name" else 0)
+    assert len(loaded) == (2 if setup == "by name" else 0)
 
 
-def test_a_table_beside_a_stream_leaves_the_reference_on_the_device_for_both(settings, tiny_model, cache, monkeypatch):
+def test_evaluating_a_dataset_and_an_iterable_dataset_moves_the_reference_once(
+    settings, tiny_model, cache, monkeypatch
+):
     reference = AutoModelForCausalLM.from_pretrained(tiny_model)
     trainer = shift_trainer(tiny_model, settings, make_rows(12), ref_model=reference)
     moves = []
@@ -866,7 +866,7 @@ def test_a_policy_in_memory_with_an_adapter_is_its_own_reference(settings, tiny_
     assert not loaded
 
 
-def test_arguments_are_taken_by_position_as_dpo_trainer_takes_them(settings, tiny_model, cache):
+def test_positional_arguments_have_the_order_of_dpo_trainer(settings, tiny_model, cache):
     model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny_model), AutoTokenizer.from_pretrained(tiny_model)
     rest = None, make_rows(12), None, tokenizer, None, None, (None, None), None, None
     trainer = DPOShiftTrainer(model, None, DPOShiftConfig(**settings), *rest)
@@ -877,7 +877,7 @@ def test_arguments_are_taken_by_position_as_dpo_trainer_takes_them(settings, tin
 @pytest.mark.parametrize(
     "noise", [{"disable_dropout": False}, {"neftune_noise_alpha": 5.0}], ids=["dropout", "NEFTune"]
 )
-def test_a_run_draws_the_same_noise_whether_or_not_the_scores_were_at_hand(noise, settings, tiny_model, cache):
+def test_a_run_draws_the_same_noise_with_and_without_cached_scores(noise, settings, tiny_model, cache):
     losses = []
     for _ in range(2):
         trainer = shift_trainer(tiny_model, settings, make_rows(12), **noise)
@@ -887,7 +887,7 @@ def test_a_run_draws_the_same_noise_whether_or_not_the_scores_were_at_hand(noise
     assert losses[0] == losses[1]
 
 
-def test_evaluation_in_bf16_leaves_the_reference_as_it_was(settings, tiny_model, cache, loaded):
+def test_evaluation_in_bf16_does_not_change_the_dtype_of_the_reference(settings, tiny_model, cache, loaded):
     trainer = shift_trainer(tiny_model, settings, make_rows(12), bf16_full_eval=True)
     trainer.train()
     for seed in (3, 4):
@@ -897,14 +897,14 @@ def test_evaluation_in_bf16_leaves_the_reference_as_it_was(settings, tiny_model,
 
 
 @pytest.mark.filterwarnings("ignore:`return_outputs=True`:FutureWarning")
-def test_rows_that_are_scored_already_are_predicted_without_the_reference(settings, tiny_model, cache, loaded):
+def test_scored_rows_are_predicted_without_the_reference(settings, tiny_model, cache, loaded):
     trainer = shift_trainer(tiny_model, settings, make_rows(12), make_rows(6, seed=1))
     trainer.train()
     assert trainer.predict(trainer.eval_dataset).metrics["test_loss"] != pytest.approx(math.log(2), abs=1e-4)
     assert not loaded
 
 
-def test_rows_that_are_prepared_by_hand_meet_the_reference_that_was_passed(settings, tiny_model, cache):
+def test_rows_prepared_by_hand_are_scored_with_the_reference_that_was_passed(settings, tiny_model, cache):
     losses = []
     for precompute in (False, "auto"):
         torch.manual_seed(0)
@@ -920,7 +920,7 @@ def test_rows_that_are_prepared_by_hand_meet_the_reference_that_was_passed(setti
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
 
 
-def test_rows_that_are_scored_already_are_evaluated_again_in_whole_and_in_part(settings, tiny_model, cache):
+def test_scored_rows_can_be_evaluated_again_completely_and_partly(settings, tiny_model, cache):
     trainer = shift_trainer(tiny_model, settings, make_rows(12), {"a": make_rows(6, seed=1)})
     trainer.train()
     whole = trainer.evaluate()
@@ -933,7 +933,7 @@ def test_rows_that_are_scored_already_are_evaluated_again_in_whole_and_in_part(s
 
 
 @pytest.mark.filterwarnings("ignore:`return_outputs=True`:FutureWarning")
-def test_rows_that_were_not_scored_can_be_predicted(settings, tiny_model, cache):
+def test_rows_without_scores_can_be_predicted(settings, tiny_model, cache):
     losses = []
     for precompute in ("auto", False):
         trainer = shift_trainer(tiny_model, settings, make_rows(12), precompute_ref_log_probs=precompute)
@@ -946,7 +946,7 @@ def test_rows_that_were_not_scored_can_be_predicted(settings, tiny_model, cache)
 
 
 class CutCollator:
-    """A user's own, which keeps two tokens of each answer."""
+    """A custom collator that keeps two tokens of each answer."""
 
     def __call__(self, examples):
         cut = [{**x, "chosen_ids": x["chosen_ids"][:2], "rejected_ids": x["rejected_ids"][:2]} for x in examples]
@@ -954,7 +954,7 @@ class CutCollator:
         return {name: batch[name] for name in ("input_ids", "attention_mask", "completion_mask")}
 
 
-def test_a_collator_of_the_users_own_is_served_by_no_cache_and_no_shared_prompt(settings, tiny_model, cache, caplog):
+def test_a_custom_collator_disables_the_cache_and_the_shared_prompt(settings, tiny_model, cache, caplog):
     args = DPOShiftConfig(**settings, shift_lambda=1.0)
     shift_trainer(tiny_model, settings, make_rows(12))
     entries = list(cache.iterdir())
@@ -970,12 +970,12 @@ def test_a_collator_of_the_users_own_is_served_by_no_cache_and_no_shared_prompt(
 
 
 @pytest.mark.parametrize(("epochs", "precomputes"), [(0.5, False), (1, True)])
-def test_a_part_of_an_epoch_is_not_worth_scoring_all_rows(epochs, precomputes, settings, tiny_model, cache):
+def test_auto_does_not_precompute_for_less_than_one_epoch(epochs, precomputes, settings, tiny_model, cache):
     trainer = shift_trainer(tiny_model, settings, make_rows(12), max_steps=-1, num_train_epochs=epochs)
     assert trainer.precompute_ref_logps is precomputes
 
 
-def test_a_model_in_training_mode_is_scored_without_its_dropout(tiny_model, settings, cache):
+def test_a_model_in_training_mode_is_scored_without_dropout(tiny_model, settings, cache):
     scores = []
     for training in (False, True):
         model = AutoModelForCausalLM.from_pretrained(tiny_model).train(training)

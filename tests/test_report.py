@@ -1,4 +1,4 @@
-"""The report shows what a run folder holds, says what it lacks, and opens in a browser without a complaint."""
+"""The report shows what is in a run folder, says what is missing, and opens in a browser without errors."""
 
 import html.parser
 import json
@@ -14,13 +14,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from scipy.stats import gaussian_kde
 
-from dposhift_trl.report import figures
+from dposhift_trl.report import ReportError, figures, write_report
 from dposhift_trl.report.__main__ import main
-from dposhift_trl.report.figures import color_variables, curves, pareto_front, spread
-from dposhift_trl.report.page import as_text, write_report
-from dposhift_trl.report.run_folder import ReportError, difference, read_run
+from dposhift_trl.report.answers import difference
+from dposhift_trl.report.drawing import Drawing, color_variables
+from dposhift_trl.report.figures import curves, pareto_front, spread
+from dposhift_trl.report.one_run import as_text
+from dposhift_trl.report.run_folder import read_run
 
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -28,7 +29,7 @@ HOSTILE = "<script>alert(1)</script> & \"quotes\" <img src='https://example.org/
 
 
 def evaluation(step, chosen, rejected, shift_lambda, beta=0.1):
-    """An evaluation's log entry, by the same rules as the metrics but for the intervals."""
+    """Log entry of an evaluation, computed as the metrics are, except for the intervals."""
     margin, accuracy = beta * (chosen - rejected).mean(), (chosen > rejected).mean()
     values = {
         "loss": 0.69 - 0.002 * step,
@@ -52,7 +53,7 @@ def evaluation(step, chosen, rejected, shift_lambda, beta=0.1):
 
 
 def make_run(folder: Path, shift_lambda=0.75, pairs=40, fall=1.0, steps=(0, 10, 20), text="answer") -> Path:
-    """A run folder as `dposhift_trl.run` leaves it, of made-up numbers."""
+    """A run folder as `dposhift_trl.run` writes it, with made-up numbers."""
     rng = np.random.default_rng(3)
     chosen, rejected = rng.normal(-1, 1, pairs), rng.normal(-20, 8, pairs)
     history = []
@@ -89,14 +90,14 @@ def make_run(folder: Path, shift_lambda=0.75, pairs=40, fall=1.0, steps=(0, 10, 
         "cut": {"policy": "keep", "count": 0, "examples": []},
     }
     (folder / "audit.json").write_text(json.dumps({"train": {"rows": 50, "kept": 48, "findings": findings}}))
-    (folder / "recipe.yaml").write_text(f"seed: 1\nrun_name: {text!r}\n")
+    (folder / "recipe.yaml").write_text(f"seed: 1\nrun_name: {json.dumps(text)}\n")
     rows = [{"prompt": f"question {i}", "chosen": text, "rejected": "no", "row_index": i} for i in range(pairs)]
     pq.write_table(pa.Table.from_pylist(rows), folder / "eval_rows.parquet")
     return folder
 
 
 def add_answers(folder: Path, texts=(), **changes) -> Path:
-    """Generated answers as `dposhift_trl.generate` leaves them: for each pair of texts a question."""
+    """Generated answers as `dposhift_trl.generate` writes them: one question per pair of texts."""
     figures = {
         "count": len(texts), "mean_tokens": 12.34, "median_tokens": 11.5, "empty": 0.0, "cut": 0.25,
         "repetition": 0.05, "distinct_1": 0.4, "distinct_2": None,
@@ -139,7 +140,7 @@ ANSWERS = [
 
 @pytest.fixture(scope="module")
 def one(tmp_path_factory) -> Path:
-    """The report of a complete run whose texts are hostile."""
+    """The report of a complete run with hostile texts."""
     folder = make_run(tmp_path_factory.mktemp("one") / "run", text=HOSTILE)
     add_answers(folder, ANSWERS)
     assert main([str(folder)]) == 0
@@ -157,16 +158,16 @@ def several(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def undrawn(monkeypatch):
-    """Figures are composed, but not rendered, which is what takes the time."""
+    """Figures are composed but not rendered, which takes most of the time."""
 
     def draw(name, title, alt, figure):
-        return figures.Drawing(name, title, alt, b"png", b"svg", "<svg></svg>")
+        return Drawing(name, title, alt, b"png", b"svg", "<svg></svg>")
 
-    monkeypatch.setattr(figures, "_draw", draw)
+    monkeypatch.setattr(figures, "draw", draw)
 
 
 class Page(html.parser.HTMLParser):
-    """Every tag with its attributes, in order, and the text outside of scripts and styles."""
+    """Every tag with its attributes, in order, and the text outside scripts and styles."""
 
     def __init__(self, path):
         super().__init__()
@@ -197,7 +198,7 @@ def test_a_run_has_its_verdict_figures_pairs_audit_recipe_and_versions(one):
         "cpu, 1 process(es)",
         "12.5",
         "625",  # tokens per second
-        "Nothing: every file of the run was there and could be read.",
+        "Nothing is missing: every file of the run was read.",
     ):
         assert text in page.text, text
     names = "logps logratios margin accuracy lambda loss sft_loss "
@@ -263,11 +264,11 @@ def test_the_page_is_accessible(which, request):
     assert all(region["tabindex"] == "0" and region["aria-label"] for region in scrolled)
 
 
-def test_generated_answers_have_a_table_a_sentence_and_the_examples_that_differ_most(one):
+def test_generated_answers_have_a_table_a_verdict_and_the_examples_that_differ_most(one):
     text = Page(one).text
     assert "sft greedy 9 12.3 11.5 0% 25% 0.050 0.400 –" in text
     assert "chosen in the data 9 12.3" in text
-    assert "it shows in dpo greedy (repetition 0.90 and 100% cut)." in text
+    assert "It occurs in dpo greedy (repetition 0.90 and 100% cut)." in text
     assert "9 questions from the evaluation rows, answers of at most 256 tokens" in text
     assert "7 of 9 questions have the same greedy answer" in text
     assert re.findall(r"Question (\d+): ask", text) == ["1", "2", "0", "3", "4", "5"]
@@ -279,15 +280,15 @@ def test_generated_answers_have_a_table_a_sentence_and_the_examples_that_differ_
 def test_a_run_without_answers_names_the_command_that_writes_them(tmp_path, undrawn):
     text = Page(write_report([make_run(tmp_path / "run", pairs=3)], tmp_path / "out")).text
     assert "python -m dposhift_trl.generate RUN_DIR" in text
-    assert "Nothing: every file of the run was there and could be read." in text
+    assert "Nothing is missing: every file of the run was read." in text
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff{", b"[]", b"{}", b"[" * 99_999, b'{"models": ["a"], "modes": ["b"]}'])
-def test_broken_figures_of_answers_are_noted_and_the_rest_is_shown(content, tmp_path, undrawn):
+def test_broken_statistics_of_answers_are_noted_and_the_rest_is_shown(content, tmp_path, undrawn):
     folder = add_answers(make_run(tmp_path / "run", pairs=3), ANSWERS)
     (folder / "generations" / "statistics.json").write_bytes(content)
     text = Page(write_report([folder], tmp_path / "out")).text
-    assert "statistics.json cannot be read" in text
+    assert re.search("statistics.json (is|must|cannot be read)", text)
     assert "chosen answers fell by" in text
     assert main([str(folder), str(make_run(tmp_path / "b", pairs=3)), "--output", str(tmp_path / "both")]) == 0
 
@@ -302,7 +303,7 @@ def test_broken_lines_of_answers_are_counted_and_the_others_shown(tmp_path, undr
     path.unlink()
     text = Page(write_report([folder], tmp_path / "out")).text
     assert "side_by_side.jsonl is missing" in text
-    assert "it shows in dpo greedy" in text
+    assert "It occurs in dpo greedy" in text
 
 
 def test_every_turn_of_a_conversation_is_shown(tmp_path, undrawn):
@@ -338,13 +339,13 @@ def test_texts_differ_by_the_share_of_what_only_one_of_them_has():
 
 
 def as_adaptive(folder: Path, lambdas=(1.0, 0.6, 1.0), recipe=True, **settings) -> Path:
-    """A run whose controller moved lambda to these values at the evaluations."""
+    """A run whose controller set lambda to these values at the evaluations."""
     path = folder / "dpo" / "trainer_state.json"
     state = json.loads(path.read_text())
     for entry, value in zip((e for e in state["log_history"] if "eval_loss" in e), lambdas, strict=True):
         entry["eval_shift/lambda"] = value
-    told = {"lambda_min": 0.25, "lambda_max": 1.0, "target": 0.0, "metric": "displacement/chosen"}
-    state["stateful_callbacks"] = {"AdaptiveLambdaCallback": {"args": told}}
+    settings_of_controller = {"lambda_min": 0.25, "lambda_max": 1.0, "target": 0.0, "metric": "displacement/chosen"}
+    state["stateful_callbacks"] = {"AdaptiveLambdaCallback": {"args": settings_of_controller}}
     path.write_text(json.dumps(state))
     values = {"lambda_schedule": "adaptive", "lambda_min": 0.25, **settings}
     (folder / "recipe.yaml").write_text(json.dumps({"dpo": values}))
@@ -363,10 +364,10 @@ def test_an_adaptive_run_is_named_by_its_bounds_and_target_and_is_not_dpo(recipe
     assert "this is DPO" not in run.verdict
 
 
-def test_an_adaptive_run_of_another_target_says_so_and_draws_it(tmp_path, monkeypatch):
+def test_the_target_of_an_adaptive_run_is_named_and_drawn(tmp_path, monkeypatch):
     drawn = {}
-    draw = figures._draw
-    monkeypatch.setattr(figures, "_draw", lambda name, *rest: drawn.setdefault(name, draw(name, *rest)))
+    draw = figures.draw
+    monkeypatch.setattr(figures, "draw", lambda name, *rest: drawn.setdefault(name, draw(name, *rest)))
     folder = as_adaptive(make_run(tmp_path / "run", pairs=5), lambda_target=-2.5)
     text = Page(write_report([folder], tmp_path / "out")).text
     assert "DPO-Shift report: λ adaptive 0.25 to 1, target -2.5." in text
@@ -375,7 +376,7 @@ def test_an_adaptive_run_of_another_target_says_so_and_draws_it(tmp_path, monkey
     assert read_run(share).lambda_text == "λ adaptive 0.25 to 1, target share 0.5"
 
 
-def test_knots_that_lead_away_and_back_are_named_with_what_lies_between(tmp_path):
+def test_knots_that_return_to_their_start_are_named_with_the_value_between(tmp_path):
     run = read_run(as_adaptive(make_run(tmp_path / "run", pairs=5), lambda_schedule=[[0, 1], [0.5, 0.6], [1, 1]]))
     assert run.plan.adaptive  # the controller's state is what ran
     path = run.folder / "dpo" / "trainer_state.json"
@@ -395,15 +396,34 @@ def test_knots_that_lead_away_and_back_are_named_with_what_lies_between(tmp_path
         "dpo: {lambda_schedule: [[0]]}", "dpo: {shift_lambda: [1]}", "dpo:",
     ],
 )  # fmt: skip
-def test_a_recipe_of_another_shape_leaves_lambda_to_the_log(recipe, tmp_path):
+def test_without_a_valid_recipe_lambda_is_read_from_the_log(recipe, tmp_path):
     folder = make_run(tmp_path / "run", 0.8, pairs=3)
     (folder / "recipe.yaml").write_text(recipe)
     assert read_run(folder).lambda_text == "λ 0.8"
 
 
-def test_the_density_is_that_of_scipy():
-    values, grid = np.random.default_rng(0).normal(2, 3, 50), np.linspace(-9, 12, 40)
-    assert figures.kernel_density(values, grid) == pytest.approx(gaussian_kde(values)(grid), rel=1e-9)
+def test_the_density_is_the_mean_of_gaussians_of_scott_s_width(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(figures, "draw", lambda name, title, alt, figure: drawn.append(figure))
+    values = np.random.default_rng(0).normal(2, 3, 50)
+    figures.density("x", "t", "x", np.append(values, math.nan))
+    grid, heights = drawn[0].axes[0].lines[0].get_data()
+    width = values.std(ddof=1) * 50**-0.2
+    expected = [np.exp(-0.5 * ((x - values) / width) ** 2).mean() / (width * math.sqrt(2 * math.pi)) for x in grid]
+    assert heights == pytest.approx(expected, rel=1e-9)
+    assert len(grid) == 300
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    "values", [[2.0], [0.0] * 20, [0.1 + 0.2, 0.3] * 10, [1.0, 2.0, 3.0, 4.0]], ids=["one", "zero", "rounding", "few"]
+)
+def test_values_that_have_no_density_are_drawn_as_strokes(values, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(figures, "draw", lambda name, title, alt, figure: drawn.append(figure))
+    figures.density("x", "t", "x", np.array(values))
+    assert drawn[0].axes[0].get_ylabel() == "One stroke per pair"
+    assert len(drawn[0].axes[0].collections[0].get_segments()) == len(values)
 
 
 def luminance(color):
@@ -424,16 +444,16 @@ def test_every_text_color_has_a_contrast_of_4_5_on_page_and_card(dark, one):
             assert (light + 0.05) / (dim + 0.05) >= 4.5, (name, background)
 
 
-def test_no_color_of_a_drawing_is_left_fixed_on_the_page(one):
+def test_every_color_of_a_drawing_is_a_variable_on_the_page(one):
     body = one.read_text(encoding="utf-8").split("</style>")[1]
-    assert set(re.findall(r"#[0-9a-f]{6}\b", body)) <= set()
+    assert re.findall(r"#[0-9a-f]{6}\b", body) == []
 
 
 def test_several_runs_are_compared_with_a_recommendation_and_its_rule(several):
     page = Page(several)
-    assert "low $\\frac: of 3 runs whose accuracy is not surely below dpo's" in page.text
-    assert "One seed and one evaluation set" in page.text
-    assert "it keeps at least half of the reference's margin" in page.text
+    assert "low $\\frac: of the 3 runs whose accuracy is not significantly below that of dpo" in page.text
+    assert "one seed and one evaluation set" in page.text
+    assert "if it keeps at least half of DPO's margin" in page.text
     rows = re.findall(r'<th scope="row" data-value="([^"]*)"', several.read_text(encoding="utf-8"))
     assert rows == ["low $\\frac", "mild", "dpo"]
     sorts = [attributes["aria-sort"] for tag, attributes in page.tags if "aria-sort" in attributes]
@@ -446,7 +466,7 @@ def test_several_runs_are_compared_with_a_recommendation_and_its_rule(several):
 def test_without_a_run_at_lambda_1_there_is_no_recommendation(tmp_path, undrawn):
     folders = [make_run(tmp_path / "a", 0.9), make_run(tmp_path / "b" / "a", 0.8)]
     page = Page(write_report(folders, tmp_path / "out"))
-    assert "no DPO to compare with" in page.text
+    assert "no DPO run to compare with" in page.text
     assert "b/a" in page.text
 
 
@@ -454,21 +474,21 @@ def test_without_a_run_at_lambda_1_there_is_no_recommendation(tmp_path, undrawn)
     ("gone", "says"),
     [
         pytest.param(["audit.json"], "There is no record of a row audit", id="audit"),
-        pytest.param(["eval_rows.parquet"], "The text of this row is not in the run folder", id="rows"),
+        pytest.param(["eval_rows.parquet"], "does not contain the text of this row", id="rows"),
         pytest.param(["recipe.yaml"], "recipe.yaml is missing", id="recipe"),
         pytest.param(["sft"], "There is no SFT stage", id="sft"),
         pytest.param(["dpo"], "There is no DPO stage", id="dpo"),
-        pytest.param(["dpo/pairs"], "No scores of pairs are saved", id="pairs"),
-        pytest.param(["dpo/finished.json"], "not recorded: no finished.json in dpo/", id="finished"),
+        pytest.param(["dpo/pairs"], "There are no scores of pairs", id="pairs"),
+        pytest.param(["dpo/finished.json"], "not recorded: no readable finished.json in dpo/", id="finished"),
         pytest.param(["dpo/trainer_state.json"], "dpo: no trainer_state.json can be read", id="state"),
         pytest.param(
             ["audit.json", "recipe.yaml", "sft", "dpo/pairs", "dpo/trainer_state.json", "dpo/finished.json"],
-            "Whether the chosen answers fell cannot be said",
+            "There is no verdict",
             id="nearly-all",
         ),
     ],
 )
-def test_what_is_missing_is_said_and_the_rest_is_shown(tmp_path, gone, says, undrawn):
+def test_a_missing_file_is_noted_and_the_rest_is_shown(tmp_path, gone, says, undrawn):
     folder = make_run(tmp_path / "run", pairs=3, steps=(0, 20))
     for name in gone:
         shutil.rmtree(folder / name) if (folder / name).is_dir() else (folder / name).unlink()
@@ -477,26 +497,62 @@ def test_what_is_missing_is_said_and_the_rest_is_shown(tmp_path, gone, says, und
 
 @pytest.mark.parametrize(
     "name",
-    ["audit.json", "eval_rows.parquet", "recipe.yaml", "dpo/trainer_state.json", "dpo/pairs/eval-000020.parquet"],
+    [
+        "audit.json",
+        "eval_rows.parquet",
+        "recipe.yaml",
+        "sft/finished.json",
+        "dpo/finished.json",
+        "dpo/trainer_state.json",
+        "dpo/pairs/eval-000020.parquet",
+    ],
 )
-@pytest.mark.parametrize("content", [b"", b"\xff\xfe{", b"[1, {}]"], ids=["empty", "binary", "other"])
-def test_a_broken_file_is_as_good_as_none(tmp_path, name, content, undrawn):
+@pytest.mark.parametrize(
+    "content", [b"", b"\xff\xfe{", b"[1, {}]", b"{", None], ids=["empty", "binary", "list", "cut", "directory"]
+)
+def test_a_broken_file_is_noted_and_the_rest_is_shown(tmp_path, name, content, undrawn, capsys):
     folder = make_run(tmp_path / "run", pairs=3, steps=(0, 20))
-    (folder / name).write_bytes(content)
+    (folder / name).unlink()
+    (folder / name).mkdir() if content is None else (folder / name).write_bytes(content)
     assert main([str(folder)]) == 0
+    assert capsys.readouterr().err == ""
+    text = Page(folder / "report" / "report.html").text
+    assert re.search(rf"{Path(name).name} (is |must |cannot be read)|no {Path(name).name} can be read", text)
+    assert "48 of 50 rows kept." in text or name == "audit.json"
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "recipe.yaml is empty"),
+        (b"- a", "recipe.yaml must contain a mapping, got list"),
+        (b"\xff", "recipe.yaml is not UTF-8 text"),
+        (b"\0", "recipe.yaml is not valid YAML: unacceptable character"),
+        (None, "recipe.yaml must be a file, got a directory"),
+        (b"dpo: text", "recipe.yaml has no valid settings of lambda"),
+    ],
+    ids=["empty", "list", "encoding", "binary", "directory", "section"],
+)
+def test_the_note_of_a_broken_recipe_says_what_is_wrong(tmp_path, content, reason):
+    folder = make_run(tmp_path / "run", 0.8, pairs=3, steps=(0, 20))
+    (folder / "recipe.yaml").unlink()
+    (folder / "recipe.yaml").mkdir() if content is None else (folder / "recipe.yaml").write_bytes(content)
+    run = read_run(folder)
+    assert [note for note in run.notes if note.startswith(reason)]
+    assert run.lambda_text == "λ 0.8"
 
 
 @pytest.mark.parametrize(
     "audit",
     [{"train": None}, {"train": {"findings": {"empty": 3}}}, {"train": {"rows": None, "kept": None, "findings": {}}}],
 )
-def test_an_audit_of_another_shape_does_not_stop_it(tmp_path, audit, undrawn):
+def test_an_audit_with_other_content_raises_no_error(tmp_path, audit, undrawn):
     folder = make_run(tmp_path / "run", pairs=3, steps=(0, 20))
     (folder / "audit.json").write_text(json.dumps(audit))
     assert main([str(folder)]) == 0
 
 
-def test_numbers_that_are_none_leave_gaps_and_a_note(tmp_path, undrawn):
+def test_scores_that_are_not_numbers_are_left_out_and_noted(tmp_path, undrawn):
     folder = make_run(tmp_path / "run", pairs=6, steps=(0, 20))
     path = folder / "dpo" / "pairs" / "eval-000020.parquet"
     table = pq.read_table(path).to_pydict()
@@ -512,7 +568,7 @@ def test_numbers_that_are_none_leave_gaps_and_a_note(tmp_path, undrawn):
 @pytest.mark.filterwarnings("error")
 def test_one_pair_is_drawn_without_a_density(tmp_path):
     page = write_report([make_run(tmp_path / "run", pairs=1, steps=(0,))], tmp_path / "out")
-    assert "One stroke a pair" in page.read_text(encoding="utf-8")
+    assert "One stroke per pair" in page.read_text(encoding="utf-8")
 
 
 def test_an_interrupted_run_is_read_from_its_newest_checkpoint(tmp_path, undrawn):
@@ -521,7 +577,7 @@ def test_an_interrupted_run_is_read_from_its_newest_checkpoint(tmp_path, undrawn
         (folder / "dpo" / f"checkpoint-{step}").mkdir()
         shutil.copy(folder / "dpo" / "trainer_state.json", folder / "dpo" / f"checkpoint-{step}")
     (folder / "dpo" / "trainer_state.json").unlink()
-    assert "the log is that of checkpoint-10" in Page(write_report([folder], folder / "report")).text
+    assert "the log is from checkpoint-10" in Page(write_report([folder], folder / "report")).text
 
 
 def test_the_output_folder_of_a_plain_trainer_is_a_run(tmp_path, undrawn):
@@ -560,7 +616,7 @@ def test_the_same_run_gives_the_same_files(tmp_path):
     assert sums[0] == sums[1]
 
 
-def test_our_own_report_is_written_anew_and_others_are_left_alone(tmp_path, capsys, undrawn):
+def test_an_earlier_report_is_replaced_and_other_files_are_kept(tmp_path, capsys, undrawn):
     folder = make_run(tmp_path / "run", pairs=3, steps=(0, 20))
     assert main([str(folder)]) == main([str(folder)]) == 0
     foreign = tmp_path / "foreign"
@@ -570,7 +626,7 @@ def test_our_own_report_is_written_anew_and_others_are_left_alone(tmp_path, caps
     assert main([str(folder), "--output", str(foreign)]) == 2
     assert (
         capsys.readouterr().err
-        == f"{foreign} holds other files (report.html) and no report of ours. Choose a new folder.\n"
+        == f"{foreign} contains other files (report.html) and no report. Choose a new folder.\n"
     )
     assert (foreign / "report.html").read_text() == "<p>mine</p>"
     assert main([str(folder), "--output", str(folder)]) == 2
@@ -578,12 +634,12 @@ def test_our_own_report_is_written_anew_and_others_are_left_alone(tmp_path, caps
     assert "is a file" in capsys.readouterr().err
 
 
-def test_a_folder_that_holds_no_run_is_a_mistake_in_one_line(tmp_path, capsys):
+def test_a_folder_without_a_run_is_refused_in_one_line(tmp_path, capsys):
     assert main([str(tmp_path / "none")]) == 2
-    assert "is no folder" in capsys.readouterr().err
+    assert "is not a folder" in capsys.readouterr().err
     assert main([str(tmp_path)]) == 2
     error = capsys.readouterr().err
-    assert f"{tmp_path} holds no run" in error
+    assert f"{tmp_path} contains no run" in error
     assert error.count("\n") == 1
     assert not list(tmp_path.iterdir())
     with pytest.raises(ReportError, match="at least one run"):
@@ -602,7 +658,7 @@ def test_the_pareto_front_is_what_no_other_run_beats():
     assert pareto_front(points) == [False, True, True, False, True, False, True]
 
 
-def test_labels_are_pushed_apart_and_stay_on_the_figure():
+def test_labels_are_moved_apart_and_stay_on_the_figure():
     assert spread([0.2, 0.8], 0.1) == [0.2, 0.8]
     assert spread([0.5, 0.5, 0.5], 0.1) == pytest.approx([0.5, 0.6, 0.7])
     assert spread([0.95, 0.99], 0.1) == pytest.approx([0.9, 1.0])
@@ -628,8 +684,8 @@ def test_a_figure_without_numbers_is_none():
 
 def browse(page: Path, width: int, tmp_path: Path, script="", *flags: str) -> tuple[str, str]:
     """
-    The page in a frame of a width, since a headless window is never narrower than 500: what `script` says, and what
-    the console says. `page` is the frame's document there.
+    Open the page in a frame, since a headless window is at least 500 pixels wide. Returns what `script` returns, in
+    which `page` is the document of the frame, and the output of the console.
     """
     frame = tmp_path / "frame.html"
     frame.write_text(

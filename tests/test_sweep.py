@@ -1,4 +1,4 @@
-"""The sweep: what is planned in this process, what is run with a stand-in or the real command, and real signals."""
+"""The sweep: its plan, its runs with a stand-in and with the real command, and real signals."""
 
 import json
 import os
@@ -21,9 +21,13 @@ from ruamel.yaml import YAML
 from safetensors.torch import load_file
 from wandb.sdk.launch.sweeps import utils as wandb_sweeps
 
-from dposhift_trl import run, sweep
+from dposhift_trl import run
 from dposhift_trl.recipe import load_recipe
-from dposhift_trl.sweep import last_error, main, plan, split_values
+from dposhift_trl.report import ReportError
+from dposhift_trl.sweep import launch, session
+from dposhift_trl.sweep.__main__ import main
+from dposhift_trl.sweep.launch import last_error
+from dposhift_trl.sweep.plan import plan, split_values
 
 
 ROOT = Path(__file__).parent.parent
@@ -36,7 +40,7 @@ STAGE = {
 LAMBDAS = "dpo.shift_lambda=1.0,0.5"
 LORA = ["model.use_peft=true", "model.lora_target_modules=[c_attn]"]
 
-# Stands for `accelerate launch -m dposhift_trl.run RECIPE` in the processes that a sweep starts
+# Replaces `accelerate launch -m dposhift_trl.run RECIPE` in the processes that a sweep starts
 STAND_IN = """
     import json, os, signal, sys, time
     from pathlib import Path
@@ -63,7 +67,7 @@ STAND_IN = """
 
 @pytest.fixture
 def recipe(tmp_path, tiny_model):
-    """A recipe of both stages on a tiny model, a second long each."""
+    """A recipe of both stages on a tiny model, one second per stage."""
     make_rows(16).to_json(tmp_path / "rows.jsonl")
     values = {
         "output_dir": str(tmp_path / "sweep"),
@@ -79,7 +83,7 @@ def recipe(tmp_path, tiny_model):
 
 @pytest.fixture
 def stand_in(tmp_path, monkeypatch):
-    """The folder from which child processes take the stand-in."""
+    """The folder from which child processes import the stand-in."""
     folder = tmp_path / "stand_in" / "accelerate" / "commands"
     folder.mkdir(parents=True)
     for package in (folder, folder.parent):
@@ -91,7 +95,7 @@ def stand_in(tmp_path, monkeypatch):
 
 @pytest.fixture
 def compared(monkeypatch):
-    """What the report was asked to compare."""
+    """The calls of `write_report`, which is replaced."""
     asked = []
 
     def write_report(folders, destination):
@@ -104,7 +108,7 @@ def compared(monkeypatch):
 
 @pytest.fixture
 def here(capfd):
-    """Run the command in this process; returns what it printed."""
+    """Run the command in this process and return its output."""
 
     def run_here(*arguments, code=0):
         capfd.readouterr()
@@ -138,11 +142,11 @@ def calls(folder):
         ("", [""]),
     ],
 )
-def test_values_are_cut_at_commas_outside_brackets_and_quotes(text, values):
+def test_values_are_split_at_commas_outside_brackets_and_quotes(text, values):
     assert split_values(text) == values
 
 
-def test_points_are_all_combinations_each_run_once_and_named_by_what_has_an_effect(recipe):
+def test_points_are_the_combinations_with_different_effects_and_named_by_them(recipe):
     planned = plan(
         str(recipe),
         ["dpo.shift_lambda=1.0,0.95", "dpo.lambda_schedule=fixed,linear_decrease,decrease_linear", "dpo.beta=0.1,0.3"],
@@ -151,12 +155,49 @@ def test_points_are_all_combinations_each_run_once_and_named_by_what_has_an_effe
         "fixed-1.0_beta-0.1", "fixed-1.0_beta-0.3", "linear_decrease-1.0-0.5_beta-0.1",
         "linear_decrease-1.0-0.5_beta-0.3", "fixed-0.95_beta-0.1", "fixed-0.95_beta-0.3",
     ]  # fmt: skip
-    assert planned.repeated == 6
+    assert planned.duplicates == 6
 
 
 def test_a_constant_schedule_is_the_fixed_one(recipe):
     overrides = ["dpo.lambda_schedule=fixed,linear_increase,[[0, 1.0], [1, 1.0]]", "dpo.shift_lambda=1.0"]
     assert names(recipe, *overrides, "dpo.lambda_min=1.0") == ["fixed-1.0"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "points"),
+    [
+        (["dpo.lambda_target=0,-0.5,-1"], ["fixed-0.75"]),
+        (["dpo.lambda_target_metric=displacement/chosen,displacement/chosen_fell"], ["fixed-0.75"]),
+        (["dpo.lambda_min=0.5,0.9", "dpo.lambda_max=1.0,0.95"], ["fixed-0.75"]),
+        (["dpo.allow_lambda_above_one=true,false"], ["fixed-0.75"]),
+        (["dpo.lambda_schedule=linear_increase", "dpo.shift_lambda=1.0,0.5"], ["linear_increase-0.5-1.0"]),
+        (["dpo.lambda_schedule=adaptive", "dpo.shift_lambda=1.0,0.5"], ["adaptive-0.5-1.0-chosen-0.0"]),
+        (["dpo.lambda_schedule=[[0, 1.0], [1, 0.5]]", "dpo.lambda_min=0.5,0.9"], ["linear_decrease-1.0-0.5"]),
+        (["dpo.lambda_schedule=[[0, 1.0], [1, 0.5]],linear_decrease"], ["linear_decrease-1.0-0.5"]),
+        (["dpo.lambda_schedule=fixed,adaptive", "dpo.shift_lambda=1", "dpo.lambda_min=1"], ["fixed-1.0"]),
+    ],
+    ids=["target", "metric", "bounds", "permission", "linear", "adaptive", "knots", "knots-or-name", "no-room"],
+)  # fmt: skip
+def test_values_without_effect_make_no_point(overrides, points, recipe):
+    assert names(recipe, *overrides) == points
+
+
+def test_adaptive_points_are_told_apart_by_bounds_target_and_metric(recipe):
+    targets = ["dpo.lambda_target=0,0.5", "dpo.lambda_target_metric=displacement/chosen,displacement/chosen_fell"]
+    planned = plan(str(recipe), ["dpo.lambda_schedule=adaptive", "dpo.lambda_min=0.5,0.25", *targets])
+    assert [point.name for point in planned.points] == [
+        f"adaptive-{low}-1.0-{metric}-{target}"
+        for low in (0.5, 0.25) for target in (0.0, 0.5) for metric in ("chosen", "chosen_fell")
+    ]  # fmt: skip
+    lambdas = {key for key in planned.points[0].values["dpo"] if "lambda" in key}
+    assert lambdas == {"lambda_schedule", "lambda_min", "lambda_max", "lambda_target", "lambda_target_metric"}
+
+
+def test_a_point_above_one_keeps_the_permission_for_it(recipe):
+    above, below = plan(str(recipe), ["dpo.shift_lambda=1.05,0.95", "dpo.allow_lambda_above_one=true"]).points
+    assert (above.name, below.name) == ("fixed-1.05", "fixed-0.95")
+    assert above.values["dpo"]["allow_lambda_above_one"] is True
+    assert "allow_lambda_above_one" not in below.values["dpo"]
 
 
 def test_one_value_applies_to_every_point_and_no_value_makes_one_point(recipe):
@@ -177,7 +218,7 @@ def test_names_are_short_safe_and_do_not_depend_on_the_other_points(recipe):
     assert len(names(recipe, f"dpo.lambda_schedule=[{many}]")[0]) < 80
 
 
-def test_a_point_starts_from_the_one_stage_1_and_its_recipe_is_one_of_its_own(recipe, tmp_path):
+def test_a_point_starts_from_stage_1_and_has_a_recipe_that_runs_alone(recipe, tmp_path):
     planned = plan(str(recipe), ["dpo.lambda_schedule=fixed,linear_decrease", LAMBDAS])
     assert planned.folder == tmp_path / "sweep"
     assert "dpo" not in planned.base.values
@@ -188,7 +229,7 @@ def test_a_point_starts_from_the_one_stage_1_and_its_recipe_is_one_of_its_own(re
         point.file.parent.mkdir(exist_ok=True, parents=True)
         YAML(typ="safe").dump(point.values, point.file)
         assert load_recipe(str(point.file)).resolved == point.values
-    # What has no effect stands in no point's recipe, so that the folder of a point fits every sweep that holds it
+    # A point's recipe has no setting of lambda without effect, so its folder fits every sweep that contains it
     fixed, decrease = planned.points[0].values["dpo"], planned.points[-1].values["dpo"]
     assert {key for key in fixed if "lambda" in key} == {"lambda_schedule", "shift_lambda"}
     assert {key for key in decrease if "lambda" in key} == {"lambda_schedule", "lambda_min", "lambda_max"}
@@ -203,38 +244,38 @@ def test_without_stage_1_anything_may_vary(recipe, tiny_model):
     assert planned.points[0].values["model"]["model_name_or_path"] == tiny_model
 
 
-def test_where_seeds_vary_stage_1_keeps_the_recipe_s_own():
+def test_if_seeds_vary_stage_1_keeps_the_seed_of_the_recipe():
     planned = plan(str(ROOT / "recipes" / "tiny_sweep.yaml"), ["seed=7,8"])
     assert planned.base.values["seed"] == 1
     assert [point.values["seed"] for point in planned.points] == [7, 8]
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["dpo.shift_lambda=1.0,1.5,0.5"], "`shift_lambda` must not exceed 1, got 1.5."),
         (["dpo.lerning_rate=1,2"], "unknown key `dpo.lerning_rate`. Did you mean `learning_rate`?"),
-        (["dpo.beta=0.1,,0.2"], "holds an empty value between its commas."),
+        (["dpo.beta=0.1,,0.2"], "has an empty value. Remove a comma or write `null`."),
         (["dpo.beta=0.1", "dpo.beta=0.2"], "`dpo.beta` is given twice."),
         (["dpo.beta"], "must have the form key=value"),
-        (["sft.max_steps=1,2"], "`sft.max_steps` must have one value in a sweep with a section `sft`"),
+        (["sft.max_steps=1,2"], "`sft.max_steps` must have one value in a sweep with an `sft` section"),
         (["output_dir=a,b"], "`output_dir` must have one value in a sweep."),
-        (["seed=1,2"], "`seed` must have one value where `data.eval_size` holds rows out by it"),
+        (["seed=1,2"], "`seed` must have one value if `data.eval_size` is set"),
         (["dpo=null"], "`dpo` is missing."),
         (["dpo.lambda_schedule=[[0, 1.0]"], "is not valid YAML"),
     ],
     ids=["range", "key", "empty", "twice", "form", "stage", "folder", "seed", "dpo", "yaml"],
 )
 def test_a_mistake_in_any_point_is_one_line_and_exit_code_2_before_anything_is_written(
-    arguments, said, recipe, tmp_path, here
+    arguments, message, recipe, tmp_path, here
 ):
     done = here(recipe, *arguments, code=2)
-    assert said in done.err
+    assert message in done.err
     assert len(done.err.strip().splitlines()) == 1
     assert not (tmp_path / "sweep").exists()
 
 
-def test_mistakes_of_several_points_are_a_line_each(recipe, here):
+def test_every_mistake_is_one_line(recipe, here):
     done = here(recipe, "dpo.shift_lambda=1.5,0.5,0", "dpo.beta=0.1,0.2", code=2)
     assert len(done.err.strip().splitlines()) == 2
 
@@ -246,9 +287,18 @@ def test_under_a_launcher_it_says_where_the_options_go(recipe, here, monkeypatch
 
 def test_a_dry_run_prints_the_points_and_writes_nothing(recipe, tmp_path, here):
     done = here(recipe, "dpo.lambda_schedule=fixed,cosine_decrease", LAMBDAS, "--dry-run")
-    assert "3 points, from one stage 1; 1 more combinations are the same runs and left out" in done.out
+    assert "3 points from one stage 1; 1 combination with the same effect left out" in done.out
     assert "cosine_decrease-1.0-0.5: lambda 1, 0.75, 0.5 (start, middle, end), steps: 3" in done.out
     assert not (tmp_path / "sweep").exists()
+
+
+def test_a_dry_run_describes_every_type_of_schedule(recipe, here):
+    done = here(recipe, "dpo.lambda_schedule=fixed,adaptive,[[0, 1.0], [0.5, 0.6], [1, 1.0]]", "--dry-run")
+    assert [line.split(": ", 1)[1] for line in done.out.splitlines()[1:]] == [
+        "lambda 0.75, 0.75, 0.75 (start, middle, end), steps: 3",
+        "lambda adaptive 0.5 to 1, target 0, steps: 3",
+        "lambda 1, 0.6, 1 (start, middle, end), steps: 3",
+    ]
 
 
 def sweep_commands():
@@ -262,7 +312,7 @@ def test_every_sweep_command_that_is_printed_is_valid(line, here, monkeypatch):
     monkeypatch.chdir(ROOT)
     words = shlex.split(line)
     assert words[:3] == ["python", "-m", "dposhift_trl.sweep"]
-    assert " points, from one stage 1" in here("--dry-run", *words[3:]).out
+    assert " points from one stage 1" in here("--dry-run", *words[3:]).out
 
 
 # What is run, with the stand-in
@@ -286,6 +336,29 @@ def test_stage_1_runs_once_then_every_point_and_again_nothing(recipe, tmp_path, 
     assert again.out.count("finished before, skipped") == 3
 
 
+def test_every_type_of_schedule_is_in_the_table(recipe, here, stand_in, compared):
+    done = here(recipe, "sft=null", "dpo.lambda_schedule=fixed,adaptive,[[0, 1.0], [0.5, 0.6], [1, 1.0]]")
+    table = done.out[done.out.index("point ") :].splitlines()
+    lambdas = dict(re.split(r"  +", line)[:2] for line in table[1:4])
+    assert lambdas == {
+        "fixed-0.75": "0.75",
+        "adaptive-0.5-1.0-chosen-0.0": "adaptive 0.5 to 1, target 0",
+        "knots-0.0-1.0-0.5-0.6-1.0-1.0": "1 -> 0.6 -> 1",
+    }
+
+
+def test_a_saved_recipe_without_the_lambda_fields_has_their_defaults_in_the_table(
+    recipe, tmp_path, here, stand_in, compared
+):
+    here(recipe, LAMBDAS, "sft=null")
+    path = tmp_path / "sweep" / "fixed-1.0" / "recipe.yaml"
+    values = YAML(typ="safe").load(path)
+    path.write_text(json.dumps({**values, "dpo": {}}))
+    table = here(recipe, "dpo.shift_lambda=0.5", "sft=null").out
+    assert re.search(r"^fixed-1.0 +0.95 ", table, re.MULTILINE)
+    assert re.search(r"^fixed-0.5 +0.5 ", table, re.MULTILINE)
+
+
 def test_a_point_that_fails_does_not_stop_the_rest_and_is_tried_again(
     recipe, tmp_path, here, stand_in, compared, monkeypatch
 ):
@@ -293,7 +366,7 @@ def test_a_point_that_fails_does_not_stop_the_rest_and_is_tried_again(
     done = here(recipe, LAMBDAS, code=1)
     log = tmp_path / "sweep" / "fixed-1.0.log"
     assert re.search(rf"\[1/2\] fixed-1.0: failed after \d+ s: `data.path` 'x' cannot be read \({log}\)\n", done.err)
-    assert "Failed: fixed-1.0. The same command tries them again." in done.err
+    assert "Failed: fixed-1.0. Run the same command again to retry." in done.err
     assert "Traceback" not in done.err
     assert "[2/2] fixed-0.5: done" in done.out
     assert compared[-1][0] == ["fixed-0.5"]
@@ -303,13 +376,50 @@ def test_a_point_that_fails_does_not_stop_the_rest_and_is_tried_again(
     assert compared[-1][0] == ["fixed-0.5", "fixed-1.0"]
 
 
+BROKEN = {
+    "empty": b"", "list": b"[1]", "binary": b"\0\1\xfe", "not UTF-8": b"\xe4", "cut": b'{"metrics": {',
+    "text": b"done", "other": b'{"dpo": 3, "metrics": 3}', "directory": None,
+}  # fmt: skip
+
+
+def break_file(path: Path, content: bytes | None) -> None:
+    path.unlink()
+    path.mkdir() if content is None else path.write_bytes(content)
+
+
+@pytest.mark.parametrize("content", BROKEN.values(), ids=BROKEN)
+@pytest.mark.parametrize("name", ["recipe.yaml", "dpo/finished.json"])
+def test_a_point_whose_files_are_broken_hides_no_other(name, content, recipe, tmp_path, here, stand_in, compared):
+    here(recipe, "sft=null", "dpo.shift_lambda=1.0,0.75,0.5")
+    break_file(tmp_path / "sweep" / "fixed-0.75" / name, content)
+    done = here(recipe, "sft=null", LAMBDAS, code=0 if (name, content) == ("dpo/finished.json", None) else 1)
+    assert re.search(r"^fixed-0.5 +0.5 .*\nfixed-1.0 +1 ", done.out, re.MULTILINE)
+    assert "fixed-0.5" in compared[-1][0]
+    assert "Traceback" not in done.err
+    if done.err:
+        (line,) = done.err.strip().splitlines()
+        assert line.startswith(f"fixed-0.75 is not in the table: {tmp_path / 'sweep' / 'fixed-0.75' / name} ")
+
+
+@pytest.mark.parametrize("content", BROKEN.values(), ids=BROKEN)
+def test_a_broken_recipe_in_the_folder_of_a_point_is_left_to_its_run(
+    content, recipe, tmp_path, here, stand_in, compared
+):
+    here(recipe, "sft=null", LAMBDAS)
+    break_file(tmp_path / "sweep" / "fixed-1.0" / "recipe.yaml", content)
+    done = here(recipe, "sft=null", LAMBDAS, code=0 if content is not None else 1)
+    ran = [name for name, _, _ in calls(tmp_path / "sweep")]
+    assert ran == ["fixed-1.0", "fixed-0.5", "fixed-1.0"]  # the stand-in replaces it where the run would refuse
+    assert "[2/2] fixed-0.5: finished before, skipped" in done.out
+
+
 def test_without_stage_1_no_point_runs(recipe, tmp_path, here, stand_in, monkeypatch):
     monkeypatch.setenv("STAND_IN_FAILS", "base")
     assert "no point could run" in here(recipe, LAMBDAS, code=1).err
     assert [name for name, _, _ in calls(tmp_path / "sweep")] == ["base"]
 
 
-def test_a_folder_of_another_recipe_is_handed_to_the_run_which_refuses_it(recipe, tmp_path, here, stand_in, compared):
+def test_a_folder_of_another_recipe_is_left_to_the_run_which_refuses_it(recipe, tmp_path, here, stand_in, compared):
     here(recipe, LAMBDAS)
     here(recipe, LAMBDAS, "sft.max_steps=9")
     assert [name for name, _, _ in calls(tmp_path / "sweep")] == ["base", "fixed-1.0", "fixed-0.5", "base"]
@@ -317,14 +427,14 @@ def test_a_folder_of_another_recipe_is_handed_to_the_run_which_refuses_it(recipe
 
 def test_a_report_that_cannot_be_written_is_one_line(recipe, here, stand_in, monkeypatch):
     def write_report(folders, destination):
-        raise ValueError("nothing to compare")
+        raise ReportError("nothing to compare")
 
     monkeypatch.setitem(sys.modules, "dposhift_trl.report.page", types.SimpleNamespace(write_report=write_report))
-    assert here(recipe, LAMBDAS, code=1).err.strip() == "No comparison was written: nothing to compare"
+    assert here(recipe, LAMBDAS, code=1).err.strip() == "The comparison was not written: nothing to compare"
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_the_run_under_way_and_the_same_command_goes_on(
+def test_a_signal_ends_the_current_run_and_the_same_command_continues(
     number, recipe, tmp_path, here, stand_in, compared, monkeypatch
 ):
     monkeypatch.setenv("STAND_IN_SECONDS", "30")
@@ -338,16 +448,16 @@ def test_a_signal_ends_the_run_under_way_and_the_same_command_goes_on(
     threading.Thread(target=stop).start()
     done = here(recipe, "sft=null", LAMBDAS, code=128 + number)
     assert time.monotonic() - began < 20
-    assert f"Stopped by {number.name} during fixed-1.0; the same command goes on from there." in done.err
+    assert f"Stopped by {number.name} during fixed-1.0. Run the same command again to continue." in done.err
     monkeypatch.setenv("STAND_IN_SECONDS", "0")
     here(recipe, "sft=null", LAMBDAS)
     assert [name for name, _, _ in calls(tmp_path / "sweep")] == ["fixed-1.0", "fixed-1.0", "fixed-0.5"]
 
 
-def test_a_second_signal_ends_a_run_that_does_not_stop(recipe, tmp_path, here, stand_in, monkeypatch):
+def test_a_second_signal_kills_a_run_that_does_not_stop(recipe, tmp_path, here, stand_in, monkeypatch):
     monkeypatch.setenv("STAND_IN_SECONDS", "30")
     monkeypatch.setenv("STAND_IN_IGNORES_SIGTERM", "1")
-    monkeypatch.setattr(sweep, "ECHO", 0.5)
+    monkeypatch.setattr(launch, "ECHO", 0.5)
     began = time.monotonic()
 
     def stop():
@@ -378,12 +488,12 @@ def test_a_point_that_another_command_is_running_comes_last(recipe, tmp_path, he
 
     threading.Thread(target=release).start()
     done = here(recipe, LAMBDAS)
-    assert "[1/2] fixed-1.0: under way in another command, left for later" in done.out
+    assert "[1/2] fixed-1.0: running in another command, postponed" in done.out
     assert "[1/2] fixed-1.0: waiting for another command that is running it" in done.out
     assert [name for name, _, _ in calls(tmp_path / "sweep")] == ["base", "fixed-0.5", "fixed-1.0"]
 
 
-def test_the_line_that_says_why_is_found_in_a_log():
+def test_the_reason_of_a_failure_is_found_in_a_log():
     launcher = "Traceback (most recent call last):\n  File x\nsubprocess.CalledProcessError: Command '[..]' {}\n"
     status = launcher.format("returned non-zero exit status 2.")
     assert last_error(f"train: 3 rows\nsft: cannot start\n{status}") == "sft: cannot start"
@@ -399,7 +509,7 @@ def test_the_line_that_says_why_is_found_in_a_log():
 
 
 def trial(run_id, **parameters):
-    """The words of a trial's command as W&B's agent makes them of the file."""
+    """The command of a trial as W&B's agent builds it from the file."""
     config = YAML(typ="safe").load(WANDB_SWEEP.read_text(encoding="utf-8"))
     given = {"run_id": run_id, "args": {key: {"value": value} for key, value in parameters.items()}}
     macros = wandb_sweeps.create_sweep_command_args(given)
@@ -433,13 +543,14 @@ def test_every_trial_of_the_wandb_sweep_is_one_point_of_one_sweep_folder(monkeyp
         assert [point.name for point in planned.points] == [f"fixed-{shift_lambda}_beta-{fixed['dpo.beta']}"]
 
 
-def test_two_agents_at_once_share_one_stage_1_which_is_no_trial(recipe, tmp_path, stand_in):
+def test_two_agents_share_one_stage_1_which_is_not_a_trial(recipe, tmp_path, stand_in):
     def agent(run_id, shift_lambda):
         words = trial(run_id, **{"dpo.shift_lambda": shift_lambda})
         words[3:5] = [str(recipe)]
         # The stand-in is for the processes that the sweep starts, not for the sweep
         code = (
-            "import os, sys, dposhift_trl.sweep as s; os.environ['PYTHONPATH'] = sys.argv.pop(1); sys.exit(s.main())"
+            "import os, sys; from dposhift_trl.sweep.__main__ import main; "
+            "os.environ['PYTHONPATH'] = sys.argv.pop(1); sys.exit(main())"
         )
         environment = {
             **ENVIRONMENT, "PYTHONPATH": str(ROOT), "STAND_IN_SECONDS": "2", "WANDB_RUN_ID": run_id,
@@ -464,7 +575,7 @@ def test_two_agents_at_once_share_one_stage_1_which_is_no_trial(recipe, tmp_path
 
 
 def run_here(each, *_):
-    """The real command, in this process."""
+    """Run the real command in this process."""
     each.log.touch()
     return run.main([str(each.file)])
 
@@ -473,7 +584,7 @@ def run_here(each, *_):
 def test_a_point_ends_with_the_weights_of_the_ordinary_run_of_both_stages(
     extra, recipe, tmp_path, here, monkeypatch, compared
 ):
-    monkeypatch.setattr(sweep, "_launch", run_here)
+    monkeypatch.setattr(session, "launch", run_here)
     monkeypatch.setenv("DPOSHIFT_CACHE", str(tmp_path / "cache"))
     assert run.main([str(recipe), *extra, f"output_dir={tmp_path / 'whole'}", "dpo.shift_lambda=0.5"]) == 0
     scored = {file: file.stat().st_ino for file in (tmp_path / "cache").glob("*.parquet")}
@@ -492,8 +603,7 @@ def test_a_point_ends_with_the_weights_of_the_ordinary_run_of_both_stages(
 
 
 def test_the_built_in_demo_and_its_comparison(tmp_path, here, monkeypatch):
-    pytest.importorskip("dposhift_trl.report")
-    monkeypatch.setattr(sweep, "_launch", run_here)
+    monkeypatch.setattr(session, "launch", run_here)
     small = [
         "data.max_train_rows=32",
         "data.max_eval_rows=8",
@@ -507,9 +617,7 @@ def test_the_built_in_demo_and_its_comparison(tmp_path, here, monkeypatch):
     assert [*(tmp_path / "demo" / "comparison").iterdir()]
 
 
-def test_ctrl_c_saves_the_run_under_way_and_the_same_command_finishes_it(
-    recipe, tmp_path, here, monkeypatch, compared
-):
+def test_ctrl_c_saves_the_current_run_and_the_same_command_finishes_it(recipe, tmp_path, here, monkeypatch, compared):
     values = YAML(typ="safe").load(recipe)
     del values["sft"], values["data"]["eval_size"]
     values["dpo"] |= {"max_steps": 150, "save_steps": 1000}
@@ -525,13 +633,13 @@ def test_ctrl_c_saves_the_run_under_way_and_the_same_command_finishes_it(
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGINT
-    assert "Stopped by SIGINT during fixed-1.0; the same command goes on from there." in stderr
+    assert "Stopped by SIGINT during fixed-1.0. Run the same command again to continue." in stderr
     assert "Traceback" not in stderr
     assert "SIGTERM, saved at step" in log.read_text()
     assert not (folder / "finished.json").exists()
-    monkeypatch.setattr(sweep, "_launch", run_here)
+    monkeypatch.setattr(session, "launch", run_here)
     done = here(recipe, LAMBDAS)
-    assert f"dpo: going on from {folder / 'checkpoint-'}" in done.out
+    assert f"dpo: resuming from {folder / 'checkpoint-'}" in done.out
     assert "[2/2] fixed-0.5: done in " in done.out
     state = json.loads((folder / "trainer_state.json").read_text())
     assert [entry["step"] for entry in state["log_history"] if "loss" in entry] == [*range(1, 151)]

@@ -476,7 +476,7 @@ def test_a_callback_of_the_users_own_moves_lambda(tiny_model, settings):
 
 def test_a_callback_of_the_users_own_is_refused_where_lambda_has_no_meaning(tiny_model, settings):
     args = DPOShiftConfig(**{**settings, "shift_lambda": 1.0, "loss_type": ["apo_zero"]})
-    with pytest.raises(ValueError, match="`loss_type` must be built on the difference"):
+    with pytest.raises(ValueError, match="`loss_type` must be based on the difference"):
         DPOShiftTrainer(
             tiny_model, args=args, train_dataset=ROWS, callbacks=[LambdaScheduleCallback(lambda progress: 0.9)]
         )

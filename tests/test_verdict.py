@@ -1,4 +1,4 @@
-"""The paragraph says what the figures say, and advises nothing that they do not support."""
+"""The verdict says what the metrics show, and gives no advice that they do not support."""
 
 import dataclasses
 import math
@@ -6,7 +6,9 @@ import math
 import pytest
 
 from dposhift_trl import DPOShiftConfig
-from dposhift_trl.report.verdict import Outcome, degeneration, recommend_lambda, verdict
+from dposhift_trl.report.answers import degeneration
+from dposhift_trl.report.recommendation import Outcome, recommend_lambda
+from dposhift_trl.report.verdict import verdict
 from dposhift_trl.schedules import LAMBDA_DEFAULTS, LambdaPlan
 from dposhift_trl.training.model_card import append_shift_section
 
@@ -15,7 +17,7 @@ SFT = {"displacement/chosen": 0.0, "displacement/rejected": 0.0, "rewards/margin
 
 
 def metrics(chosen=-10.0, rejected=-40.0, growth=2.0, shift_lambda=1.0, **others):
-    """A last evaluation that has learned the preference, unless told otherwise; names with `__` for the slash."""
+    """A last evaluation, by default of a run that learned the preference; names have `__` in place of the slash."""
     values = {
         "displacement/chosen": chosen,
         "displacement/rejected": rejected,
@@ -39,12 +41,12 @@ def at(shift_lambda):
     return {**SFT, "shift/lambda": shift_lambda}
 
 
-def test_it_says_how_far_chosen_fell_for_how_many_and_what_rejected_did():
+def test_it_says_how_far_and_how_often_chosen_fell_and_what_rejected_did():
     text = verdict(at(1.0), metrics())
-    assert "chosen answers fell by 10.00 nats an answer (from -30.00 to -40.00)" in text
+    assert "chosen answers fell by 10.00 nats per answer (from -30.00 to -40.00)" in text
     assert "multiplies their perplexity by 2; 90% of them became less likely" in text
-    assert "rejected answers fell by 40.00 nats (from -32.00 to -72.00)" in text
-    assert "margin 3, accuracy 0.800 (95 % interval 0.750 to 0.850)" in text
+    assert "rejected answers fell by 40.00 nats per answer (from -32.00 to -72.00)" in text
+    assert "margin 3, accuracy 0.800 (95% interval 0.750 to 0.850)" in text
 
 
 @pytest.mark.parametrize(
@@ -56,7 +58,7 @@ def test_it_says_how_far_chosen_fell_for_how_many_and_what_rejected_did():
         pytest.param(9.5, "likelihood displacement", id="huge"),
     ],
 )
-def test_a_fall_is_scaled_by_perplexity_and_not_by_nats_an_answer(growth, says):
+def test_a_fall_is_measured_by_perplexity_and_not_by_nats_per_answer(growth, says):
     for nats in (-0.5, -500.0):
         assert says in verdict(at(1.0), metrics(chosen=nats, growth=growth))
 
@@ -64,13 +66,13 @@ def test_a_fall_is_scaled_by_perplexity_and_not_by_nats_an_answer(growth, says):
 @pytest.mark.parametrize(
     ("start", "end", "says"),
     [
-        pytest.param(1.0, 1.0, "this is DPO. Try `shift_lambda: 0.95`", id="dpo"),
-        pytest.param(1.05, 1.05, "this is DPO or beyond", id="beyond"),
+        pytest.param(1.0, 1.0, "With lambda 1 this is DPO. Try `shift_lambda: 0.95`", id="dpo"),
+        pytest.param(1.05, 1.05, "Lambda 1.05 is above 1, the lambda of DPO. Try", id="above"),
         pytest.param(0.95, 0.95, "Lambda was 0.95. Try a lower one", id="below-1"),
         pytest.param(0.75, 0.75, "0.75, is already low", id="low"),
         pytest.param(0.5, 0.5, "Try a smaller learning rate", id="lowest"),
-        pytest.param(1.0, 0.85, "from 1 to 0.85. Try it fixed at 0.85", id="decrease"),
-        pytest.param(0.75, 1.0, "from 0.75 to 1. Try it fixed at 0.75", id="increase-ends-at-1-and-is-not-dpo"),
+        pytest.param(1.0, 0.85, "from 1 to 0.85. Try a fixed lambda of 0.85", id="decrease"),
+        pytest.param(0.75, 1.0, "from 0.75 to 1. Try a fixed lambda of 0.75", id="increase-ends-at-1-and-is-not-dpo"),
         pytest.param(1.0, 0.5, "already low in part", id="decrease-to-low"),
     ],
 )
@@ -79,19 +81,19 @@ def test_the_advice_depends_on_lambda(start, end, says):
 
 
 @pytest.mark.parametrize("shift_lambda", [1.0, 0.95, 0.5])
-def test_a_slight_fall_or_a_rise_asks_for_nothing(shift_lambda):
+def test_a_slight_fall_or_a_rise_needs_no_change(shift_lambda):
     slight = verdict(at(shift_lambda), metrics(chosen=-1.0, growth=1.02, shift_lambda=shift_lambda))
     risen = verdict(at(shift_lambda), metrics(chosen=4.0, growth=0.8, shift_lambda=shift_lambda))
-    assert "ask for no other lambda" in slight
-    assert "mitigates it, it does not abolish it" in slight
+    assert "no reason to change lambda" in slight
+    assert "DPO-Shift reduces it but does not prevent it" in slight
     assert "rose by 4.00 nats" in risen
-    assert "ask for no other lambda" in risen
+    assert "no reason to change lambda" in risen
     assert "Try" not in slight + risen
 
 
-def test_chosen_answers_that_stay_on_average_are_neither_risen_nor_fallen():
+def test_chosen_answers_that_stay_on_average_neither_rose_nor_fell():
     text = verdict(at(1.0), metrics(chosen=0.0, growth=1.0))
-    assert "did not move (from -30.00 to -30.00)" in text
+    assert "did not change (from -30.00 to -30.00)" in text
     assert "Try" not in text
 
 
@@ -100,7 +102,7 @@ def test_rejected_answers_that_rose_are_called_unusual():
     crossed = verdict(at(0.5), metrics(rejected=3.0, shift_lambda=0.5))
     dpo = verdict(at(1.0), metrics(chosen=3.0, growth=0.9, rejected=3.0))
     for text in (both, crossed, dpo):
-        assert "rejected answers rose by 3.00 nats" in text
+        assert "rejected answers rose by 3.00 nats per answer" in text
         assert "unusual" in text
     assert "closer to 1" in both
     for text in (crossed, dpo):
@@ -108,7 +110,7 @@ def test_rejected_answers_that_rose_are_called_unusual():
         assert "lambda" not in text
 
 
-def test_the_share_of_pairs_in_which_both_fell_is_named_where_it_is_known():
+def test_the_share_of_pairs_in_which_both_fell_is_reported_if_known():
     assert "; in 42% of the pairs both answers fell." in verdict(at(1.0), metrics(displacement__both_fell=0.42))
     assert "both answers" not in verdict(at(1.0), metrics())
 
@@ -117,14 +119,14 @@ def test_the_share_of_pairs_in_which_both_fell_is_named_where_it_is_known():
     ("others", "says"),
     [
         pytest.param({"rewards__margins": -0.2, "rewards__margins_low": -0.3}, "did not grow", id="margin-fell"),
-        pytest.param({"rewards__margins_low": -0.1}, "cannot be told from 0", id="margin-interval"),
-        pytest.param({"rewards__accuracies_low": 0.5}, "cannot be told from chance", id="accuracy-interval"),
+        pytest.param({"rewards__margins_low": -0.1}, "is not significantly above 0", id="margin-interval"),
+        pytest.param({"rewards__accuracies_low": 0.5}, "is not significantly above chance", id="accuracy-interval"),
         pytest.param({"rewards__accuracies": 0.2, "rewards__accuracies_high": 0.3}, "not swapped", id="wrong-way"),
         pytest.param({"rewards__accuracies_low": None}, "without an interval", id="no-interval"),
-        pytest.param({"rewards__margins": math.nan}, "no advice follows", id="nan-margin"),
+        pytest.param({"rewards__margins": math.nan}, "there is no advice", id="nan-margin"),
     ],
 )
-def test_where_nothing_was_learned_no_lambda_is_advised(others, says):
+def test_if_nothing_was_learned_there_is_no_advice_about_lambda(others, says):
     text = verdict(at(1.0), metrics(**others))
     assert says in text
     assert "shift_lambda" not in text
@@ -139,15 +141,15 @@ def test_where_nothing_was_learned_no_lambda_is_advised(others, says):
         pytest.param(metrics(rejected=math.inf), id="infinite"),
     ],
 )
-def test_without_figures_it_says_that_it_cannot_say(last):
-    assert "cannot be said" in verdict(SFT, last)
+def test_without_metrics_there_is_no_verdict(last):
+    assert "There is no verdict" in verdict(SFT, last)
 
 
-def test_a_policy_that_is_the_reference_is_said_to_be():
-    assert "still is the reference" in verdict(at(1.0), metrics(chosen=0.0, rejected=0.0))
+def test_a_policy_that_is_still_the_reference_is_recognized():
+    assert "still the reference" in verdict(at(1.0), metrics(chosen=0.0, rejected=0.0))
 
 
-def test_without_a_first_evaluation_the_scale_is_nats_a_token():
+def test_without_a_first_evaluation_the_scale_is_nats_per_token():
     last = metrics(growth=3.0, perplexity__chosen=500.0)
     assert "perplexity by 3;" in verdict({}, last)
     late = {"displacement/chosen": -5.0, "perplexity/chosen": 400.0}
@@ -156,7 +158,7 @@ def test_without_a_first_evaluation_the_scale_is_nats_a_token():
 
 def test_without_lengths_or_lambda_no_advice_is_given():
     last = {n: v for n, v in metrics().items() if n not in ("perplexity/chosen", "displacement/chosen_per_token")}
-    assert "no advice follows" in verdict(SFT, last)
+    assert "it is unknown whether this fall is large" in verdict(SFT, last)
     last = {n: v for n, v in metrics().items() if n != "shift/lambda"}
     assert "Lambda was not logged" in verdict(SFT, last)
 
@@ -169,7 +171,7 @@ def test_it_is_one_paragraph_that_reads_the_same_twice():
 
 
 @pytest.mark.parametrize("growth", [1e-300, 1e300])
-def test_absurd_figures_do_not_stop_it(growth):
+def test_extreme_metrics_raise_no_error(growth):
     assert verdict({}, metrics(growth=growth, perplexity__chosen=math.inf))
 
 
@@ -191,7 +193,7 @@ def outcome(name, shift_lambda, chosen, accuracy=0.8, margin=3.0, start=-30.0, *
 DPO = outcome("dpo", 1.0, -12.0)
 
 
-def test_of_the_runs_that_keep_up_the_one_with_the_most_likely_chosen_answers_is_recommended():
+def test_the_qualified_run_with_the_most_likely_chosen_answers_is_recommended():
     runs = [
         DPO,
         outcome("a", 0.9, -8.0),
@@ -208,13 +210,13 @@ def test_a_run_that_lost_half_the_margin_is_not_recommended():
     assert recommend_lambda([DPO, outcome("a", 0.9, -8.0), outcome("b", 0.5, -1.0, margin=1.4)])[0] == "a"
 
 
-def test_dpo_itself_is_recommended_where_no_lower_lambda_is_better():
+def test_dpo_itself_is_recommended_if_no_lower_lambda_is_better():
     name, reason = recommend_lambda([DPO, outcome("a", 0.9, -13.0)])
     assert name == "dpo"
     assert "no lower lambda" in reason
 
 
-def test_of_several_runs_at_lambda_1_the_most_accurate_is_the_reference():
+def test_the_most_accurate_of_several_runs_at_lambda_1_is_compared_with():
     better = outcome("better dpo", 1.0, -14.0, accuracy=0.95)
     assert recommend_lambda([DPO, better, outcome("a", 0.9, -3.0, accuracy=0.84)])[0] == "better dpo"
 
@@ -222,18 +224,18 @@ def test_of_several_runs_at_lambda_1_the_most_accurate_is_the_reference():
 @pytest.mark.parametrize(
     ("runs", "says"),
     [
-        pytest.param([], "takes two", id="none"),
-        pytest.param([DPO], "1 of 1 runs", id="one"),
+        pytest.param([], "a comparison needs two runs", id="none"),
+        pytest.param([DPO], "1 of 1 runs did", id="one"),
         pytest.param([DPO, Outcome("empty")], "1 of 2 runs", id="no-evaluation"),
         pytest.param([DPO, outcome("nan", 0.9, math.nan)], "1 of 2 runs", id="nan"),
-        pytest.param([outcome("a", 0.9, -3.0), outcome("b", 0.8, -2.0)], "no DPO to compare with", id="no-dpo"),
+        pytest.param([outcome("a", 0.9, -3.0), outcome("b", 0.8, -2.0)], "no DPO run to compare with", id="no-dpo"),
         pytest.param([DPO, outcome("a", 0.9, -3.0, start=-35.0)], "different models", id="other-pairs"),
         pytest.param(
-            [outcome("dpo", 1.0, -12.0, accuracy=0.52), outcome("a", 0.9, -3.0)], "has not learned", id="no-signal"
+            [outcome("dpo", 1.0, -12.0, accuracy=0.52), outcome("a", 0.9, -3.0)], "did not learn", id="no-signal"
         ),
     ],
 )
-def test_where_the_figures_support_no_recommendation_the_reason_is_given(runs, says):
+def test_without_a_recommendation_the_reason_is_given(runs, says):
     name, reason = recommend_lambda(runs)
     assert name is None
     assert says in reason
@@ -258,10 +260,12 @@ def test_the_plan_of_lambda_has_the_defaults_of_the_config():
     ("settings", "expected"),
     [
         pytest.param({}, LambdaPlan(0.95, 0.95), id="defaults"),
-        pytest.param({"lambda_schedule": "cosine_decrease"}, LambdaPlan(1.0, 0.75), id="schedule"),
+        pytest.param(
+            {"lambda_schedule": "cosine_decrease"}, LambdaPlan(1.0, 0.75, schedule="cosine_decrease"), id="schedule"
+        ),
         pytest.param(
             {"lambda_schedule": "adaptive", "lambda_min": 0.25, "lambda_target": -3},
-            LambdaPlan(adaptive=True, low=0.25, target=-3.0),
+            LambdaPlan(adaptive=True, low=0.25, target=-3.0, schedule="adaptive"),
             id="adaptive",
         ),
         pytest.param(
@@ -280,9 +284,9 @@ def test_the_plan_of_lambda_is_read_from_the_settings(settings, expected):
     ("plan", "end", "says"),
     [
         pytest.param(LambdaPlan(adaptive=True, low=0.8), 0.8, "Try a lower `lambda_min`", id="at-its-bound"),
-        pytest.param(LambdaPlan(adaptive=True, low=0.25), 0.25, "already low; a lower one can", id="at-a-low-one"),
+        pytest.param(LambdaPlan(adaptive=True, low=0.25), 0.25, "already low: a lower one can", id="at-a-low-one"),
         pytest.param(
-            LambdaPlan(adaptive=True, low=0.25, target=-5.0), 0.6, "at -5; evaluation pairs may lie elsewhere. Try a "
+            LambdaPlan(adaptive=True, low=0.25, target=-5.0), 0.6, "at -5, and evaluation pairs may differ. Try a "
             "higher `lambda_target`", id="above-its-bound",
         ),
         pytest.param(
@@ -291,7 +295,7 @@ def test_the_plan_of_lambda_is_read_from_the_settings(settings, expected):
         ),
     ],
 )  # fmt: skip
-def test_of_an_adaptive_lambda_the_bound_or_the_target_is_to_be_moved_and_no_fixed_lambda_is_advised(plan, end, says):
+def test_for_an_adaptive_lambda_the_advice_is_another_bound_or_target_and_no_fixed_lambda(plan, end, says):
     text = verdict(at(1.0), metrics(shift_lambda=end), plan)
     assert says in text
     assert "fixed" not in text
@@ -315,11 +319,11 @@ def test_the_model_card_says_how_lambda_was_set(settings, says, tmp_path):
     assert ("lambda target" in card) == ("lambda_target" in settings)
 
 
-def answered(**figures):
-    return {"count": 64.0, "empty": 0.0, "cut": 0.2, "repetition": 0.05} | figures
+def answered(**statistics):
+    return {"count": 64.0, "empty": 0.0, "cut": 0.2, "repetition": 0.05} | statistics
 
 
-def test_degenerate_text_is_said_to_show_where_the_figures_show_it():
+def test_degenerate_text_is_reported_if_the_statistics_show_it():
     text = degeneration(
         {
             "sft greedy": answered(),
@@ -328,21 +332,21 @@ def test_degenerate_text_is_said_to_show_where_the_figures_show_it():
         },
         answered(cut=0.0),
     )
-    assert text.endswith("it shows in dpo greedy (repetition 0.82 and 97% cut); dpo sampled (25% empty).")
-    assert text.count(".") == text.count("0.") + 1
+    assert text.endswith("It occurs in dpo greedy (repetition 0.82 and 97% cut); dpo sampled (25% empty).")
+    assert text.count(".") == text.count("0.") + 2
 
 
-def test_without_degenerate_text_the_largest_figures_are_named():
+def test_without_degenerate_text_the_largest_statistics_are_reported():
     text = degeneration({"sft greedy": answered(empty=0.02), "dpo greedy": answered(repetition=0.31)})
-    assert "does not show, with at most 2% empty and repetition at most 0.31" in text
+    assert "does not occur: at most 2% of the answers are empty and repetition is at most 0.31" in text
 
 
 def test_answers_that_repeat_themselves_as_the_data_does_are_not_called_degenerate():
     figures = {"dpo greedy": answered(repetition=0.62)}
-    assert "it shows" in degeneration(figures)
-    assert "does not show" in degeneration(figures, answered(repetition=0.6))
+    assert "It occurs" in degeneration(figures)
+    assert "does not occur" in degeneration(figures, answered(repetition=0.6))
 
 
 @pytest.mark.parametrize("figures", [{}, {"dpo greedy": answered(count=0.0, empty=math.nan)}])
-def test_without_answers_nothing_is_said_of_degenerate_text(figures):
-    assert "cannot be said" in degeneration(figures)
+def test_without_answers_nothing_is_known_about_degenerate_text(figures):
+    assert "no statistics" in degeneration(figures)

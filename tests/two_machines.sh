@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# Two machines, played by two network namespaces that a cable joins: the launch file of recipes/accelerate trains the
-# demo on both, without a GPU. Checked: two machines log what one process logs; the death of one ends the other, and
-# the same command then goes on from the last whole checkpoint to the same weights; so does a run whose cable was out
-# for ten seconds; machines that do not share the run folder are refused. Takes about eight minutes on two cores.
+# Simulates two machines with two connected network namespaces and trains the demo on both with the launch file in
+# recipes/accelerate, without GPUs. Checks that two machines log what one process logs; that the other machine stops if
+# one fails, and the same command resumes from the last complete checkpoint and ends with the same weights; that a run
+# survives ten seconds without network; and that machines without a shared run folder are refused. Takes about eight
+# minutes on two cores.
 #
 #   sudo env PATH="$PATH" tests/two_machines.sh
 set -euo pipefail
@@ -19,7 +20,7 @@ cables=("ds0-$$" "ds1-$$")
 clean_up() {
     for space in "${spaces[@]}"; do
         ip netns pids "$space" 2>/dev/null | xargs --no-run-if-empty kill -KILL 2>/dev/null || true
-        ip netns delete "$space" 2>/dev/null || true # its end of the cable goes with it
+        ip netns delete "$space" 2>/dev/null || true # also removes its end of the cable
     done
     rm -rf "$work"
 }
@@ -36,13 +37,13 @@ for rank in 0 1; do
 done
 
 export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 CUDA_VISIBLE_DEVICES=
-# SGD, since Adam turns the rounding of another order of summation into whole steps
+# SGD, since Adam amplifies rounding differences from the order of summation to whole steps
 settings=(recipes/tiny_shift.yaml {sft,dpo}.{optim=sgd,report_to=none,logging_steps=1,disable_tqdm=true}
     sft.max_steps=6 sft.eval_steps=3 sft.save_steps=3
     dpo.learning_rate=1e-2 dpo.max_steps=24 dpo.eval_steps=12 dpo.save_steps=6)
 halves=(sft.per_device_train_batch_size=16 dpo.per_device_train_batch_size=8)
 
-start() { # RUN [COMMAND...]: the command on both machines, on the second by way of COMMAND; sets $machines
+start() { # RUN [COMMAND...]: run the command on both machines, on the second through COMMAND; sets $machines
     machines=()
     for rank in 0 1; do
         local by_way_of=(env GLOO_SOCKET_IFNAME="${cables[rank]}")
@@ -54,24 +55,24 @@ start() { # RUN [COMMAND...]: the command on both machines, on the second by way
         machines+=($!)
     done
 }
-finish() { # RUN: both end well
+finish() { # RUN: both machines succeed
     for rank in 0 1; do wait "${machines[rank]}" || fail "$1: machine $rank ended with $?"; done
 }
-await() { # FILE
+await() { # FILE: wait until it exists
     for _ in {1..1200}; do [ -e "$1" ] && return; sleep 0.1; done
-    fail "$1 did not come"
+    fail "$1 was not written"
 }
-ends_badly() { # RANK: the machine ends by itself within two minutes, and not with 0
+ends_badly() { # RANK: the machine stops by itself within two minutes, with an error
     local since=$SECONDS
     while kill -0 "${machines[$1]}" 2>/dev/null; do
         ((SECONDS - since < 120)) || fail "machine $1 still runs two minutes after the fault"
         sleep 0.2
     done
-    ! wait "${machines[$1]}" || fail "machine $1 ended as if nothing had happened"
+    ! wait "${machines[$1]}" || fail "machine $1 succeeded"
     [ -z "$(ip netns pids "${spaces[$1]}")" ] || fail "machine $1 left processes behind"
     echo "  machine $1 ended by itself after $((SECONDS - since)) s"
 }
-compare() { # RUN RUN TOLERANCE: logs within it, or with 0 weights too, bit for bit
+compare() { # RUN RUN TOLERANCE: logs agree within it; with 0, weights are also equal bit for bit
     python - "$work/$1" "$work/$2" "$3" <<'PYTHON' || fail "$1 and $2 differ"
 import json, re, sys
 from pathlib import Path
@@ -79,8 +80,8 @@ import torch
 from safetensors.torch import load_file
 
 CLOCKS = "_runtime|_per_second|num_tokens"
-# TRL's own means of batch means, which depend on how many batches there were, and shares of pairs, which near the
-# reference turn on the sign of a rounding error
+# Means of batch means in TRL, which depend on the number of batches, and shares of pairs, which depend on the sign of
+# rounding errors near the reference
 INEXACT = "entropy|mean_token_accuracy|logits/|accuracies|chosen_fell"
 *runs, tolerance = Path(sys.argv[1]), Path(sys.argv[2]), float(sys.argv[3])
 worst = count = 0
@@ -92,7 +93,7 @@ for stage in ("sft", "dpo"):
         for name in left.keys() & right.keys():
             if not re.search(f"{CLOCKS}|{INEXACT}" if tolerance else CLOCKS, name):
                 count += 1
-                # A log-ratio is as exact as the two log-probabilities it is the difference of
+                # A log-ratio is as exact as the log-probabilities whose difference it is
                 nats = max((abs(right[key]) for key in right if "logps/" in key), default=1)
                 error = abs(left[name] - right[name]) / max(1, abs(right[name]), nats * ("displacement" in name))
                 assert error <= tolerance, (stage, left["step"], name, left[name], right[name])
@@ -111,21 +112,21 @@ python -m dposhift_trl.run "${settings[@]}" output_dir="$work/one" >"$work/one.l
 compare two one 1e-6
 
 for dies in 0 1; do
-    echo "machine $dies is killed in mid-run, and the same command again"
+    echo "machine $dies is killed during training, and the same command is run again"
     run=killed-$dies
     start "$run"
     await "$work/$run/dpo/checkpoint-12/trainer_state.json"
     disown "${machines[dies]}"
     ip netns pids "${spaces[dies]}" | xargs kill -KILL
     ends_badly "$((1 - dies))"
-    [ ! -e "$work/$run/dpo/finished.json" ] || fail "$run: ended before it could be killed"
+    [ ! -e "$work/$run/dpo/finished.json" ] || fail "$run: finished before it was killed"
     start "$run"
     finish "$run"
-    grep -q "^dpo: going on from .*/checkpoint-[1-9]" "$work/$run-0.log" || fail "$run: began anew"
+    grep -q "^dpo: resuming from .*/checkpoint-[1-9]" "$work/$run-0.log" || fail "$run: did not resume"
     compare "$run" two 0
 done
 
-echo "the cable is out for ten seconds"
+echo "no network for ten seconds"
 start cut
 await "$work/cut/dpo/checkpoint-12/trainer_state.json"
 ip -n "${spaces[0]}" link set "${cables[0]}" down

@@ -1,4 +1,4 @@
-"""The built-in demo: preference pairs, a tiny model and its tokenizer, made on the spot from a seed."""
+"""The built-in demo: preference pairs, a tiny model and its tokenizer, all generated from a seed."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -39,8 +39,13 @@ WORDS = {
 @dataclass(frozen=True)
 class Family:
     """
-    One kind of task: wordings of prompt and answer over the slots of a scene, and what stands for `{answer}` in the
-    chosen answer (`right`) and in its near miss (`wrong`).
+    One family of tasks.
+
+    Args:
+        prompts, answers (`tuple[str, ...]`):
+            Templates that are filled from a scene.
+        right, wrong (`Callable`):
+            Values for `{answer}` in the chosen answer and in a near miss.
     """
 
     prompts: tuple[str, ...]
@@ -74,7 +79,7 @@ FAMILIES = (
         right=lambda s: s.a * s.factor,
         wrong=lambda s: (s.a + s.slip) * s.factor,
     ),
-    Family(  # a fact told in the prompt, among others
+    Family(  # one of the facts given in the prompt
         prompts=(
             "In {town} the {shop} opens on {day} and the {shop2} opens on {day2}. When does the {shop} open?",
             "In {town} the {shop2} opens on {day2}, while the {shop} opens on {day}. When can I visit the {shop}?",
@@ -86,7 +91,7 @@ FAMILIES = (
         right=lambda s: s.day,
         wrong=lambda s: s.day2,
     ),
-    Family(  # finding
+    Family(  # finding a thing
         prompts=(
             "The {colour} {thing} is in the {place} and the {colour2} {thing2} is in the {place2}. Find the {thing}.",
             "I left the {thing2} in the {place2} and the {thing} in the {place}. Where should I look for the {thing}?",
@@ -157,7 +162,7 @@ FAMILIES = (
     ),
 )
 
-# What a rejected answer looks like, near misses most often: `short` is what stands for `{answer}` in `wrong`
+# Templates for rejected answers, mostly near misses; `short` is the value for `{answer}` in `wrong`
 FAULTS = 3 * ("{wrong}",) + (
     "{right} No, I mean {short}.",
     "{short}, and that is all I will say about it.",
@@ -168,11 +173,11 @@ FAULTS = 3 * ("{wrong}",) + (
 
 def demo_dataset() -> DatasetDict:
     """
-    Preference pairs of nine families of tasks: the chosen answer is right, the rejected one a near miss.
+    Preference pairs from nine families of tasks. The chosen answer is right, the rejected one a near miss.
 
     Returns:
-        `datasets.DatasetDict`: Splits `train` and `test` with columns `prompt`, `chosen` and `rejected`. No prompt
-        occurs twice, within a split or across both; completions begin with a space.
+        `datasets.DatasetDict`: Splits `train` and `test` with columns `prompt`, `chosen` and `rejected`. Prompts are
+        unique across both splits; completions start with a space.
     """
     rng = Random(SEED)
     rows: dict[str, dict[str, str]] = {}
@@ -185,11 +190,11 @@ def demo_dataset() -> DatasetDict:
 
 def save_demo_model(folder: str | PathLike[str]) -> None:
     """
-    Write a small GPT-2 with random weights, and its byte-level BPE tokenizer, as `from_pretrained` reads them.
+    Save a small GPT-2 with random weights and its byte-level BPE tokenizer for `from_pretrained`.
 
     Args:
         folder (`str` or `os.PathLike`):
-            Where to write; made if it does not exist.
+            Folder to save to; created if it does not exist.
     """
     tokenizer = _tokenizer()
     config = GPT2Config(
@@ -201,26 +206,26 @@ def save_demo_model(folder: str | PathLike[str]) -> None:
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
-        initializer_range=0.05,  # at this width GPT-2's 0.02 learns several times slower
+        initializer_range=0.05,  # with GPT-2's 0.02, this width learns several times slower
         resid_pdrop=0.0,
         embd_pdrop=0.0,
         attn_pdrop=0.0,
     )
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(SEED)  # not `torch.manual_seed`, which seeds the accelerators too
+        torch.default_generator.manual_seed(SEED)  # `torch.manual_seed` would also seed accelerators
         model = GPT2LMHeadModel(config)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
 def _pick(rng: Random, options: Sequence[Any], count: int) -> list[Any]:
-    """Distinct options in random order, by `getrandbits` alone, which no Python version changes."""
+    """Distinct options in random order. Only uses `getrandbits`, which is stable across Python versions."""
     left = list(options)
     return [left.pop(rng.getrandbits(32) % len(left)) for _ in range(count)]
 
 
 def _scene(rng: Random) -> SimpleNamespace:
-    """One value for each slot of the templates; slots of a kind differ."""
+    """One value for each slot of the templates; slots of the same type get different values."""
     scene = SimpleNamespace()
     scene.a, scene.b = _pick(rng, range(3, 10), 2)
     scene.slip = _pick(rng, (-2, -1, 1, 2), 1)[0]

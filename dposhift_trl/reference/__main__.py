@@ -1,4 +1,4 @@
-"""`python -m dposhift_trl.reference list` shows the stored scores of references, `clear` removes them."""
+"""Command line of the cache of reference log-probabilities: `python -m dposhift_trl.reference list` and `clear`."""
 
 import argparse
 import contextlib
@@ -13,9 +13,9 @@ import filelock
 from .cache import default_folder, entries, load_entry
 
 
-def _row(folder: Path, key: str, names: list[re.Match[str]]) -> list[str]:
-    """Key, rows, bytes, date and description as `list` shows them; no date where no file is readable."""
-    paths = [path for name in names if (path := folder / name.string).exists()]
+def _row(folder: Path, key: str, files: list[re.Match[str]]) -> list[str]:
+    """Key, rows, bytes, date and description of an entry. The date is empty if no file is readable."""
+    paths = [path for file in files if (path := folder / file.string).exists()]
     row = [key, "?", f"{sum(path.stat().st_size for path in paths):,}", "", "unreadable, scored again when needed"]
     for path in paths:
         with contextlib.suppress(ValueError, FileNotFoundError):
@@ -23,49 +23,51 @@ def _row(folder: Path, key: str, names: list[re.Match[str]]) -> list[str]:
             row[3:] = header["date"][:16], ", ".join(f"{name} {x}" for name, x in header["description"].items())
             row[1] = str(header["rows"][2])
             if path.name != f"{key}.parquet":
-                row[1] = f"{sum(int(name[3]) - int(name[2]) for name in names if name[2])} of {row[1]}"
+                row[1] = f"{sum(int(file[3]) - int(file[2]) for file in files if file[2])} of {row[1]}"
     return row
 
 
 def _clear(folder: Path, keys: Sequence[str], days: float) -> list[str]:
-    """Remove entries, and say which were not and why."""
+    """Remove entries. Returns one line for each entry that could not be removed."""
     found = entries(folder)
-    faults = [f"{key}: nothing of that key in {folder}" for key in keys if key not in found]
-    for key, names in found.items():
-        row, written = _row(folder, key, names), max((folder / name.string).stat().st_mtime for name in names)
+    problems = [f"{key}: no entry with this key in {folder}" for key in keys if key not in found]
+    for key, files in found.items():
+        row, written = _row(folder, key, files), max((folder / file.string).stat().st_mtime for file in files)
         if (key not in keys if keys else not row[3]) or time.time() - written < days * 86400:
             continue
         lock = filelock.FileLock(folder / f"{key}.lock", timeout=0)
         try:
             with lock:
-                for name in names:
-                    (folder / name.string).unlink(missing_ok=True)
+                for file in files:
+                    (folder / file.string).unlink(missing_ok=True)
                 Path(lock.lock_file).unlink()
             print(f"removed {key}: {row[2]} bytes, {row[4]}")
         except filelock.Timeout:
-            faults.append(f"{key}: in use by a run, not removed")
-    return faults
+            problems.append(f"{key}: in use by a run, not removed")
+    return problems
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """List or clear the folder; 0 if all was done, 1 if something was not, 2 for a wrong command line."""
+    """List or clear the cache. Returns 0 on success and 1 on failure; exits with 2 if the command line is invalid."""
     folder = default_folder()
     parser = argparse.ArgumentParser(
-        prog="python -m dposhift_trl.reference", description=f"Reference log-probabilities kept in {folder}."
+        prog="python -m dposhift_trl.reference", description=f"Reference log-probabilities stored in {folder}."
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("list", help="show what is stored")
-    clear = commands.add_parser("clear", help="remove what is stored; what is unreadable, only where its key is given")
+    commands.add_parser("list", help="list the stored entries")
+    clear = commands.add_parser("clear", help="remove entries; unreadable ones only if their key is given")
     clear.add_argument("keys", nargs="*", metavar="KEY", help="keys as listed (default: all)")
-    clear.add_argument("--older-than", type=float, default=0.0, metavar="DAYS", help="only what was written before")
+    clear.add_argument(
+        "--older-than", type=float, default=0.0, metavar="DAYS", help="remove only entries written more than DAYS ago"
+    )
     options = parser.parse_args(argv)
     try:
         if options.command == "clear":
-            faults = _clear(folder, options.keys, options.older_than)
-            for fault in faults:
-                print(fault, file=sys.stderr)
-            return 1 if faults else 0
-        rows = [_row(folder, key, names) for key, names in entries(folder).items()]
+            problems = _clear(folder, options.keys, options.older_than)
+            for problem in problems:
+                print(problem, file=sys.stderr)
+            return 1 if problems else 0
+        rows = [_row(folder, key, files) for key, files in entries(folder).items()]
     except OSError as error:
         print(error, file=sys.stderr)
         return 1

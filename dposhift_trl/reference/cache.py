@@ -1,7 +1,7 @@
 """
-The frozen reference's log-probabilities on disk: computed once, shared by every run for which they hold.
+Cache of reference log-probabilities on disk: computed once, and shared by all runs with the same key.
 
-`python -m dposhift_trl.reference list` shows what is stored, `clear` removes it.
+`python -m dposhift_trl.reference list` shows the stored entries, and `clear` removes them.
 """
 
 import contextlib
@@ -35,19 +35,19 @@ from .fingerprint import stable_hash
 logger = logging.getLogger(__name__)
 
 HEADER, CHECKSUM = b"dposhift_trl", b"dposhift_trl.checksum"
-# <key>.parquet, <key>.<first row>-<end>.parquet while that is made, <key>.<random>.tmp while a file is written
+# <key>.parquet, its parts <key>.<first row>-<end>.parquet until it is complete, and <key>.<random>.tmp while writing
 FILE_NAME = re.compile(r"([0-9a-f]{32})(?:\.parquet|\.(\d{9,})-(\d{9,})\.parquet|\.[0-9a-f]{32}\.tmp)")
-POLL_SECONDS = 20  # far below the time limit of a collective, on which the other processes wait
+POLL_SECONDS = 20  # far below the timeout of the collective in which the other processes wait
 
 Scores = tuple[np.ndarray, np.ndarray]
 
 
 class ReferenceCacheError(OSError):
-    """The cache folder cannot be read or written; the message names it and the remedy."""
+    """The cache folder cannot be read or written."""
 
 
 def default_folder() -> Path:
-    """`DPOSHIFT_CACHE` where that is set, else `dposhift_trl/reference` in the Hugging Face home (`HF_HOME`)."""
+    """`DPOSHIFT_CACHE` if it is set, else `dposhift_trl/reference` in the Hugging Face home (`HF_HOME`)."""
     return Path(os.environ.get("DPOSHIFT_CACHE") or Path(HF_HOME, "dposhift_trl", "reference")).expanduser()
 
 
@@ -57,133 +57,138 @@ def cached_reference_logps(
     score: Callable[[range], tuple[torch.Tensor, torch.Tensor]],
     *,
     description: dict[str, Any],
-    columns: tuple[str, str] = REFERENCE_LOGPS,
     folder: str | Path | None = None,
     chunk_rows: int = 1024,
 ) -> Scores:
     """
-    Read the reference's log-probabilities from disk, after scoring whatever is not there yet.
+    Read reference log-probabilities from disk, and first score the rows that are missing there.
 
-    They lie in `<key>.parquet`; until all are known, each finished chunk lies beside it, and an interrupted
-    computation goes on from there. A file appears whole or not at all and holds a checksum: a damaged one is scored
-    again. Of several runs one computes while the others wait; one that dies makes way.
+    Scores are stored in `<key>.parquet`. Until all rows are scored, each finished chunk has a file of its own, and an
+    interrupted computation continues from there. Files are written whole or not at all, with a checksum, and the rows
+    of a damaged file are scored again. If several runs need the same scores, one computes them and the others wait. If
+    it is killed, another one continues.
 
-    Every process of a run calls this alike; the main one alone touches the disk.
+    All processes of a run must call this function with the same arguments. Only the main process accesses the disk.
 
     Args:
         key (`str`):
-            Result of [`reference_key`].
+            Key from [`reference_key`].
         num_rows (`int`):
-            Rows of the data set.
+            Number of rows of the dataset.
         score (`Callable`):
             Takes a range of rows and returns the log-probabilities of their chosen and of their rejected answers, in
-            nats, each of shape `(len(rows),)`. Every process calls it with the same ranges and gets all values.
-        description (`dict`):
-            What a person wants to know of the file, such as the model's path; stored in it, without effect.
-        columns (`tuple[str, str]`, *optional*):
-            Names of the two values in the file, where they are others than the log-probabilities.
+            nats, each of shape `(len(rows),)`. Every process calls it with the same range and must get all values.
+        description (`dict[str, Any]`):
+            Information that `python -m dposhift_trl.reference list` shows, such as the path of the model.
         folder (`str` or `Path`, *optional*):
-            Defaults to [`default_folder`].
+            Cache folder. Defaults to [`default_folder`].
         chunk_rows (`int`, *optional*, defaults to `1024`):
-            Rows scored between two writes, the most that an interruption loses.
+            Number of rows per chunk, which is the most that an interruption can lose.
 
     Returns:
         `tuple[np.ndarray, np.ndarray]`: Log-probabilities of the chosen and of the rejected answers, in nats, bit for
-            bit as scored; half precision comes back as float32. Shape: `(num_rows,)` each.
+        bit as scored. Half precision is converted to float32. Shape: `(num_rows,)` each.
 
     Raises:
         ReferenceCacheError: On every process, if the folder cannot be read or written.
-        ValueError: If processes of one run pass different keys, or `score` returns too few values or non-finite ones.
+        ValueError: If processes pass different keys, or if `score` returns too few values or non-finite ones.
     """
     if len(set(gather_object([key]))) > 1:
-        raise ValueError("`key` must be the same on every process: they hold different references or rows.")
-    store, all_rows = _Store(Path(folder or default_folder()), key, num_rows, description, columns), range(num_rows)
-    if (values := store.on_main(store.read, all_rows)) is not None:
+        raise ValueError(
+            "`key` must be the same on every process, got different keys. Load the same reference and rows on every "
+            "process."
+        )
+    entry, all_rows = _CacheEntry(Path(folder or default_folder()), key, num_rows, description), range(num_rows)
+    if (values := entry.on_main_process(entry.read, all_rows)) is not None:
         return values
-    lock, seconds = filelock.FileLock(store.folder / f"{key}.lock"), 0
+    lock, seconds = filelock.FileLock(entry.folder / f"{key}.lock"), 0
     try:
-        while not store.on_main(store.acquire, lock, seconds):
+        while not entry.on_main_process(entry.acquire, lock, seconds):
             seconds = POLL_SECONDS
-        if (values := store.on_main(store.read, all_rows)) is not None:
+        if (values := entry.on_main_process(entry.read, all_rows)) is not None:
             return values
-        parts = store.on_main(store.read_parts)
+        parts = entry.on_main_process(entry.read_parts)
         for rows in _missing(parts, num_rows, chunk_rows):
-            parts[rows.start, rows.stop] = _checked(score(rows), rows)
-            store.on_main(store.write, rows, parts[rows.start, rows.stop])
+            parts[rows.start, rows.stop] = _validated(score(rows), rows)
+            entry.on_main_process(entry.write, rows, parts[rows.start, rows.stop])
         chosen, rejected = zip(*(parts[bounds] for bounds in sorted(parts)), strict=True)
         values = np.concatenate(chosen), np.concatenate(rejected)
-        store.on_main(store.finish, values)
+        entry.on_main_process(entry.finish, values)
         return values
     finally:
         lock.release()
 
 
 @dataclass
-class _Store:
-    """The files of one key."""
+class _CacheEntry:
+    """The files of one key, which only the main process reads and writes."""
 
     folder: Path
     key: str
     num_rows: int
     description: dict[str, Any]
-    columns: tuple[str, str] = REFERENCE_LOGPS
 
-    def on_main(self, function: Callable[..., Any], *args: Any) -> Any:
-        """Call on the main process; what it returns or raises reaches every process, so that none waits in vain."""
+    def on_main_process(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Call a function on the main process. Its result is returned, or its exception raised, on every process."""
         outcome: list[Any] = [None, None]
         if PartialState().is_main_process:
             try:
                 outcome[0] = function(*args)
-            except BaseException as fault:  # a signal too must reach all
-                outcome[1] = fault
+            except BaseException as exception:  # including signals, so that no process waits forever
+                outcome[1] = exception
         result, error = broadcast_object_list(outcome)
         if isinstance(error, OSError):
             raise ReferenceCacheError(
-                f"The reference's log-probabilities cannot be kept in {self.folder}: {error}. Free space or grant "
-                "access there, or set `DPOSHIFT_CACHE` to another folder."
+                f"Reference log-probabilities cannot be read or written in {self.folder}: {error}. Free disk space, "
+                "fix the permissions, or set `DPOSHIFT_CACHE` to another folder."
             ) from error
         if error is not None:
             raise error
         return result
 
     def path(self, rows: range) -> Path:
+        """The file with the scores of these rows."""
         part = "" if len(rows) == self.num_rows else f".{rows.start:09d}-{rows.stop:09d}"
         return self.folder / f"{self.key}{part}.parquet"
 
     def acquire(self, lock: filelock.BaseFileLock, seconds: float) -> bool:
+        """Try to lock the entry, and log once if another run has it."""
         self.folder.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(filelock.Timeout):
             lock.acquire(timeout=seconds)
             return True
         if not seconds:
-            logger.warning("Another run computes %s; waiting for it.", self.path(range(self.num_rows)))
+            logger.warning("Waiting for another run, which is computing %s.", self.path(range(self.num_rows)))
         return False
 
     def read(self, rows: range) -> Scores | None:
+        """Scores of these rows, or `None` if their file is missing or damaged."""
         path = self.path(rows)
         try:
             header, values = load_entry(path)
             if (header["key"], header["rows"]) == (self.key, [rows.start, rows.stop, self.num_rows]):
                 return values
-            fault = "belongs to another key or other rows"
+            problem = "belongs to another key or to other rows"
         except FileNotFoundError:
             return None
         except ValueError as error:
-            fault = str(error)
-        logger.warning("%s %s; its %d rows are scored again.", path, fault, len(rows))
+            problem = str(error)
+        logger.warning("%s %s; its %d rows are scored again.", path, problem, len(rows))
         return None
 
     def read_parts(self) -> dict[tuple[int, int], Scores]:
+        """Scores of the finished chunks, by first row and end."""
         found, end = {}, 0
         for start, stop in [
-            (int(name[2]), int(name[3])) for name in entries(self.folder).get(self.key, []) if name[2]
+            (int(file[2]), int(file[3])) for file in entries(self.folder).get(self.key, []) if file[2]
         ]:
-            # Parts overlap only where the file system's locks failed to keep two runs apart
+            # Parts overlap only if two runs computed them at once, on a file system without working locks
             if start >= end and (values := self.read(range(start, stop))) is not None:
                 found[start, stop], end = values, stop
         return found
 
     def write(self, rows: range, values: Scores) -> None:
+        """Store the scores of these rows."""
         header = {
             "key": self.key,
             "rows": [rows.start, rows.stop, self.num_rows],
@@ -193,21 +198,22 @@ class _Store:
         }
         text = json.dumps(header, default=str)
         metadata = {HEADER: text, CHECKSUM: _checksum(text, values)}
-        table = pa.table(dict(zip(self.columns, values, strict=True))).replace_schema_metadata(metadata)
+        table = pa.table(dict(zip(REFERENCE_LOGPS, values, strict=True))).replace_schema_metadata(metadata)
         buffer = pa.BufferOutputStream()
         pq.write_table(table, buffer, compression="none", use_dictionary=False)
         temporary = self.folder / f"{self.key}.{uuid.uuid4().hex}.tmp"
         write_whole(self.path(rows), buffer.getvalue().to_pybytes(), temporary)
 
     def finish(self, values: Scores) -> None:
+        """Store the scores of all rows, and remove the chunks."""
         self.write(range(self.num_rows), values)
-        for name in entries(self.folder)[self.key]:
-            if name.string != f"{self.key}.parquet":
-                (self.folder / name.string).unlink(missing_ok=True)
+        for file in entries(self.folder)[self.key]:
+            if file.string != f"{self.key}.parquet":
+                (self.folder / file.string).unlink(missing_ok=True)
 
 
 def _missing(done: Iterable[tuple[int, int]], num_rows: int, chunk_rows: int) -> list[range]:
-    """Chunks of the rows that no finished part holds, whatever chunks those were made in."""
+    """Rows that no finished part contains, in chunks of at most `chunk_rows`."""
     chunks, start = [], 0
     for begin, stop in [*sorted(done), (num_rows, num_rows)]:
         chunks += [range(first, min(first + chunk_rows, begin)) for first in range(start, begin, chunk_rows)]
@@ -215,28 +221,45 @@ def _missing(done: Iterable[tuple[int, int]], num_rows: int, chunk_rows: int) ->
     return chunks
 
 
-def _checked(scored: tuple[torch.Tensor, torch.Tensor], rows: range) -> Scores:
+def _validated(scored: tuple[torch.Tensor, torch.Tensor], rows: range) -> Scores:
     half = (torch.float16, torch.bfloat16)
     chosen, rejected = ((x.float() if x.dtype in half else x).detach().cpu().numpy() for x in scored)
     if chosen.shape != (len(rows),) or rejected.shape != (len(rows),):
-        raise ValueError(f"`score` must return {len(rows)} values twice, got {chosen.shape} and {rejected.shape}.")
+        raise ValueError(
+            f"`score` must return two tensors of shape ({len(rows)},), got {chosen.shape} and {rejected.shape}."
+        )
     finite = np.isfinite(chosen) & np.isfinite(rejected)
     if not finite.all():
-        bad = [rows[place] for place in np.flatnonzero(~finite)]
-        raise ValueError(f"The reference's log-probabilities of rows {bad} are not finite, and were not kept.")
+        non_finite = [rows[index] for index in np.flatnonzero(~finite)]
+        raise ValueError(
+            f"The reference log-probabilities of rows {non_finite} are not finite and were not stored. Check these "
+            "rows for empty or very long answers, or use bf16 or float32 instead of fp16."
+        )
     return chosen, rejected
 
 
 def load_entry(path: Path) -> tuple[dict[str, Any], Scores]:
-    """Header and values of a file; a `ValueError` if they are not, bit for bit, what was written."""
+    """
+    Read a file of the cache.
+
+    Args:
+        path (`Path`):
+            A file whose name [`entries`] returns.
+
+    Returns:
+        `tuple[dict[str, Any], tuple[np.ndarray, np.ndarray]]`: Header and values.
+
+    Raises:
+        ValueError: If header and values are not bit for bit those that were written. The message continues the path.
+    """
     data = path.read_bytes()
     try:
-        # Without Arrow's thread pools, which now and then abort at exit: https://github.com/apache/arrow/issues/34314
+        # Without Arrow's thread pools, which occasionally abort at exit: https://github.com/apache/arrow/issues/34314
         table = pq.ParquetFile(pa.BufferReader(data), pre_buffer=False).read(use_threads=False)
         text, checksum = (table.schema.metadata[name].decode() for name in (HEADER, CHECKSUM))
         chosen, rejected = (column.to_numpy() for column in table.columns)
-    except Exception as error:  # whatever a parser makes of stray bytes
-        raise ValueError("is damaged, or no file of ours") from error
+    except Exception as error:  # a parser may raise anything on arbitrary bytes
+        raise ValueError("is damaged, or was not written by dposhift_trl") from error
     if checksum != _checksum(text, (chosen, rejected)):
         raise ValueError("does not match its checksum")
     return json.loads(text), (chosen, rejected)
@@ -247,9 +270,9 @@ def _checksum(text: str, values: Scores) -> str:
 
 
 def entries(folder: Path) -> dict[str, list[re.Match[str]]]:
-    """Names of the files in the folder that are named as ours, by key."""
-    entries: dict[str, list[re.Match[str]]] = {}
+    """Names of the cache's files in a folder, as matches of `FILE_NAME`, by key."""
+    files: dict[str, list[re.Match[str]]] = {}
     for path in sorted(folder.glob("*")):
-        if name := FILE_NAME.fullmatch(path.name):
-            entries.setdefault(name[1], []).append(name)
-    return entries
+        if file := FILE_NAME.fullmatch(path.name):
+            files.setdefault(file[1], []).append(file)
+    return files

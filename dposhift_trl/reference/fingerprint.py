@@ -1,4 +1,4 @@
-"""What determines a reference's log-probabilities, as hashes: its weights, the rows, how they are scored."""
+"""Hashes of everything that determines reference log-probabilities: the weights, the rows and how they are scored."""
 
 import contextlib
 import json
@@ -17,10 +17,10 @@ from ..columns import TOKEN_COLUMNS
 if TYPE_CHECKING:
     from datasets import Dataset
 
-FORMAT = 1  # in every key; raise it when the meaning of a score or the layout of its file changes
+FORMAT = 1  # part of every key; increase it if the meaning of a score or the layout of the files changes
 
-# Settings of a model or an adapter that saving or training may change, but that never change what the weights compute
-VOLATILE_SETTINGS = {
+# Settings of a model or an adapter that saving or training may change without changing the model's outputs
+IRRELEVANT_SETTINGS = {
     *("_name_or_path", "architectures", "dtype", "transformers_version", "use_cache"),
     *("bos_token_id", "eos_token_id", "pad_token_id"),
     *("auto_mapping", "base_model_name_or_path", "inference_mode", "init_lora_weights", "lora_dropout"),
@@ -30,26 +30,27 @@ VOLATILE_SETTINGS = {
 
 def reference_fingerprint(model: torch.nn.Module, adapter: str | None = None) -> str:
     """
-    Hash what the reference computes with: configuration, weights, their dtypes, and the adapter in force.
+    Hash the configuration of a reference, its weights and their dtypes, and the active adapter.
 
-    A model without PEFT and the base of a PEFT model whose adapters are off are the same reference. Tied weights are
-    read once. Persistent buffers count, since quantized weights keep their scales there; the others do not: they
-    follow from the configuration, and some (dynamic rotary embeddings) change with use.
+    A model without PEFT has the same fingerprint as a PEFT model with disabled adapters. Tied weights are read once.
+    Persistent buffers are included, since quantized weights store their scales there. Other buffers are not: they
+    follow from the configuration, and some of them (dynamic rotary embeddings) change when the model is used.
 
-    Every process must call this: weights may be sharded (FSDP2, ZeRO-3), one tensor of which at a time is gathered.
+    All processes must call this function, because the weights may be sharded (FSDP2, ZeRO-3). One tensor is gathered
+    at a time.
 
     Args:
         model (`torch.nn.Module`):
-            Reference, not wrapped for training.
+            The reference, not wrapped for training.
         adapter (`str`, *optional*):
-            Name of the PEFT adapter in force; `None` stands for adapters switched off.
+            Name of the active PEFT adapter. `None` if adapters are disabled.
 
     Returns:
         `str`: 32 hexadecimal digits, the same on every process.
 
     Raises:
-        ValueError: On every process, if on one the model has no such adapter, has an adapter merged into its weights,
-            or has weights that are not in memory.
+        ValueError: On every process, if on any of them the model has no such adapter, an adapter is merged into the
+            weights, or weights are not in memory.
     """
     try:
         outcome: Any = stable_hash(_description(model, adapter))
@@ -59,7 +60,7 @@ def reference_fingerprint(model: torch.nn.Module, adapter: str | None = None) ->
     for outcome in outcomes:
         if isinstance(outcome, ValueError):
             raise outcome
-    # Tensor parallelism leaves each process its own slice of some weights
+    # With tensor parallelism, each process has its own slice of some weights
     return stable_hash(sorted(set(outcomes)))
 
 
@@ -76,7 +77,10 @@ def _description(model: Any, adapter: str | None) -> list[Any]:
         base = model.get_base_model()
         for name, module in base.named_modules():
             if getattr(module, "merged", False):
-                raise ValueError(f"`model` must not have adapters merged into its weights, got one in {name!r}.")
+                raise ValueError(
+                    f"`model` must not have adapters merged into its weights, got one in {name!r}. Call "
+                    "`model.unmerge_adapter()`, or pass the result of `model.merge_and_unload()`."
+                )
             if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
                 wrappers[name] = "base_layer" if isinstance(module, BaseTunerLayer) else "original_module"
     state = {
@@ -84,12 +88,12 @@ def _description(model: Any, adapter: str | None) -> list[Any]:
         for name, value in base.state_dict(keep_vars=True).items()
         if (bare := _bare_name(name, wrappers)) is not None
     }
-    description = [_settings(base.config.to_dict()), _digests(state)]
+    description = [_relevant_settings(base.config.to_dict()), _digests(state)]
     if adapter is not None:
-        # Whether the embeddings were resized is not looked up, which would ask the Hub
+        # `save_embedding_layers=False`, because looking up whether the embeddings were resized would query the Hub
         whole = model.state_dict(keep_vars=True)
         state = get_peft_model_state_dict(model, whole, adapter, save_embedding_layers=False)
-        description += [_settings(adapters[adapter].to_dict()), _digests(state)]
+        description += [_relevant_settings(adapters[adapter].to_dict()), _digests(state)]
     return description
 
 
@@ -103,24 +107,24 @@ def reference_key(
     precision: str,
 ) -> str:
     """
-    Name the reference's log-probabilities of a data set by all that determines them, and by nothing else.
+    Hash everything that determines the reference log-probabilities of a dataset, and nothing else.
 
-    Neither lambda, beta, learning rate, output folder, batch size, padding nor further columns matter.
+    The key does not depend on lambda, beta, the learning rate, the output folder, the batch size, padding or other
+    columns of the dataset.
 
     Args:
         dataset (`Dataset`):
-            Tokenised rows with `prompt_ids`, `chosen_ids` and `rejected_ids`.
+            Tokenized rows with `prompt_ids`, `chosen_ids` and `rejected_ids`.
         fingerprint (`str`):
-            Result of [`reference_fingerprint`].
+            Fingerprint of the reference, from [`reference_fingerprint`].
         max_length (`int`, *optional*):
-            Tokens kept of prompt and answer together; `None` keeps all.
+            Maximum length of prompt and answer together; longer rows are truncated.
         truncation_mode (`str`):
-            End that is kept, `"keep_start"` or `"keep_end"`; of no account where `max_length` is `None`.
+            End to keep when truncating, `"keep_start"` or `"keep_end"`. Ignored if `max_length` is `None`.
         ld_alpha (`float`, *optional*):
-            Weight of an answer's tokens beyond the length of the shorter answer; `None` for a plain sum.
+            Weight of the tokens beyond the length of the shorter answer; see [`~losses.sequence_logps`].
         precision (`str`):
-            Arithmetic on parameters whose dtypes the fingerprint holds: the autocast dtype, or `"no"`, and whatever
-            else decides the rounding.
+            Everything that determines rounding except the dtypes of the weights, such as the autocast dtype.
 
     Returns:
         `str`: 32 hexadecimal digits.
@@ -144,19 +148,21 @@ def reference_key(
 
 
 def stable_hash(value: Any) -> str:
-    """Hash of plain values that is the same in every process, whatever the order of keys and of sets."""
+    """Hash plain values. The hash is the same in every process and does not depend on the order of keys and sets."""
     text = json.dumps(value, sort_keys=True, default=lambda x: sorted(map(str, x)) if isinstance(x, set) else str(x))
     return xxhash.xxh3_128_hexdigest(text.encode())
 
 
-def _settings(value: Any) -> Any:
+def _relevant_settings(value: Any) -> Any:
     if isinstance(value, dict):
-        return {str(name): _settings(inner) for name, inner in value.items() if name not in VOLATILE_SETTINGS}
+        return {
+            str(name): _relevant_settings(inner) for name, inner in value.items() if name not in IRRELEVANT_SETTINGS
+        }
     return value
 
 
 def _bare_name(name: str, wrappers: dict[str, str]) -> str | None:
-    """A tensor's name in the model without PEFT, or None for an adapter's."""
+    """Name of a tensor in the model without PEFT, or `None` for a tensor of an adapter."""
     parts, bare = name.split("."), []
     for depth, part in enumerate(parts):
         inner = wrappers.get(".".join(parts[:depth]))
@@ -176,7 +182,7 @@ def _digests(state: dict[str, Any]) -> list[Any]:
 
 
 def _digest(value: Any) -> list[Any]:
-    """Shape, dtype and hash of the bytes of one tensor, read in pieces wherever it lies."""
+    """Shape, dtype and hash of the bytes of a tensor, which is read in pieces from any device."""
     if not torch.is_tensor(value):
         return [xxhash.xxh3_128_hexdigest(pickle.dumps(value))]
     gathered: Any = contextlib.nullcontext()
@@ -188,12 +194,15 @@ def _digest(value: Any) -> list[Any]:
         if hasattr(value, "full_tensor"):  # FSDP2
             value = value.full_tensor()
         if value.is_meta:
-            raise ValueError("`model` must have its weights in memory, got some on the meta device (offloaded).")
-        kind = [list(value.shape), str(value.dtype)]
+            raise ValueError(
+                "`model` must have its weights in memory, got weights on the meta device. Load the model without "
+                "offloading."
+            )
+        form = [list(value.shape), str(value.dtype)]
         if hasattr(value, "__tensor_flatten__"):  # torchao: a wrapper around plain tensors
             names, context = value.__tensor_flatten__()
-            return [*kind, context, [[name, _digest(getattr(value, name))] for name in names]]
+            return [*form, context, [[name, _digest(getattr(value, name))] for name in names]]
         digest = xxhash.xxh3_128()
         for piece in value.detach().reshape(-1).view(torch.uint8).split(1 << 26):
             digest.update(piece.cpu().numpy())
-        return [*kind, digest.hexdigest()]
+        return [*form, digest.hexdigest()]

@@ -1,4 +1,4 @@
-"""Whether the reference is scored before training, and how a reference that was freed is loaded again."""
+"""Whether to score the reference before training, and how to load a freed reference again."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,24 +14,26 @@ from .fingerprint import reference_fingerprint
 
 def precomputes_reference(args: DPOShiftConfig, train_dataset: Any, eval_dataset: Any, *, draws_noise: bool) -> bool:
     """
-    Whether to score every row by the reference before training.
+    Whether to score every row with the reference before training.
 
-    If `args.precompute_ref_log_probs` is `None`, it is done if the scores are sure to stay true and are worth it: the
-    data is map-style, the reference neither moves nor draws dropout, the run sees each row at least once, and stock
-    DPO's arithmetic was not asked for with `shared_prompt=False`.
+    If `args.precompute_ref_log_probs` is `None`, the rows are scored if the scores stay valid and save time: the
+    datasets are map-style, the reference is frozen and has no dropout, the run sees each row at least once, and
+    `shared_prompt` is not `False`, which selects the arithmetic of [`~trl.DPOTrainer`].
 
     Args:
         args ([`DPOShiftConfig`]):
             Settings of the run.
-        train_dataset, eval_dataset (`Dataset`, `IterableDataset`, a dictionary of them, or `None`):
-            The rows.
+        train_dataset (`Dataset` or `IterableDataset`):
+            Training rows.
+        eval_dataset (`Dataset`, `IterableDataset` or a dictionary of them, *optional*):
+            Evaluation rows.
         draws_noise (`bool`):
             Whether the reference scores with dropout.
     """
     if args.precompute_ref_log_probs is not None:
         return bool(args.precompute_ref_log_probs)
-    sets = [train_dataset, *(eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset])]
-    map_style = all(isinstance(rows, Dataset) for rows in sets if rows is not None)
+    datasets = [train_dataset, *(eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset])]
+    map_style = all(isinstance(rows, Dataset) for rows in datasets if rows is not None)
     if not map_style or args.sync_ref_model or draws_noise or args.shared_prompt is False:
         return False
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
@@ -47,28 +49,29 @@ def reference_loader(
     quantization_config: Any = None,
 ) -> Callable[[], Any]:
     """
-    A function that loads the reference of a policy as [`~trl.DPOTrainer`] does.
+    Create a function that loads the reference of a policy again, as [`~trl.DPOTrainer`] loads it.
 
     Args:
         policy ([`~transformers.PreTrainedModel`]):
-            The policy, whose config names the folder or Hub repository.
+            The policy, whose config contains the path or Hub id of the reference.
         args ([`DPOShiftConfig`]):
             Settings of the run.
         dtype (`torch.dtype`):
-            Of the reference's weights.
+            Dtype of the weights of the reference.
         fingerprint (`str`):
-            Of the reference that was freed, as of [`reference_fingerprint`].
+            Fingerprint of the freed reference, from [`reference_fingerprint`].
         prepare (`Callable`):
-            What else makes the loaded model score as the freed one did.
+            Called with the loaded model, to make it score as the freed one did.
         quantization_config (`BitsAndBytesConfig`, *optional*):
-            Of the reference that was freed.
+            Quantization of the freed reference.
 
     Returns:
-        `Callable[[], PreTrainedModel]`: Raises a `ValueError` if the same reference cannot be loaded any more.
+        `Callable[[], PreTrainedModel]`: Loads the reference. Raises a `ValueError` if it can no longer be loaded, or
+        has changed.
     """
 
     def load() -> Any:
-        config, fault = policy.config, "the weights there are not those that training began with"
+        config, problem = policy.config, "its weights are no longer those that training started with"
         options = {
             "dtype": dtype,
             "attn_implementation": config._attn_implementation.removeprefix(PREFIX),
@@ -81,11 +84,11 @@ def reference_loader(
             reference = create_model_from_path(get_config_model_id(config), **options)
             same = reference_fingerprint(reference) == fingerprint
         except (OSError, ValueError) as error:
-            same, fault = False, " ".join(str(error).split()).rstrip(".")
+            same, problem = False, " ".join(str(error).split()).rstrip(".")
         if not same:
             raise ValueError(
                 "`eval_dataset` must be passed to the trainer if the reference can no longer be loaded from "
-                f"{get_config_model_id(config)!r}: {fault}. Pass these rows to `DPOShiftTrainer`, or set "
+                f"{get_config_model_id(config)!r}: {problem}. Pass these rows to `DPOShiftTrainer`, or set "
                 "`precompute_ref_log_probs=False`."
             )
         prepare(reference)

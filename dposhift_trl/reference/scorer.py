@@ -1,4 +1,4 @@
-"""The reference scored once for every row of a dataset, and the reference model put away until it is needed again."""
+"""Scores the rows of a dataset with the reference once, and frees the reference until it is needed again."""
 
 import gc
 from collections.abc import Callable
@@ -23,17 +23,17 @@ from .fingerprint import reference_fingerprint, reference_key
 @dataclass(frozen=True)
 class ScoringSettings:
     """
-    What determines a row's scores beside the row and the reference's weights.
+    Settings that determine the scores of a row.
 
     Args:
         max_length (`int`, *optional*):
-            Tokens kept of prompt and answer together; `None` keeps all.
+            Maximum length of prompt and answer together; longer rows are truncated.
         truncation_mode (`str`):
-            End that is kept, `"keep_start"` or `"keep_end"`.
+            End to keep when truncating, `"keep_start"` or `"keep_end"`.
         ld_alpha (`float`, *optional*):
-            Weight of the tokens past the shorter answer's length.
+            Weight of the tokens beyond the length of the shorter answer; see [`~losses.sequence_logps`].
         shares_prompts (`bool`):
-            Whether tokens that both answers share are read once, which rounds otherwise.
+            Whether the tokens that both answers share are read once, which changes the rounding.
     """
 
     max_length: int | None
@@ -44,18 +44,18 @@ class ScoringSettings:
 
 class ReferenceScorer:
     """
-    Scores the rows of a dataset by the reference, through the cache on disk.
+    Scores the rows of a dataset with the reference, and caches the scores on disk.
 
     Args:
         score_batch (`Callable`):
-            Takes model and batch and returns the log-probabilities of the chosen and of the rejected answers, in
+            Takes a model and a batch and returns the log-probabilities of the chosen and of the rejected answers, in
             nats, each of shape `(batch_size,)`.
         collator (`Callable`):
-            Makes a batch of tokenized rows.
+            Collates tokenized rows into a batch.
         accelerator ([`~accelerate.Accelerator`]):
-            Divides the rows among processes.
+            Distributes the rows among processes.
         settings ([`ScoringSettings`]):
-            What else determines the scores.
+            Settings that determine the scores.
         show_progress (`bool`, *optional*, defaults to `True`):
             Whether to show a progress bar.
     """
@@ -73,23 +73,26 @@ class ReferenceScorer:
         self.accelerator = accelerator
         self.settings = settings
         self.show_progress = show_progress
-        self.fingerprint: str | None = None  # of the reference that has scored last
+        self.fingerprint: str | None = None  # of the reference that scored last
 
     def score(self, model: Any, adapter: str | None, dataset: Dataset, name: str, batch_size: int) -> Dataset:
         """
-        Add the columns `ref_chosen_logps` and `ref_rejected_logps`, in nats.
+        Add the columns `ref_chosen_logps` and `ref_rejected_logps` to a dataset, in nats.
 
         Args:
             model (`torch.nn.Module`):
-                The reference, or the policy whose adapters are switched off for it.
+                The reference, or a policy that is the reference with its adapters disabled.
             adapter (`str`, *optional*):
-                Name of the adapter in force, the frozen copy of a trained one.
+                Name of the adapter that belongs to the reference, a frozen copy of the trained one.
             dataset (`Dataset`):
-                Tokenized rows. Columns of these names, which another reference may have left, are replaced.
+                Tokenized rows. Existing columns with these names, such as scores of another reference, are replaced.
             name (`str`):
-                What to call the dataset in the progress bar and in the cache.
+                Name of the dataset in the progress bar and in the cache.
             batch_size (`int`):
-                Pairs scored at a time by each process.
+                Number of pairs per batch and process.
+
+        Returns:
+            `Dataset`: The dataset with the two columns.
         """
         dataset = dataset.remove_columns([column for column in REFERENCE_LOGPS if column in dataset.features])
         self.fingerprint = reference_fingerprint(self.accelerator.unwrap_model(model), adapter)
@@ -115,9 +118,9 @@ class ReferenceScorer:
         return dataset
 
     def _arithmetic(self, model: Any) -> str:
-        """Whatever decides the rounding; the code too, since a release may fix a model."""
-        whole = self.accelerator.unwrap_model(model)
-        base = whole.get_base_model() if is_peft_model(whole) else whole
+        """Everything that determines rounding, and the version of the model's code, which a release may fix."""
+        unwrapped = self.accelerator.unwrap_model(model)
+        base = unwrapped.get_base_model() if is_peft_model(unwrapped) else unwrapped
         return ", ".join(
             (
                 self.accelerator.mixed_precision,
@@ -125,14 +128,14 @@ class ReferenceScorer:
                 self.accelerator.device.type,
                 torch.get_float32_matmul_precision(),
                 transformers.__version__,
-                type(base).__module__,  # names the revision of code from a repository
+                type(base).__module__,  # contains the revision of code from the Hub
             )
         ) + (", shared prompt" if self.settings.shares_prompts else "")
 
     def _score_rows(
         self, model: Any, dataset: Dataset, rows: range, name: str, batch_size: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        # With a generator of its own, so that training draws the same numbers whether or not the scores were cached
+        # A separate generator, so that training draws the same numbers whether or not the scores are cached
         loader = DataLoader(dataset.select(rows), batch_size, collate_fn=self.collator, generator=torch.Generator())
         progress = tqdm(
             prepare_data_loader(loader, self.accelerator.device, put_on_device=True),
@@ -146,15 +149,15 @@ class ReferenceScorer:
 
 class StoredReference:
     """
-    A reference model whose scores are all that training needs: put away, and brought back for rows without scores.
+    A reference model that is off its device while only its scores are needed, and comes back for rows without scores.
 
     Args:
         model (`torch.nn.Module`):
             The reference.
         device (`torch.device`):
-            Where it scores.
+            Device on which it scores.
         load (`Callable`, *optional*):
-            Loads the same reference again, so that `model` need not be kept; by default `model` is kept on the CPU.
+            Loads the same reference again. If given, `model` is freed; otherwise it is moved to the CPU.
     """
 
     def __init__(self, model: Any, device: torch.device, load: Callable[[], Any] | None = None):
@@ -164,22 +167,22 @@ class StoredReference:
         self._kept = model if load is None else None
 
     def put_away(self) -> Any:
-        """The model on the CPU, or `None` if it is to be loaded again, after whoever held it has let it go."""
+        """Return the model on the CPU, or `None` if it will be loaded again. Delete other references to it before."""
         self.away = True
         if self._kept is not None:
             return move_model(self._kept, "cpu")
-        gc.collect()  # the fused head makes a model refer to itself
+        gc.collect()  # the fused head creates a reference cycle
         return None
 
     def bring_back(self) -> Any:
-        """The reference on its device."""
+        """Return the reference on its device."""
         reference = move_model(self._kept if self.load is None else self.load(), self.device)
         self.away = False
         return reference
 
 
 def move_model(model: Any, device: torch.device | str) -> Any:
-    """Move a model, unless Accelerate has spread it over several devices, or its weights are bound to one."""
+    """Move a model, unless Accelerate has distributed it over several devices or it is quantized."""
     if getattr(model, "hf_device_map", None) or getattr(model, "is_quantized", False):
         return model
     return model.to(device)

@@ -1,10 +1,11 @@
-"""`python -m dposhift_trl.report RUN_DIR [RUN_DIR ...]`: one self-contained page, and its figures as files."""
+"""`python -m dposhift_trl.report RUN_DIR [RUN_DIR ...]`: write one self-contained HTML page and its figures."""
 
 import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..artifacts import REPORT
 from .page import write_report
 from .run_folder import ReportError
 
@@ -13,19 +14,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     Write a report.
 
+    Args:
+        argv (`Sequence[str]`, *optional*):
+            Arguments of the command, `sys.argv[1:]` by default.
+
     Returns:
-        `int`: Exit code: 0 done, 2 a mistake in what was asked for.
+        `int`: Exit code: 0 for success, 2 for an invalid argument.
     """
     parser = argparse.ArgumentParser(
-        prog="python -m dposhift_trl.report", description="Write one HTML page about a run, or about several compared."
+        prog="python -m dposhift_trl.report", description="Write one HTML page about a run, or comparing several."
     )
-    parser.add_argument("folders", nargs="+", metavar="RUN_DIR", help="folder of a run, for example runs/tiny_shift")
+    parser.add_argument("folders", nargs="+", metavar="RUN_DIR", help="run folder, for example runs/tiny_shift")
     parser.add_argument(
-        "--output", metavar="DIR", help="default: RUN_DIR/report for one run, ./comparison for several"
+        "--output",
+        metavar="DIR",
+        help=f"report folder (RUN_DIR/{REPORT} for one run, ./comparison for several)",
     )
     options = parser.parse_args(argv)
     folders = [Path(folder) for folder in options.folders]
-    default = folders[0] / "report" if len(folders) == 1 else Path("comparison")
+    default = folders[0] / REPORT if len(folders) == 1 else Path("comparison")
     try:
         page = write_report(folders, Path(options.output) if options.output else default)
     except ReportError as error:

@@ -1,90 +1,41 @@
-"""The report's figures: curves, histograms, densities, scatters; as PNG, SVG and SVG for inlining."""
+"""The figures of the report: curves, histograms, densities, scatter plots and trade-offs."""
 
-import io
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.backends.backend_svg import FigureCanvasSVG
-from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
+from scipy.stats import gaussian_kde
+
+from .drawing import COLORS, STYLE, Drawing, add_legend, draw, new_axes
 
 
-# Name: (on light, on dark). A figure is drawn in the light ones; inlined, each becomes the page's variable of its name
-COLORS = {
-    "ink": ("#1b1f24", "#e8eaed"),
-    "muted": ("#57606a", "#a3adb8"),
-    "grid": ("#d8dee4", "#3a424b"),
-    "chosen": ("#0067a6", "#62b7ee"),
-    "rejected": ("#b34700", "#f29a52"),
-    "accent": ("#00704d", "#4fcaa3"),
-    "purple": ("#8b3f80", "#dd9fd2"),
-    "brown": ("#7a5c00", "#d9b84a"),
-    "red": ("#b3263b", "#ff8a98"),
-    "slate": ("#4a5a8a", "#a5b4e8"),
-}
-SERIES = ("purple", "accent", "slate", "brown", "red", "muted")  # of runs: blue and orange are answers
+SERIES = ("purple", "accent", "slate", "brown", "red", "muted")  # of runs; blue and orange are for answers
 DASHES = ("-", "--", ":", "-.")
-PAPER = "#ffffff"
 MOST_VECTOR_DOTS = 500
-RASTER_DOT = "#3585c6"  # a raster has no variables: a blue that can be seen on both pages
-SIZE = (5.2, 3.5)
-
-STYLE: Any = {  # its keys are literals to a type checker, and differ between releases
-    "text.parse_math": False,  # a run's name may hold a dollar
-    "svg.fonttype": "none",  # text stays text, in the page's own font
-    "font.family": "DejaVu Sans",  # shipped with matplotlib
-    "font.size": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": COLORS["muted"][0],
-    "axes.labelcolor": COLORS["ink"][0],
-    "axes.titlelocation": "left",
-    "axes.titlesize": 11,
-    "axes.titleweight": "bold",
-    "axes.titlecolor": COLORS["ink"][0],
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "axes.unicode_minus": True,
-    "grid.color": COLORS["grid"][0],
-    "grid.linewidth": 0.8,
-    "text.color": COLORS["ink"][0],
-    "xtick.color": COLORS["muted"][0],
-    "ytick.color": COLORS["muted"][0],
-    "xtick.labelsize": 9,
-    "ytick.labelsize": 9,
-    "lines.linewidth": 2,
-    "lines.markersize": 4.5,
-    "lines.solid_capstyle": "round",
-    "legend.frameon": False,
-    "legend.fontsize": 9,
-    "figure.facecolor": PAPER,
-    "axes.facecolor": PAPER,
-    "savefig.facecolor": PAPER,
-}
-
-
-@dataclass
-class Drawing:
-    """A figure, drawn: two files, the SVG that goes into the page, and what it shows in words."""
-
-    name: str
-    title: str
-    alt: str
-    png: bytes
-    svg: bytes
-    inline: str
+RASTER_DOT = "#3585c6"  # a raster has no CSS variables; this blue is visible on a light and on a dark page
 
 
 @dataclass
 class Line:
-    """One curve; `low` and `high` are ends of an interval, `faint` marks training beside evaluation."""
+    """
+    One curve.
+
+    Args:
+        label (`str`), color (`str`):
+            Name and color of the curve.
+        steps (`Sequence[float]`), values (`Sequence[float]`):
+            Its points.
+        low (`Sequence[float]`, *optional*), high (`Sequence[float]`, *optional*):
+            Ends of the interval of each point.
+        faint (`bool`, *optional*, defaults to `False`):
+            Whether to draw it thin, as the curve of training next to that of evaluation.
+        dash (`str`, *optional*, defaults to `"-"`):
+            Line style of matplotlib.
+    """
 
     label: str
     color: str
@@ -97,13 +48,30 @@ class Line:
 
     @property
     def end(self) -> float | None:
+        """The last finite value."""
         finite = [value for value in self.values if np.isfinite(value)]
         return finite[-1] if finite else None
 
 
 @dataclass
 class Dot:
-    """One run of a trade-off; `front` marks those that no other run beats in both directions."""
+    """
+    One run in a trade-off.
+
+    Args:
+        label (`str`):
+            Name of the run.
+        x (`float`), y (`float`):
+            Its coordinates.
+        color (`str`, *optional*):
+            Color of the dot.
+        low (`float`, *optional*), high (`float`, *optional*):
+            Ends of the interval of `y`.
+        reference (`bool`, *optional*, defaults to `False`):
+            Whether this is the DPO run.
+        front (`bool`):
+            Whether no other run is at least as good in both directions and better in one.
+    """
 
     label: str
     x: float
@@ -116,7 +84,7 @@ class Dot:
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[bool]:
-    """Which points no other one beats: at least as large in both coordinates and larger in one. NaN is never among."""
+    """Whether each point is finite and no other one is at least as large in both coordinates and larger in one."""
     return [
         bool(np.isfinite([x, y]).all()) and not any(a >= x and b >= y and (a > x or b > y) for a, b in points)
         for x, y in points
@@ -131,12 +99,12 @@ def curves(
     level: tuple[float, str] | None = None,
     percent: bool = False,
 ) -> Drawing | None:
-    """Curves against optimizer step, labeled at their ends; None where no line has a number."""
+    """Curves against optimizer step, labeled at their ends, or `None` if no line has a finite value."""
     lines = [line for line in lines if line.end is not None]
     if not lines:
         return None
     with matplotlib.rc_context(STYLE):
-        figure, axes = _axes(title, "Optimizer step", ylabel)
+        figure, axes = new_axes(title, "Optimizer step", ylabel)
         for line in lines:
             color = COLORS[line.color][0]
             axes.plot(
@@ -170,19 +138,19 @@ def curves(
         if percent:
             axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         _label_ends(axes, [line for line in lines if not line.faint] or lines)
-        said = "; ".join(
+        changes = "; ".join(
             f"{line.label} from {_first(line.values):.3g} to {line.end:.3g}" for line in lines if not line.faint
         )
-        return _draw(name, title, f"Line chart against optimizer step, {ylabel}. {said}.", figure)
+        return draw(name, title, f"Line chart against optimizer step, {ylabel}. {changes}.", figure)
 
 
 def histogram(name: str, title: str, xlabel: str, color: str, before: np.ndarray, after: np.ndarray) -> Drawing | None:
-    """The paper's histogram of an answer's log-probability, SFT model and final model over each other."""
+    """Histograms of log-probability with the SFT model and with the final model, as in the paper."""
     before, after = before[np.isfinite(before)], after[np.isfinite(after)]
     if not len(before) or not len(after):
         return None
     with matplotlib.rc_context(STYLE):
-        figure, axes = _axes(title, xlabel, "Pairs")
+        figure, axes = new_axes(title, xlabel, "Pairs")
         both = np.concatenate([before, after])
         bins = np.histogram_bin_edges(both, bins=40 if _spreads(both) else 1).tolist()
         axes.hist(
@@ -197,32 +165,32 @@ def histogram(name: str, title: str, xlabel: str, color: str, before: np.ndarray
             label=f"Final model, mean {after.mean():.1f}",
         )
         axes.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
-        _legend(figure)
+        add_legend(figure)
         alt = (
             f"Histogram of {len(after)} pairs. Mean {before.mean():.2f} with the SFT model, {after.mean():.2f} with "
             "the final model."
         )
-        return _draw(name, title, alt, figure)
+        return draw(name, title, alt, figure)
 
 
 def density(name: str, title: str, xlabel: str, margins: np.ndarray) -> Drawing | None:
-    """Kernel density of the margin; a stroke a pair where there are too few or all are alike."""
+    """Kernel density of the margin, or one stroke per pair if there are too few pairs or all values are equal."""
     margins = margins[np.isfinite(margins)]
     if not len(margins):
         return None
     with matplotlib.rc_context(STYLE):
         smooth = len(margins) >= 5 and _spreads(margins)
-        figure, axes = _axes(title, xlabel, "Density (1 / nat)" if smooth else "One stroke a pair")
+        figure, axes = new_axes(title, xlabel, "Density (1 / nat)" if smooth else "One stroke per pair")
         if smooth:
             pad = 0.08 * np.ptp(margins)
             low, high = min(0.0, margins.min()) - pad, max(0.0, margins.max()) + pad
-            room = 0.3 * (high - low)  # for what is written beside the two lines
+            room = 0.3 * (high - low)  # for the labels of the two vertical lines
             low, high = (
                 min(low, -room) if margins.mean() >= 0 else low,
                 high if margins.mean() >= 0 else max(high, room),
             )
             grid = np.linspace(low, high, 300)
-            heights = kernel_density(margins, grid)
+            heights = gaussian_kde(margins)(grid)
             axes.plot(grid, heights, color=COLORS["accent"][0])
             axes.fill_between(grid, heights, color=COLORS["accent"][0], alpha=0.15, linewidth=0)
             axes.set_ylim(0, 1.2 * heights.max())
@@ -249,24 +217,17 @@ def density(name: str, title: str, xlabel: str, margins: np.ndarray) -> Drawing 
             fontsize=8.5,
         )
         alt = f"Density over {len(margins)} pairs: mean {mean:.3g}, {positive:.0%} of the pairs above 0."
-        return _draw(name, title, alt, figure)
-
-
-def kernel_density(values: np.ndarray, grid: np.ndarray) -> np.ndarray:
-    """Gaussian kernel density by Scott's rule, as `scipy.stats.gaussian_kde`, whose import takes a second."""
-    width = values.std(ddof=1) * len(values) ** -0.2
-    heights = [np.exp(-0.5 * ((point - values) / width) ** 2).mean() for point in grid]
-    return np.array(heights) / (width * np.sqrt(2 * np.pi))
+        return draw(name, title, alt, figure)
 
 
 def scatter(name: str, title: str, chosen: np.ndarray, rejected: np.ndarray) -> Drawing | None:
-    """One dot a pair, the four quadrants with their shares, and the line at which the margin is 0."""
+    """One dot per pair, the share of pairs in each quadrant, and the line at which the margin is 0."""
     finite = np.isfinite(chosen) & np.isfinite(rejected)
     chosen, rejected = chosen[finite], rejected[finite]
     if not len(chosen):
         return None
     with matplotlib.rc_context(STYLE):
-        figure, axes = _axes(title, "Rejected log-ratio (nats an answer)", "Chosen log-ratio (nats an answer)")
+        figure, axes = new_axes(title, "Rejected log-ratio (nats per answer)", "Chosen log-ratio (nats per answer)")
         many = len(chosen) > MOST_VECTOR_DOTS
         axes.scatter(
             rejected,
@@ -279,7 +240,7 @@ def scatter(name: str, title: str, chosen: np.ndarray, rejected: np.ndarray) -> 
         )
         for limits, values in ((axes.set_xlim, rejected), (axes.set_ylim, chosen)):
             low, high = min(values.min(), 0.0), max(values.max(), 0.0)
-            pad = 0.3 * ((high - low) or 1.0)  # room for the quadrants' names
+            pad = 0.3 * ((high - low) or 1.0)  # for the names of the quadrants
             limits(low - pad, high + pad)
         axes.axhline(0, color=COLORS["ink"][0], linewidth=1.2)
         axes.axvline(0, color=COLORS["ink"][0], linewidth=1.2)
@@ -301,20 +262,20 @@ def scatter(name: str, title: str, chosen: np.ndarray, rejected: np.ndarray) -> 
                 fontsize=8.5,
                 weight="bold",
             )
-        said = ", ".join(f"{label} {share:.0%}" for label, (_, _, share) in shares.items())
-        alt = f"Scatter of {len(chosen)} pairs, chosen against rejected log-ratio; {said}. Dotted: margin 0."
-        return _draw(name, title, alt, figure)
+        quadrants = ", ".join(f"{label} {share:.0%}" for label, (_, _, share) in shares.items())
+        alt = f"Scatter of {len(chosen)} pairs, chosen against rejected log-ratio; {quadrants}. Dotted: margin 0."
+        return draw(name, title, alt, figure)
 
 
 def trade_off(name: str, title: str, ylabel: str, dots: Sequence[Dot], percent: bool = False) -> Drawing | None:
-    """One dot a run, better to the upper right; the Pareto front joined, DPO at lambda 1 as a diamond."""
+    """One dot per run, best in the upper right corner, with the Pareto front. DPO at lambda 1 is a diamond."""
     dots = [dot for dot in dots if np.isfinite([dot.x, dot.y]).all()]
     if not dots:
         return None
     for dot, front in zip(dots, pareto_front([(dot.x, dot.y) for dot in dots]), strict=True):
         dot.front = front
     with matplotlib.rc_context(STYLE):
-        figure, axes = _axes(title, "Chosen log-ratio (nats an answer; right is better)", ylabel)
+        figure, axes = new_axes(title, "Chosen log-ratio (nats per answer; right is better)", ylabel)
         edge = sorted((dot for dot in dots if dot.front), key=lambda dot: dot.x)
         axes.plot(
             [dot.x for dot in edge],
@@ -336,13 +297,13 @@ def trade_off(name: str, title: str, ylabel: str, dots: Sequence[Dot], percent: 
         _label_dots(axes, dots, edge)
         if percent:
             axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-        _legend(figure)
-        said = "; ".join(f"{dot.label} at {dot.x:.3g}, {dot.y:.3g}{' (front)' if dot.front else ''}" for dot in dots)
-        return _draw(name, title, f"Trade-off of chosen log-ratio against {ylabel}. {said}.", figure)
+        add_legend(figure)
+        places = "; ".join(f"{dot.label} at {dot.x:.3g}, {dot.y:.3g}{' (front)' if dot.front else ''}" for dot in dots)
+        return draw(name, title, f"Trade-off of chosen log-ratio against {ylabel}. {places}.", figure)
 
 
 def _spreads(values: np.ndarray) -> bool:
-    """Whether values differ by more than rounding, so that there is something to bin or smooth."""
+    """Whether the values differ by more than rounding, so they can be binned or smoothed."""
     return bool(np.ptp(values) > 1e-9 * max(1.0, np.abs(values).max()))
 
 
@@ -350,24 +311,11 @@ def _first(values: Sequence[float]) -> float:
     return next(value for value in values if np.isfinite(value))
 
 
-def _axes(title: str, xlabel: str, ylabel: str) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=SIZE, layout="constrained")
-    axes = figure.add_subplot()
-    axes.set_title(title)
-    axes.set_xlabel(xlabel)
-    axes.set_ylabel(ylabel)
-    return figure, axes
-
-
-def _legend(figure: Figure) -> None:
-    figure.legend(loc="outside lower left", ncols=2, columnspacing=1.2, handlelength=1.6, borderaxespad=0)
-
-
 def _label_ends(axes: Axes, lines: Sequence[Line]) -> None:
-    """Names right of the axes at the height of each line's end, pushed apart where they would overlap."""
+    """Names right of the axes at the height of each line's end, moved apart if they would overlap."""
     gap = 0.075
     ends = []
-    axes.get_ylim()  # limits are set late, and the transforms below need them
+    axes.get_ylim()  # computes the limits, which the transforms below need
     for line in lines:
         assert line.end is not None
         height = axes.transAxes.inverted().transform(axes.transData.transform((0, line.end)))[1]
@@ -388,12 +336,12 @@ def _label_ends(axes: Axes, lines: Sequence[Line]) -> None:
 
 
 def shortened(label: str, length: int = 26) -> str:
-    """A label without its middle where it is too long for a figure."""
+    """A label, without its middle if it is too long for a figure."""
     return label if len(label) <= length else f"{label[: length // 2]}…{label[1 + length // 2 - length :]}"
 
 
 def spread(heights: Sequence[float], gap: float) -> list[float]:
-    """Sorted heights, moved as little as needed to stand `gap` apart and, where there is room, within [0, 1]."""
+    """Sorted heights, moved as little as needed to be `gap` apart and, if there is room, within [0, 1]."""
     placed: list[float] = []
     for height in heights:
         placed.append(max(height, placed[-1] + gap) if placed else max(height, 0.0))
@@ -405,8 +353,8 @@ def spread(heights: Sequence[float], gap: float) -> list[float]:
 
 
 def _label_dots(axes: Axes, dots: Sequence[Dot], edge: Sequence[Dot]) -> None:
-    """Each name on the side of its dot where the least lies: dots, names, the front and the intervals."""
-    axes.get_xlim(), axes.get_ylim()  # limits are set late, and the transforms below need them
+    """Each name on the side of its dot with the fewest dots, names, intervals and segments of the front."""
+    axes.get_xlim(), axes.get_ylim()  # computes the limits, which the transforms below need
     to_axes = axes.transData + axes.transAxes.inverted()
     places = [tuple(to_axes.transform((dot.x, dot.y))) for dot in dots]
     taken: list[tuple[float, float]] = list(places)
@@ -445,35 +393,3 @@ def _label_dots(axes: Axes, dots: Sequence[Dot], edge: Sequence[Dot]) -> None:
             fontsize=9,
             color=COLORS[dot.color][0],
         )
-
-
-def _draw(name: str, title: str, alt: str, figure: Figure) -> Drawing:
-    png, svg = io.BytesIO(), io.BytesIO()
-    figure.dpi = 160
-    # Not by `savefig`, which draws each figure twice
-    FigureCanvasAgg(figure).print_png(png, metadata={"Software": None})
-    figure.set_layout_engine("none")  # it is laid out by now, which takes half of the time
-    salt: Any = {"svg.hashsalt": name}
-    with matplotlib.rc_context(salt):
-        # Without metadata there is no date in it: the same run gives the same file
-        FigureCanvasSVG(figure).print_svg(svg, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
-    return Drawing(name, title, alt, png.getvalue(), svg.getvalue(), _inlined(name, svg.getvalue().decode("utf-8")))
-
-
-def _inlined(name: str, svg: str) -> str:
-    """An SVG as part of the page: its colors the page's, its ids its own, and nothing that looks like an address."""
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r'<svg [^>]*viewBox="([^"]*)"[^>]*>', r'<svg viewBox="\1" aria-hidden="true">', svg, count=1)
-    svg = re.sub(r'\bid="([^"]+)"', rf'id="{name}-\1"', svg)
-    svg = re.sub(r"url\(#([^)]+)\)", rf"url(#{name}-\1)", svg)
-    svg = re.sub(r'xlink:href="#([^"]+)"', rf'href="#{name}-\1"', svg).replace("xlink:href", "href")
-    for variable, (light, _) in COLORS.items():
-        svg = svg.replace(light, f"var(--{variable})")
-    svg = svg.replace(f"fill: {PAPER}", "fill: none").replace("'DejaVu Sans'", "system-ui, 'DejaVu Sans'")
-    return svg.strip()
-
-
-def color_variables(dark: bool) -> Mapping[str, str]:
-    """Each color's hexadecimal value, for the style sheet."""
-    return {name: pair[dark] for name, pair in COLORS.items()}

@@ -1,35 +1,56 @@
-"""A run folder as it lies on the disk, read for the report: what is there, and why the rest is not."""
+"""A run folder as the report reads it: what is in it, and a note for everything that is missing or broken."""
 
-import json
 import math
 import re
-from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
-from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
 
-from ..artifacts import AUDIT, EVAL_ROWS, FINISHED, GENERATIONS, PAIRS, RECIPE, SIDE_BY_SIDE, STATE, STATISTICS
-from ..schedules import LambdaPlan
-from .verdict import Outcome, verdict
-
-
-FIGURES = ("count", "mean_tokens", "median_tokens", "empty", "cut", "repetition", "distinct_1", "distinct_2")
+from ..artifacts import (
+    AUDIT,
+    EVAL_ROWS,
+    FINISHED,
+    GENERATIONS,
+    PAIRS,
+    RECIPE,
+    STATE,
+    STATISTICS,
+    read_mapping,
+    read_text,
+)
+from ..columns import SAVED_ROW_INDEX
+from ..schedules import ADAPTIVE, LambdaPlan, lambda_path
+from .answers import Answers, read_answers
+from .files import number, read_file
+from .recommendation import Outcome
+from .verdict import verdict
 
 
 class ReportError(ValueError):
-    """A report that cannot be written; the message is one line for the user."""
+    """A report that cannot be written. The message is one line."""
 
 
 @dataclass
 class Stage:
-    """What one stage left: its log, what it was run with, and the scores of each evaluation by step."""
+    """
+    What one stage saved.
+
+    Args:
+        folder (`Path`):
+            Folder of the stage.
+        history (`list[dict[str, Any]]`):
+            `log_history` of the trainer's state.
+        state (`dict[str, Any]`):
+            The trainer's state.
+        finished (`dict[str, Any]`, *optional*):
+            Content of `finished.json`.
+        pairs (`dict[int, Path]`):
+            Files with the scores of every pair, by the step of the evaluation.
+        prefix (`str`, *optional*, defaults to `"eval_"`):
+            Prefix of the metrics of the evaluation set that is shown.
+    """
 
     folder: Path
     history: list[dict[str, Any]] = field(default_factory=list)
@@ -39,41 +60,57 @@ class Stage:
     prefix: str = "eval_"
 
     def series(self, name: str) -> tuple[list[float], list[float]]:
-        """Steps and values of a metric; of several entries for a step the last, NaN for what is no number."""
+        """Steps and values of a metric. The last entry of a step counts; a value that is not a number is NaN."""
         points = {entry["step"]: number(entry[name]) for entry in self.history if name in entry and "step" in entry}
         return sorted(points), [points[step] for step in sorted(points)]
 
+    def evaluation_series(self, name: str) -> tuple[list[float], list[float]]:
+        """Steps and values of a metric of the evaluations. Accuracy is left out if every pair is a tie."""
+        steps, values = self.series(self.prefix + name)
+        if name.startswith("rewards/accuracies"):
+            # Before the first step the policy is the reference, so no pair prefers either answer
+            moved = dict(zip(*self.series(f"{self.prefix}displacement/chosen"), strict=True))
+            kept = [(step, value) for step, value in zip(steps, values, strict=True) if moved.get(step) != 0]
+            return [step for step, _ in kept], [value for _, value in kept]
+        return steps, values
+
     def evaluations(self) -> list[dict[str, float]]:
-        """The metrics of each evaluation, by step, without prefix."""
+        """Metrics of each evaluation in the order of steps, without their prefix."""
         found: dict[int, dict[str, float]] = {}
         for entry in self.history:
-            values = {name.removeprefix(self.prefix): number(v) for name, v in entry.items() if self._is_ours(name)}
-            if values and "step" in entry:
-                found.setdefault(entry["step"], {"step": entry["step"]}).update(values)
+            metrics = {
+                name.removeprefix(self.prefix): number(value)
+                for name, value in entry.items()
+                if name.startswith(self.prefix) and "runtime" not in name and "per_second" not in name
+            }
+            if metrics and "step" in entry:
+                found.setdefault(entry["step"], {"step": entry["step"]}).update(metrics)
         return [found[step] for step in sorted(found)]
-
-    def _is_ours(self, name: str) -> bool:
-        return name.startswith(self.prefix) and "runtime" not in name and "per_second" not in name
-
-
-@dataclass
-class Answers:
-    """Figures of generated answers: `figures` by "<model> <mode>", `chosen` those of the data's chosen answers."""
-
-    models: list[str]
-    settings: dict[str, Any]
-    questions: int
-    figures: dict[str, dict[str, float]]
-    chosen: dict[str, float] | None
-
-    @property
-    def final_greedy(self) -> dict[str, float]:
-        return self.figures.get(f"{self.models[-1]} greedy", {})
 
 
 @dataclass
 class Run:
-    """A run folder, as far as it could be read; `notes` says what is not there and why."""
+    """
+    A run folder.
+
+    Args:
+        folder (`Path`), name (`str`):
+            The folder, and the run's name in the report.
+        stages (`dict[str, Stage]`):
+            The stages that were found, by name: `sft`, `dpo`.
+        recipe (`str`, *optional*):
+            Text of the resolved recipe.
+        audit (`dict[str, Any]`):
+            Findings of the row audit, by split.
+        rows (`dict[int, dict[str, Any]]`):
+            Text of the evaluated pairs, by row index.
+        notes (`list[str]`):
+            What the report cannot show, and why.
+        plan ([`LambdaPlan`]):
+            What the recipe, or the controller's saved state, says about lambda.
+        answers ([`Answers`], *optional*):
+            Statistics of the generated answers.
+    """
 
     folder: Path
     name: str
@@ -87,24 +124,41 @@ class Run:
 
     @property
     def dpo(self) -> Stage:
+        """The DPO stage, empty if there is none."""
         return self.stages.get("dpo") or Stage(self.folder)
 
     @property
-    def ends(self) -> tuple[dict[str, float], dict[str, float]]:
-        """Metrics of the first and the last evaluation of DPO."""
+    def first_and_last(self) -> tuple[dict[str, float], dict[str, float]]:
+        """Metrics of the first and the last evaluation of the DPO stage."""
         found = self.dpo.evaluations()
         return (found[0], found[-1]) if found else ({}, {})
 
     @property
+    def last(self) -> dict[str, float]:
+        """Metrics of the last evaluation of the DPO stage."""
+        return self.first_and_last[1]
+
+    @property
     def verdict(self) -> str:
-        return verdict(*self.ends, self.plan)
+        """What the first and the last evaluation say."""
+        return verdict(*self.first_and_last, self.plan)
 
     @property
     def outcome(self) -> Outcome:
-        return Outcome.of(self.name, *self.ends, any(abs(value - 1) > 1e-9 for value in self.lambdas()))
+        """What the comparison of runs needs to know."""
+        shifted = any(abs(value - 1) > 1e-9 for value in self.logged_lambdas())
+        return Outcome.of(self.name, *self.first_and_last, shifted_between=shifted)
 
-    def lambdas(self, first: float = -math.inf, last: float = math.inf) -> list[float]:
-        """Every logged lambda within two steps, of training and of evaluations."""
+    @property
+    def beta(self) -> float | None:
+        """Beta, computed from the logged metrics since a plain trainer's folder has no recipe."""
+        last = self.last
+        difference = last.get("displacement/chosen", math.nan) - last.get("displacement/rejected", math.nan)
+        margin = last.get("rewards/margins", math.nan)
+        return margin / difference if math.isfinite(margin) and abs(difference) > 1e-6 else None
+
+    def logged_lambdas(self, first: float = -math.inf, last: float = math.inf) -> list[float]:
+        """Every lambda logged between two steps, in training and in evaluations."""
         return [
             value
             for name in ("shift/lambda", f"{self.dpo.prefix}shift/lambda")
@@ -114,215 +168,125 @@ class Run:
 
     @property
     def lambda_text(self) -> str:
+        """How lambda moved, in a few words."""
         if self.plan.adaptive:
-            return f"λ {self.plan.adaptive_text}"
+            return f"λ {self.plan.text}"
         ends = self.outcome.lambdas
         if ends is None:
             return "λ unknown"
-        way = [ends[0], ends[1]]
-        logged = self.lambdas(self.ends[0]["step"], self.ends[1]["step"])
-        if logged:  # knots may lead away and back
-            furthest = max(logged, key=lambda value: max(min(ends) - value, value - max(ends)))
-            if not min(ends) - 1e-3 <= furthest <= max(ends) + 1e-3:
-                way.insert(1, furthest)
-        if len(way) == 2 and math.isclose(*ends):
-            del way[0]
-        return f"λ {' to '.join(f'{value:.4g}' for value in way)}"
+        first, last = self.first_and_last
+        logged = self.logged_lambdas(first["step"], last["step"])
+        return f"λ {' to '.join(f'{value:.4g}' for value in lambda_path(*ends, logged))}"
 
 
 def read_run(folder: Path) -> Run:
     """
-    Read what a run folder holds; whatever is missing or broken becomes a note.
+    Read a run folder. Whatever is missing or broken becomes a note.
+
+    Args:
+        folder (`Path`):
+            Folder of `dposhift_trl.run`, or output folder of a [`DPOShiftTrainer`].
 
     Raises:
-        ReportError: If there is neither a stage nor a trainer's state in it.
+        ReportError: If the folder contains neither a stage nor a trainer's state.
     """
     if not folder.is_dir():
-        raise ReportError(f"{folder} is no folder. Give the `output_dir` of a run.")
+        raise ReportError(f"{folder} is not a folder. Pass the `output_dir` of a run.")
     notes: list[str] = []
     stages = {name: _read_stage(folder / name, notes) for name in ("sft", "dpo") if (folder / name).is_dir()}
     if not stages:
         stages = {"dpo": _read_stage(folder, notes)}
         if not stages["dpo"].history and not stages["dpo"].pairs:
             raise ReportError(
-                f"{folder} holds no run: neither `sft/` nor `dpo/`, nor a {STATE} in it or in a checkpoint."
+                f"{folder} contains no run: no `sft/`, no `dpo/`, and no {STATE} in it or in a checkpoint. Pass the "
+                "`output_dir` of a run."
             )
     elif "dpo" not in stages:
-        notes.append("There is no DPO stage (`dpo/`), so there is nothing to say of chosen and rejected answers.")
+        notes.append("There is no DPO stage (`dpo/`), so chosen and rejected answers are not compared.")
     elif "sft" not in stages:
-        notes.append("There is no SFT stage (`sft/`): the run started from a given model, and SFT below means it.")
-    audit = read_file(folder / AUDIT, _as_mapping, {}, notes, "the row audit")
-    rows = read_file(folder / EVAL_ROWS, _as_rows, {}, notes, "the text of the evaluated pairs")
-    recipe = read_file(folder / RECIPE, _as_text, None, notes, "the recipe")
+        notes.append("There is no SFT stage (`sft/`): `SFT model` below means the model that the run started from.")
+    audit = read_file(folder / AUDIT, read_mapping, {}, notes, "the row audit")
+    rows = read_file(folder / EVAL_ROWS, _read_rows, {}, notes, "the text of the evaluated pairs")
+    settings = read_file(folder / RECIPE, read_mapping, None, notes, "the recipe")
     if "dpo" in stages:
-        if not any("displacement/chosen" in values for values in stages["dpo"].evaluations()):
-            notes.append(
-                "No evaluation with log-ratios is logged, so curves are of training, and there is no verdict."
-            )
+        if not any("displacement/chosen" in metrics for metrics in stages["dpo"].evaluations()):
+            notes.append("No evaluation logged log-ratios, so the curves are those of training, without a verdict.")
         if not stages["dpo"].pairs:
-            notes.append("No scores of pairs are saved (`pairs/`), so there are no histograms and no lists of pairs.")
-    plan = _read_plan(recipe, stages.get("dpo") or Stage(folder))
+            notes.append(f"There are no scores of pairs (`{PAIRS}/`), so histograms and lists of pairs are left out.")
+    plan = _read_plan(settings or {}, stages.get("dpo") or Stage(folder), notes)
     answers = None
     if (folder / GENERATIONS / STATISTICS).exists():
-        answers = read_file(folder / GENERATIONS / STATISTICS, _as_answers, None, notes, "the figures of answers")
+        answers = read_file(folder / GENERATIONS / STATISTICS, read_answers, None, notes, "the table of answers")
+    recipe = None if settings is None else read_text(folder / RECIPE)
     return Run(folder, folder.resolve().name, stages, recipe, audit, rows, notes, plan, answers)
 
 
-def _read_plan(recipe: str | None, stage: Stage) -> LambdaPlan:
-    """From the recipe; else, as for a plain trainer's folder, from the controller's state."""
-    steps = [entry["step"] for entry in stage.evaluations()]
-    length = number(stage.state.get("max_steps"))
-    progress = (steps[0] / length, steps[-1] / length) if steps and length > 0 else (0.0, 1.0)
+def _read_plan(recipe: dict[str, Any], stage: Stage, notes: list[str]) -> LambdaPlan:
+    """The plan of the recipe, or the controller's, whose state a plain trainer's folder has too."""
     plan = LambdaPlan()
-    try:
-        values = {} if recipe is None else YAML(typ="safe", pure=True).load(recipe)
-        if isinstance(values, dict) and isinstance(values.get("dpo"), dict):
-            plan = LambdaPlan.of(values["dpo"], progress)
-    except (YAMLError, ValueError, TypeError, AttributeError, RecursionError):
-        pass
-    controller = stage.state.get("stateful_callbacks", {})
-    controller = controller.get("AdaptiveLambdaCallback") if isinstance(controller, dict) else None
-    told = controller.get("args") if isinstance(controller, dict) else None
-    if isinstance(told, dict) and not plan.adaptive:
-        low, high, target = (number(told.get(name)) for name in ("lambda_min", "lambda_max", "target"))
-        if 0 < low < high and math.isfinite(target):
-            plan = replace(plan, adaptive=True, low=low, high=high, target=target, metric=str(told.get("metric")))
-    return plan
-
-
-def _as_answers(path: Path) -> Answers:
-    content = _as_mapping(path)
-    models, modes = ([str(name) for name in content[key]] for key in ("models", "modes"))
-    if not models or not modes:
-        raise ValueError(models)
-    chosen, settings = content.get("chosen"), content.get("settings")
-    return Answers(
-        models,
-        settings if isinstance(settings, dict) else {},
-        int(content["questions"]),
-        {f"{model} {mode}": _figures(content["statistics"][model][mode]) for model in models for mode in modes},
-        None if chosen is None else _figures(chosen),
-    )
-
-
-def _figures(values: Any) -> dict[str, float]:
-    return {name: number(values.get(name)) for name in FIGURES}
-
-
-def read_examples(run: Run, limit: int) -> tuple[list[dict[str, Any]], int, int]:
-    """
-    The questions whose greedy answers by the two models differ most, that first.
-
-    Returns:
-        `tuple[list[dict[str, Any]], int, int]`: Lines of `side_by_side.jsonl`; how many it holds, and how many of them
-        have the same greedy answer from both models.
-    """
-    assert run.answers is not None
-    models = run.answers.models
-    texts = read_file(run.folder / GENERATIONS / SIDE_BY_SIDE, _as_text, "", run.notes, "answers side by side")
-    found: list[tuple[float, dict[str, Any]]] = []
-    broken = same = 0
-    for line in texts.split("\n"):
-        if not line.strip():
-            continue
+    if recipe.get("dpo") is not None:
         try:
-            content = json.loads(line)
-            greedy = ["\n".join(content["answers"][model]["greedy"]) for model in (models[0], models[-1])]
-            content = {"question_id": None, "category": None, "chosen": None} | content
-            content["follow_ups"] = [str(turn) for turn in content.get("follow_ups") or []]
-            found.append((difference(*greedy), content))
-            same += greedy[0] == greedy[1]
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            broken += 1
-    if broken:
-        run.notes.append(f"{SIDE_BY_SIDE}: {broken} of {broken + len(found)} lines cannot be read, and are left out.")
-    found.sort(key=lambda item: -item[0])
-    return [content for _, content in found[:limit]], len(found), same
-
-
-def difference(one: str, other: str) -> float:
-    """From 0, the same text, to 1: the share of runs of three characters that only one of two texts has."""
-    if one == other:
-        return 0.0
-    counts = [Counter(text[i : i + 3] for i in range(max(1, len(text) - 2))) for text in (one, other)]
-    return 1 - 2 * (counts[0] & counts[1]).total() / (counts[0].total() + counts[1].total())
+            plan = LambdaPlan.of(recipe["dpo"])
+        except (ValueError, TypeError) as error:
+            notes.append(f"{RECIPE} has no valid settings of lambda, so lambda is read from the log: {error}")
+    callbacks = stage.state.get("stateful_callbacks")
+    controller = callbacks.get("AdaptiveLambdaCallback") if isinstance(callbacks, dict) else None
+    settings = controller.get("args") if isinstance(controller, dict) else None
+    if isinstance(settings, dict) and not plan.adaptive:
+        low, high, target = (number(settings.get(name)) for name in ("lambda_min", "lambda_max", "target"))
+        if 0 < low < high and math.isfinite(target):
+            plan = LambdaPlan(None, None, True, low, high, target, str(settings.get("metric")), ADAPTIVE)
+    return plan
 
 
 def _read_stage(folder: Path, notes: list[str]) -> Stage:
     stage = Stage(folder)
-    states = [folder / STATE, *sorted(folder.glob(f"checkpoint-*/{STATE}"), key=_step_of, reverse=True)]
+    states = [folder / STATE, *sorted(folder.glob(f"checkpoint-*/{STATE}"), key=_checkpoint_step, reverse=True)]
     for path in states:
-        state = read_file(path, _as_mapping, {}, [], "")
+        state = read_file(path, read_mapping, {}, [], "the log")
         history = state.get("log_history")
         if isinstance(history, list):
             stage.state, stage.history = state, [entry for entry in history if _has_step(entry)]
             if path != states[0]:
                 notes.append(
-                    f"{folder.name}: the log is that of {path.parent.name}; the stage was interrupted after it, or "
-                    "did not save its last state."
+                    f"{folder.name}: the log is from {path.parent.name}. The stage was interrupted after it, or did "
+                    "not save its final state."
                 )
             break
     else:
-        notes.append(f"{folder.name}: no {STATE} can be read, so there are no curves of this stage.")
-    stage.finished = read_file(folder / FINISHED, _as_mapping, None, [], "")
-    names = {name for entry in stage.history for name in entry}
-    pairs = sorted(path for path in folder.glob(f"{PAIRS}/*.parquet") if re.search(r"-\d+$", path.stem))
-    sets = sorted(
-        {name.removesuffix("displacement/chosen") for name in names if name.endswith("_displacement/chosen")}
-    )
-    sets = sets or sorted({path.stem.rsplit("-", 1)[0] + "_" for path in pairs})
-    if sets and "eval_" not in sets:
-        stage.prefix = sets[0]
-        if len(sets) > 1:
-            others = ", ".join(name.rstrip("_") for name in sets[1:])
-            notes.append(f"{folder.name}: of several evaluation sets this shows {sets[0].rstrip('_')}, not {others}.")
-    stage.pairs = {
-        int(path.stem.rsplit("-", 1)[1]): path for path in pairs if path.stem.startswith(stage.prefix[:-1] + "-")
-    }
+        notes.append(f"{folder.name}: no {STATE} can be read, so this stage has no curves.")
+    if (folder / FINISHED).exists():
+        stage.finished = read_file(folder / FINISHED, read_mapping, None, notes, "device, time and versions")
+    _find_pairs(stage, notes)
     return stage
 
 
-def _step_of(path: Path) -> int:
+def _find_pairs(stage: Stage, notes: list[str]) -> None:
+    """Set the evaluation set that is shown, `eval` if there is one, and the files with the scores of its pairs."""
+    names = {name for entry in stage.history for name in entry}
+    files = sorted(path for path in stage.folder.glob(f"{PAIRS}/*.parquet") if re.search(r"-\d+$", path.stem))
+    prefixes = sorted(
+        {name.removesuffix("displacement/chosen") for name in names if name.endswith("_displacement/chosen")}
+    )
+    prefixes = prefixes or sorted({path.stem.rsplit("-", 1)[0] + "_" for path in files})
+    if prefixes and "eval_" not in prefixes:
+        stage.prefix = prefixes[0]
+        if len(prefixes) > 1:
+            shown, *others = (prefix.rstrip("_") for prefix in prefixes)
+            notes.append(f"{stage.folder.name}: only the evaluation set {shown} is shown, not {', '.join(others)}.")
+    stage.pairs = {
+        int(path.stem.rsplit("-", 1)[1]): path for path in files if path.stem.startswith(stage.prefix[:-1] + "-")
+    }
+
+
+def _checkpoint_step(path: Path) -> int:
     match = re.fullmatch(r"checkpoint-(\d+)", path.parent.name)
     return int(match[1]) if match else -1
-
-
-def read_file(path: Path, reader: Callable[[Path], Any], default: Any, notes: list[str], what: str) -> Any:
-    """What a file holds, or `default` and a note."""
-    if not path.is_file():
-        notes.append(f"{path.name} is missing, so {what} cannot be shown.")
-        return default
-    try:
-        return reader(path)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, pa.ArrowException) as error:
-        notes.append(f"{path.name} cannot be read ({type(error).__name__}), so {what} cannot be shown.")
-        return default
-
-
-def _as_text(path: Path) -> str:
-    return path.read_text(encoding="utf-8")
-
-
-def _as_mapping(path: Path) -> dict[str, Any]:
-    content = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(content, dict):
-        raise TypeError(type(content))
-    return content
 
 
 def _has_step(entry: Any) -> bool:
     return isinstance(entry, dict) and math.isfinite(number(entry.get("step")))
 
 
-def as_columns(path: Path) -> dict[str, np.ndarray]:
-    """The columns of a Parquet file of numbers, in float64; null is NaN."""
-    table = pq.read_table(path)
-    return {name: np.asarray(table[name].to_pylist(), dtype=float) for name in table.column_names}
-
-
-def _as_rows(path: Path) -> dict[int, dict[str, Any]]:
-    return {row["row_index"]: row for row in pq.read_table(path).to_pylist()}
-
-
-def number(value: Any) -> float:
-    return float(value) if isinstance(value, int | float) else math.nan
+def _read_rows(path: Path) -> dict[int, dict[str, Any]]:
+    return {row[SAVED_ROW_INDEX]: row for row in pq.read_table(path).to_pylist()}

@@ -13,6 +13,8 @@ import torch
 from torch import nn
 from torch.nn.attention.flex_attention import create_block_mask
 
+from ..columns import SHARED_PROMPT
+
 
 # Tokens of a block of flex attention
 BLOCK = 128
@@ -50,6 +52,8 @@ class PairLayout:
         key_index (`torch.Tensor`):
             For attention by segments, whose keys and values are those of these tokens: a pair's first segment is its
             prefix and first branch, its second one the prefix once more and the second branch. Shape: `(keys,)`.
+        key_places (`torch.Tensor`):
+            For each token, the first and the last place in `key_index` that holds it. Shape: `(2, tokens)`.
         query_offsets, key_offsets (`torch.Tensor`):
             Where segments start and end, among the tokens and in `key_index`. Shape: `(segments + 1,)`, `int32`.
         most_queries, most_keys (`int`):
@@ -68,6 +72,7 @@ class PairLayout:
     cells: torch.Tensor
     sources: torch.Tensor
     key_index: torch.Tensor
+    key_places: torch.Tensor
     query_offsets: torch.Tensor
     key_offsets: torch.Tensor
     most_queries: int
@@ -140,6 +145,8 @@ class PairLayout:
         pieces = torch.stack((prefix + first, again, second), 1).flatten()
         # From a place among the keys to the token that it is of
         ahead = torch.stack((start, start, start + prefix + first), 1).flatten() - (pieces.cumsum(0) - pieces)
+        key_index = torch.arange(int(pieces.sum()), device=ids.device) + ahead.repeat_interleave(pieces)
+        places, tokens = torch.arange(len(key_index), device=ids.device), int(lengths.sum())
         return cls(
             input_ids=torch.cat((ids[:pairs], ids[pairs:]), 1)[kept][None],
             position_ids=steps.repeat(pairs, 2)[kept][None],
@@ -148,7 +155,13 @@ class PairLayout:
             labels=labels[None],
             cells=predicts.flatten().nonzero()[:, 0],
             sources=sources,
-            key_index=torch.arange(int(pieces.sum()), device=ids.device) + ahead.repeat_interleave(pieces),
+            key_index=key_index,
+            key_places=torch.stack(
+                [
+                    places.new_zeros(tokens).scatter_reduce(0, key_index, places, end, include_self=False)
+                    for end in ("amin", "amax")
+                ]
+            ),
             query_offsets=nn.functional.pad(queries.cumsum(0), (1, 0)).int(),
             key_offsets=nn.functional.pad(keys.cumsum(0), (1, 0)).int(),
             most_queries=int(queries.max()),
@@ -256,5 +269,5 @@ class SharedPromptCollator:
 
     def __call__(self, features: list[dict[str, Any]]) -> dict[str, Any]:
         batch = self.collator(features)
-        batch["shared_prompt"] = PairLayout.from_batch(batch)
+        batch[SHARED_PROMPT] = PairLayout.from_batch(batch)
         return batch

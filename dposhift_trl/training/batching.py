@@ -1,4 +1,4 @@
-"""Which pairs share a batch: by their lengths, up to a number of tokens, or at random."""
+"""How pairs are grouped into batches: by length, up to a number of tokens, or at random."""
 
 import heapq
 from collections.abc import Callable, Iterator, Sequence
@@ -6,42 +6,42 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.data_loader import prepare_data_loader
 from datasets import Dataset
 from torch.utils.data import DataLoader, Sampler
 
+from ..columns import TOKEN_COLUMNS
 from ..config import DPOShiftConfig
 from .checks import check_rows_left
 
 
 def pair_lengths(dataset: Dataset, max_length: int | None, truncation_mode: str, shared: bool) -> list[int]:
     """
-    Tokens read for each pair of a tokenised dataset.
+    Number of tokens that are read for each pair of a tokenized dataset.
 
     Args:
         dataset (`Dataset`):
             Rows with `prompt_ids`, `chosen_ids` and `rejected_ids`.
         max_length (`int`, *optional*):
-            Tokens kept of each of a pair's two rows; `None` keeps all.
+            Maximum length of each of a pair's two rows (prompt and completion); longer rows are truncated.
         truncation_mode (`str`):
-            End that is kept, `"keep_start"` or `"keep_end"`.
+            End to keep when truncating, `"keep_start"` or `"keep_end"`.
         shared (`bool`):
-            Whether tokens with which both rows start are read once; else a pair counts as its longer row twice.
+            Whether the tokens that both rows share at their start are read once. Otherwise both rows are padded to the
+            longer one.
 
     Returns:
-        `list[int]`: One number a pair, at least 1.
+        `list[int]`: Tokens of each pair, at least 1.
     """
     kept = slice(None, max_length) if truncation_mode == "keep_start" else slice(-(max_length or 0), None)
     lengths = []
-    for prompt, chosen, rejected in zip(
-        dataset["prompt_ids"], dataset["chosen_ids"], dataset["rejected_ids"], strict=True
-    ):
+    for prompt, chosen, rejected in zip(*(dataset[column] for column in TOKEN_COLUMNS), strict=True):
         rows = [np.asarray([*prompt, *answer][kept]) for answer in (chosen, rejected)]
         shorter, longer = sorted(map(len, rows))
         if shared:
-            parted = np.flatnonzero(rows[0][:shorter] != rows[1][:shorter])
-            lengths.append(max(1, shorter + longer - int(parted[0] if len(parted) else shorter)))
+            differences = np.flatnonzero(rows[0][:shorter] != rows[1][:shorter])
+            lengths.append(max(1, shorter + longer - int(differences[0] if len(differences) else shorter)))
         else:
             lengths.append(max(1, 2 * longer))
     return lengths
@@ -49,11 +49,11 @@ def pair_lengths(dataset: Dataset, max_length: int | None, truncation_mode: str,
 
 class SeededByEpoch(Sampler[int]):
     """
-    A sampler whose order is drawn from `seed + epoch` alone, so that a resumed run reads on where it stopped.
+    Sampler whose order depends only on `seed + epoch`, so that a resumed run continues where it stopped.
 
     Args:
         sampler (`Sampler`):
-            Sampler that draws from its `generator`, such as transformers' `LengthGroupedSampler`.
+            Sampler that draws from its `generator` attribute, such as transformers' `LengthGroupedSampler`.
         seed (`int`):
             Seed of the order.
     """
@@ -71,35 +71,38 @@ class SeededByEpoch(Sampler[int]):
         return len(self.sampler)
 
     def set_epoch(self, epoch: int) -> None:
-        """Draw the order of this epoch."""
+        """Set the epoch, which determines the order."""
         self.epoch = epoch
 
 
 class TokenBudgetSampler(Sampler[list[int]]):
     """
-    Batches of pairs that are evenly filled and hold at most `max_tokens` tokens, for one of several processes.
+    Batch sampler that yields the evenly filled batches of one process, each with at most `max_tokens` tokens.
 
-    Pairs are dealt, longest first, each to the batch that is least full, into the smallest number of batches that
-    keeps within the budget. For each process that number is a multiple of `gradient_accumulation_steps` and the same
-    in every epoch; which pairs of equal length meet, and the order of batches, are drawn anew in each, from `seed +
-    epoch` alone, so that a resumed run reads on where it stopped. All processes get as many pairs at the same time:
-    with several, pairs are dealt in groups of like length, one pair for each, of which the last is filled up with the
-    shortest pairs once more.
+    The number of batches is the smallest multiple of `gradient_accumulation_steps` with which every batch is within
+    the budget, and is the same in every epoch. Pairs are distributed longest first, each to the batch with the fewest
+    tokens. The order of batches, and which pairs of equal length are batched together, depend only on `seed + epoch`,
+    so that a resumed run continues where it stopped.
+
+    With several processes, pairs are distributed in groups of similar length, one pair per process, so that all
+    processes get equally many pairs in each batch. The last group is completed by repeating the shortest pairs.
 
     Args:
         lengths (`Sequence[int]`):
-            Tokens of each pair, as of [`pair_lengths`].
+            Tokens of each pair, from [`pair_lengths`].
         max_tokens (`int`):
-            Most tokens of one batch on one process.
+            Maximum number of tokens per batch and process.
         gradient_accumulation_steps (`int`, *optional*, defaults to `1`):
-            Batches of an optimizer step on one process.
-        num_processes (`int`, *optional*, defaults to `1`), process_index (`int`, *optional*, defaults to `0`):
-            The processes, and which this one is.
+            Number of batches per optimizer step and process.
+        num_processes (`int`, *optional*, defaults to `1`):
+            Number of processes.
+        process_index (`int`, *optional*, defaults to `0`):
+            Index of this process.
         seed (`int`, *optional*, defaults to `0`):
             Seed of the order.
 
     Raises:
-        ValueError: If the longest pair is longer than `max_tokens`, or there are too few pairs for one step.
+        ValueError: If the longest pair has more than `max_tokens` tokens, or if there are fewer pairs than batches.
     """
 
     def __init__(
@@ -115,78 +118,79 @@ class TokenBudgetSampler(Sampler[list[int]]):
         longest = max(lengths)
         if longest > max_tokens:
             raise ValueError(
-                f"`max_tokens_per_batch` must hold the longest pair, {longest} tokens, got {max_tokens}. Raise it, or "
-                "lower `max_length`."
+                f"`max_tokens_per_batch` must be at least the length of the longest pair ({longest} tokens), got "
+                f"{max_tokens}. Increase it, or decrease `max_length`."
             )
         self.lengths = np.asarray(lengths)
         self.num_processes = num_processes
         self.process_index = process_index
         self.seed = seed
         self.epoch = 0
-        self.sampler = self  # through which accelerate hands on the epoch to a batch sampler it has wrapped
+        self.sampler = self  # Accelerate sets the epoch of a wrapped batch sampler on its `sampler`
         sizes = self._groups(np.arange(len(self.lengths)))[1]
         step = gradient_accumulation_steps
         self.num_batches = -(-int(np.ceil(sizes.sum() / max_tokens)) // step) * step
-        while self.num_batches <= len(sizes) and max(self._deal(sizes)[1]) > max_tokens:
+        while self.num_batches <= len(sizes) and max(self._distribute(sizes)[1]) > max_tokens:
             self.num_batches += step
         if self.num_batches > len(sizes):
             raise ValueError(
-                f"`max_tokens_per_batch` must leave a pair for each of {num_processes} processes and "
-                f"{step} `gradient_accumulation_steps`, got {max_tokens} for {len(lengths)} pairs. Raise it, or lower "
-                "`gradient_accumulation_steps`."
+                f"`max_tokens_per_batch` must allow at least one pair per batch on {num_processes} processes with "
+                f"`gradient_accumulation_steps={step}`, got {max_tokens} for {len(lengths)} pairs. Increase it, or "
+                "decrease `gradient_accumulation_steps`."
             )
 
     def _groups(self, order: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Pairs in groups of like length, one for each process, and the tokens of the longest of each group."""
+        """Groups of pairs of similar length, one pair per process, and the tokens of the longest pair of each."""
         order = order[np.argsort(-self.lengths[order], kind="stable")]
         fill = -len(order) % self.num_processes
-        # The shortest ones, whatever the order, so that no epoch's groups are larger than another's
+        # Repeat the shortest pairs, whatever the order, so that the groups have the same sizes in every epoch
         groups = np.concatenate((order, np.resize(order[::-1], fill))).reshape(-1, self.num_processes)
         return groups, self.lengths[groups].max(axis=1)
 
-    def _deal(self, sizes: np.ndarray) -> tuple[list[list[int]], list[int]]:
-        """Indices into `sizes`, longest first, each to the batch that is least full; and how full the batches are."""
-        heap = [(0, place) for place in range(self.num_batches)]
+    def _distribute(self, sizes: np.ndarray) -> tuple[list[list[int]], list[int]]:
+        """The groups of each batch, as indices into `sizes`, and the number of tokens of each batch."""
+        heap = [(0, batch) for batch in range(self.num_batches)]
         batches: list[list[int]] = [[] for _ in heap]
-        for index, size in enumerate(sizes.tolist()):
-            load, place = heap[0]
-            batches[place].append(index)
-            heapq.heapreplace(heap, (load + size, place))
-        return batches, [load for load, _ in heap]
+        for group, size in enumerate(sizes.tolist()):
+            tokens, batch = heap[0]
+            batches[batch].append(group)
+            heapq.heapreplace(heap, (tokens + size, batch))
+        return batches, [tokens for tokens, _ in heap]
 
     def __iter__(self) -> Iterator[list[int]]:
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
         groups, sizes = self._groups(torch.randperm(len(self.lengths), generator=generator).numpy())
-        batches, _ = self._deal(sizes)
-        for place in torch.randperm(len(batches), generator=generator).tolist():
-            yield groups[batches[place], self.process_index].tolist()
+        batches, _ = self._distribute(sizes)
+        for batch in torch.randperm(len(batches), generator=generator).tolist():
+            yield groups[batches[batch], self.process_index].tolist()
 
     def __len__(self) -> int:
         return self.num_batches
 
     def set_epoch(self, epoch: int) -> None:
-        """Draw the order of this epoch."""
+        """Set the epoch, which determines the order."""
         self.epoch = epoch
 
 
 def make_token_sampler(
-    dataset: Any, args: DPOShiftConfig, accelerator: Accelerator, shares_prompts: bool
+    dataset: Any, args: DPOShiftConfig, accelerator: Accelerator | PartialState, shares_prompts: bool
 ) -> TokenBudgetSampler | None:
     """
-    The sampler that `max_tokens_per_batch` asks for, or `None` if it is not set.
+    Create the sampler for `max_tokens_per_batch`. Returns `None` if the setting is `None`.
 
     Args:
         dataset (`Dataset`):
             Tokenized training rows.
         args ([`DPOShiftConfig`]):
             Settings of the run.
-        accelerator ([`~accelerate.Accelerator`]):
-            Knows the processes.
+        accelerator ([`~accelerate.Accelerator`] or [`~accelerate.PartialState`]):
+            Provides the number of processes and the index of this one.
         shares_prompts (`bool`):
-            Whether shared tokens are read once.
+            Whether the tokens that both rows of a pair share are read once.
 
     Raises:
-        ValueError: If rows are padded, their lengths are unknown, or another setting arranges the batches.
+        ValueError: If `max_tokens_per_batch` is set with padded rows, an iterable dataset or a
+            `train_sampling_strategy`, or does not suit the lengths of the pairs.
     """
     if args.max_tokens_per_batch is None:
         return None
@@ -216,7 +220,7 @@ def make_token_sampler(
 def token_budget_dataloader(
     dataset: Dataset, sampler: TokenBudgetSampler, collator: Callable, args: DPOShiftConfig
 ) -> DataLoader:
-    """A dataloader of the sampler's batches, which are those of one process already."""
+    """Create a dataloader for the batches of a [`TokenBudgetSampler`], which belong to one process already."""
     loader = DataLoader(
         dataset,
         batch_sampler=sampler,
@@ -230,7 +234,7 @@ def token_budget_dataloader(
 
 
 def with_lengths(dataset: Any, args: DPOShiftConfig, shares_prompts: bool) -> Any:
-    """The dataset with the column in which transformers looks for lengths, if pairs are to be grouped by them."""
+    """Add the column from which transformers reads lengths, if `train_sampling_strategy` is `group_by_length`."""
     name = args.length_column_name
     grouped = args.train_sampling_strategy == "group_by_length" and isinstance(dataset, Dataset)
     if not grouped or name in dataset.column_names:
@@ -239,5 +243,5 @@ def with_lengths(dataset: Any, args: DPOShiftConfig, shares_prompts: bool) -> An
 
 
 def data_seed(args: DPOShiftConfig) -> int:
-    """Seed of the order of the rows."""
+    """Seed for the order of the rows."""
     return args.seed if args.data_seed is None else args.data_seed

@@ -1,4 +1,4 @@
-"""The callbacks of a run: the one writer of lambda, and what is set or restored when training begins."""
+"""Callbacks that set lambda, count tokens across resumed runs, and keep freed memory."""
 
 import math
 from dataclasses import asdict
@@ -10,7 +10,7 @@ from transformers.trainer_callback import ExportableState
 from trl import DPOConfig
 
 from ..config import DPOShiftConfig
-from ..schedules import ADAPTIVE, LambdaSchedule, make_lambda_schedule
+from ..schedules import LambdaSchedule
 from .adaptive import LambdaController
 from .allocator import keep_freed_memory
 from .metrics import PairScores
@@ -18,15 +18,15 @@ from .metrics import PairScores
 
 class LambdaScheduleCallback(TrainerCallback):
     r"""
-    Sets lambda from the share of the optimizer steps that are completed.
+    Sets lambda from the share of optimizer steps that are completed.
 
     $$ \lambda = \mathrm{schedule}(\mathrm{global\_step} / \mathrm{max\_steps}) $$
 
-    The first training step uses progress 0, the last one \\( (T - 1) / T \\), an evaluation after the last step 1.
-    Lambda is constant inside a gradient accumulation window, and follows `global_step` alone, so it is right across
+    The first training step uses progress 0, the last one \\( (T - 1) / T \\), and an evaluation after the last step 1.
+    Lambda is constant during gradient accumulation. It depends only on `global_step`, and is therefore correct across
     epochs, on every process and after a resume.
 
-    [`DPOShiftTrainer`] adds one by itself, made from its config; pass your own to use any function of progress:
+    [`DPOShiftTrainer`] creates this callback from its config. Pass your own to use any function of progress:
 
     ```python
     DPOShiftTrainer(..., callbacks=[LambdaScheduleCallback(lambda progress: 1 - 0.25 * progress**2)])
@@ -37,15 +37,15 @@ class LambdaScheduleCallback(TrainerCallback):
             Lambda as a function of progress in [0, 1].
 
     Raises:
-        ValueError: If `schedule` returns no finite number above 0, or one above 1 without the config's
-            `allow_lambda_above_one`.
+        ValueError: If `schedule` returns a number that is not finite and above 0, or a number above 1 without
+            `allow_lambda_above_one=True` in the config.
     """
 
     def __init__(self, schedule: LambdaSchedule):
         self.schedule = schedule
-        self.shift_lambda = self._at(0.0)
+        self.shift_lambda = self._lambda_at(0.0)
 
-    def _at(self, progress: float) -> float:
+    def _lambda_at(self, progress: float) -> float:
         shift_lambda = float(self.schedule(progress))
         if not math.isfinite(shift_lambda) or shift_lambda <= 0:
             raise ValueError(
@@ -56,16 +56,16 @@ class LambdaScheduleCallback(TrainerCallback):
 
     def _update(self, args: TrainingArguments, state: TrainerState) -> None:
         progress = state.global_step / state.max_steps if state.max_steps > 0 else 0.0
-        shift_lambda = self._at(progress)
+        shift_lambda = self._lambda_at(progress)
         if shift_lambda > 1 and not getattr(args, "allow_lambda_above_one", False):
             raise ValueError(
-                f"`schedule` must not exceed 1, got {shift_lambda} at progress {progress}. For lambda above 1 set "
-                "`allow_lambda_above_one=True` in `DPOShiftConfig`."
+                f"`schedule` must not exceed 1, got {shift_lambda} at progress {progress}. To use a lambda above 1, "
+                "set `allow_lambda_above_one=True` in `DPOShiftConfig`."
             )
         self.shift_lambda = shift_lambda
 
     def observe(self, matrix: torch.Tensor) -> None:
-        """Receive the scores of a training batch from all processes, as of [`~metrics.PairScores.as_matrix`]."""
+        """Receive the scores of a training batch from all processes; see [`~metrics.PairScores.as_matrix`]."""
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -85,19 +85,21 @@ class LambdaScheduleCallback(TrainerCallback):
 
 class AdaptiveLambdaCallback(LambdaScheduleCallback, ExportableState):
     r"""
-    Sets lambda after each optimizer step from what the step's pairs say, by a [`~adaptive.LambdaController`].
+    Sets lambda after each optimizer step from the scores of its pairs, with a [`~adaptive.LambdaController`].
 
-    Its state is part of each checkpoint (`trainer_state.json`), so that a resumed run takes the same lambdas. Reading
-    the measurement is one wait for the device at each optimizer step.
+    The state of the controller is saved in each checkpoint (`trainer_state.json`), so that a resumed run uses the same
+    lambdas. Reading the measurement synchronizes with the device once per optimizer step.
 
     Args:
         target (`float`):
-            What to hold: nats, or a share.
+            Target for `metric`, in nats or as a share.
         metric (`str`):
             `"displacement/chosen"`, the mean log-ratio of the chosen answers, or `"displacement/chosen_fell"`, the
-            share of them below the reference.
-        lambda_min (`float`), lambda_max (`float`):
-            Bounds of lambda.
+            share of chosen answers below the reference.
+        lambda_min (`float`):
+            Lower bound of lambda.
+        lambda_max (`float`):
+            Upper bound of lambda.
     """
 
     def __init__(self, target: float, metric: str, lambda_min: float, lambda_max: float):
@@ -113,7 +115,7 @@ class AdaptiveLambdaCallback(LambdaScheduleCallback, ExportableState):
         super().__init__(lambda progress: self.controller.shift_lambda)
 
     def _new_controller(self, max_steps: int) -> LambdaController:
-        # A run twice as long usually moves the policy half as far per step
+        # In a run that is twice as long, the policy usually moves half as far per step
         return LambdaController(
             self.arguments["target"],
             self.arguments["lambda_min"],
@@ -132,7 +134,7 @@ class AdaptiveLambdaCallback(LambdaScheduleCallback, ExportableState):
         if state.global_step == 0:
             self.controller = self._new_controller(state.max_steps)
             state.stateful_callbacks[type(self).__name__] = self.state()
-        # A checkpoint of another schedule has no such state
+        # A checkpoint of a run with another schedule has no such state
         saved: Any = state.stateful_callbacks.setdefault(type(self).__name__, self.state())
         self.controller_state = saved["attributes"]["controller_state"]
         super().on_train_begin(args, state, control, **kwargs)
@@ -152,6 +154,7 @@ class AdaptiveLambdaCallback(LambdaScheduleCallback, ExportableState):
 
     @property
     def controller_state(self) -> dict[str, float]:
+        """Fields of the controller, as saved in a checkpoint."""
         return asdict(self.controller)
 
     @controller_state.setter
@@ -159,11 +162,12 @@ class AdaptiveLambdaCallback(LambdaScheduleCallback, ExportableState):
         self.controller = LambdaController(**values)
 
     def state(self) -> dict[str, Any]:
+        """State to save in a checkpoint."""
         return {"args": self.arguments, "attributes": {"controller_state": self.controller_state}}
 
 
 class TokenCountCallback(TrainerCallback, ExportableState):
-    """Number of tokens trained on, saved in each checkpoint and restored on resume, where TRL would count from 0."""
+    """Counts training tokens. Checkpoints save the count, and a resumed run continues it, where TRL restarts at 0."""
 
     num_tokens: int | torch.Tensor = 0
 
@@ -179,11 +183,12 @@ class TokenCountCallback(TrainerCallback, ExportableState):
         state.stateful_callbacks[type(self).__name__] = self.state()
 
     def state(self) -> dict[str, Any]:
+        """State to save in a checkpoint."""
         return {"args": {}, "attributes": {"num_tokens": int(self.num_tokens)}}
 
 
 class KeepFreedMemoryCallback(TrainerCallback):
-    """On a CPU, lets the process keep the memory that a step has freed; see [`~allocator.keep_freed_memory`]."""
+    """Keeps freed memory in the process if training runs on a CPU; see [`~allocator.keep_freed_memory`]."""
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -193,10 +198,11 @@ class KeepFreedMemoryCallback(TrainerCallback):
 
 
 def configured_schedule(args: DPOShiftConfig) -> LambdaScheduleCallback:
-    """The callback that sets lambda as the config says."""
-    if args.lambda_schedule == ADAPTIVE:
-        return AdaptiveLambdaCallback(args.lambda_target, args.lambda_target_metric, args.lambda_min, args.lambda_max)
-    return LambdaScheduleCallback(make_lambda_schedule(args))
+    """Create the callback for the lambda settings of a config."""
+    plan = args.lambda_plan
+    if plan.adaptive:
+        return AdaptiveLambdaCallback(plan.target, plan.metric, plan.low, plan.high)
+    return LambdaScheduleCallback(plan.function)
 
 
 def is_schedule(callback: Any) -> bool:
@@ -205,24 +211,30 @@ def is_schedule(callback: Any) -> bool:
 
 
 def check_schedules(args: DPOConfig, callbacks: list[Any]) -> None:
-    """Refuse a schedule passed as a callback if lambda has no meaning or another writer."""
+    """
+    Check that the settings allow the [`LambdaScheduleCallback`]s among the callbacks.
+
+    Raises:
+        ValueError: If `args` is not a [`DPOShiftConfig`], more than one callback sets lambda, or the loss does not
+            support a shift.
+    """
     schedules = [cb for cb in callbacks if is_schedule(cb)]
     if not schedules:
         return
     name = (schedules[0] if isinstance(schedules[0], type) else type(schedules[0])).__name__
     if not isinstance(args, DPOShiftConfig):
         raise ValueError(
-            f"`args` must be a `DPOShiftConfig` if a `{name}` sets lambda, got a "
-            f"`{type(args).__name__}`, with which the trainer is TRL's. Pass `DPOShiftConfig(...)`."
+            f"`args` must be a `DPOShiftConfig` with a `{name}`, got a "
+            f"`{type(args).__name__}`, which trains with plain DPO. Pass a `DPOShiftConfig`."
         )
     if len(schedules) > 1:
         raise ValueError(
-            f"`callbacks` must hold at most one `LambdaScheduleCallback`, got {len(schedules)}. Remove the others "
-            "with `trainer.remove_callback(...)`, since lambda has one writer."
+            f"`callbacks` must contain at most one `LambdaScheduleCallback`, got {len(schedules)}. Remove the others "
+            "with `trainer.remove_callback(...)`."
         )
-    if args.lambda_schedule == ADAPTIVE:
+    if args.lambda_plan.adaptive:
         raise ValueError(
-            f"`lambda_schedule='adaptive'` is not supported with a `{name}` of your own, since "
-            "lambda has one writer. Leave `lambda_schedule` out, or do not pass the callback."
+            f"`lambda_schedule='adaptive'` is not supported with a `{name}` in `callbacks`, "
+            "since both would set lambda. Remove `lambda_schedule` from the config, or the callback."
         )
     args.validate_loss_supports_shift()

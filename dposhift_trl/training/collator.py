@@ -1,4 +1,4 @@
-"""Batches of pairs that know which rows they are made of, and how their shared tokens are read once."""
+"""Adds the row indices, and the layout that reads shared tokens once, to batches of pairs."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,14 +11,14 @@ from ..scoring import PairLayout
 
 class PairCollator:
     """
-    Wraps a collator of preference rows and adds the indices of their rows and, on request, their [`PairLayout`].
+    Wraps a collator of preference rows and adds the row indices and, optionally, the [`PairLayout`] to each batch.
 
-    For iterable datasets, rank 0 may collate for all processes, after which Accelerate slices each tensor along dim 0.
-    So their batches hold tensors only, with an index for each chosen row, then for each rejected row.
+    For iterable datasets, rank 0 may collate for all processes, and Accelerate slices each tensor along dim 0. Their
+    batches therefore hold tensors only, with the row index of each chosen completion, then of each rejected one.
 
     Args:
         collator (`Callable`):
-            [`~trl.trainer.dpo_trainer.DataCollatorForPreference`] or one with the same output.
+            [`~trl.trainer.dpo_trainer.DataCollatorForPreference`], or a collator with the same output.
         shares_prompts (`bool`, *optional*, defaults to `False`):
             Whether to add the layout, under the key `shared_prompt`.
     """
@@ -28,7 +28,7 @@ class PairCollator:
         self.shares_prompts = shares_prompts
 
     def __getattr__(self, name: str) -> Any:
-        if name == "collator":  # before it is set, as while a worker unpickles
+        if name == "collator":  # not set yet while a worker unpickles
             raise AttributeError(name)
         return getattr(self.collator, name)
 

@@ -1,4 +1,4 @@
-"""What a trainer makes of gathered values, without waiting for them: one gather a step, no value read before a log."""
+"""One gather per training step for all of TRL's metrics, none of which is read from the device before a log."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +10,13 @@ from .metrics import widest_float
 
 
 class Deferred:
-    """A number that [`~trl.DPOTrainer`] derives from gathered values, known once [`GatherLater.resolve`] is called."""
+    """
+    A number that [`~trl.DPOTrainer`] computes from gathered values, evaluated after [`GatherLater.resolve`].
+
+    Args:
+        evaluate (`Callable`):
+            Takes the gathered tensors and returns the number as a tensor.
+    """
 
     def __init__(self, evaluate: Callable[[list[torch.Tensor]], torch.Tensor]):
         self.evaluate = evaluate
@@ -29,11 +35,11 @@ class Deferred:
         return self._then(torch.mean)
 
     def item(self) -> "Deferred":
-        # Python's numbers are of 64 bits
+        # Python's numbers have 64 bits
         return self._then(lambda x: x.to(widest_float(x.device)) if x.is_floating_point() else x.long())
 
     def __truediv__(self, other: Any) -> "Deferred":
-        # Whoever divides asks first whether the divisor is above 0 and takes 0 where it is not; see `__gt__`
+        # DPOTrainer computes `x / n if n > 0 else 0.0`; `n > 0` is always true here, so the 0 comes from this division
         return self._then(lambda x, y: torch.where(y > 0, x / y, 0.0), other)
 
     def __floordiv__(self, other: int) -> "Deferred":
@@ -44,20 +50,20 @@ class Deferred:
 
     def __gt__(self, other: float) -> bool:
         if other != 0:
-            raise NotImplementedError("only a divisor is compared, and only with 0")
+            raise NotImplementedError(f"A deferred number can only be compared with 0, got a comparison with {other}.")
         return True
 
 
 class GatherLater:
     """
-    Stands in for an accelerator whose gathers are to be one.
+    An accelerator that postpones its gathers and combines them into one.
 
-    Each `gather` and `gather_for_metrics` notes its tensor and returns a [`Deferred`]; `resolve` gathers all of them
-    at once, and nothing is read from the device.
+    Each `gather` and `gather_for_metrics` records its tensor and returns a [`Deferred`]; `resolve` gathers all of them
+    at once. Nothing is read from the device. Every other attribute is the wrapped accelerator's.
 
     Args:
         accelerator ([`~accelerate.Accelerator`]):
-            The one it stands in for; everything but the two gathers is its own.
+            The accelerator to wrap.
     """
 
     def __init__(self, accelerator: Accelerator):
@@ -68,24 +74,24 @@ class GatherLater:
         return getattr(self._accelerator, name)
 
     def gather(self, tensor: torch.Tensor) -> Deferred:
-        place = len(self._tensors)
+        index = len(self._tensors)
         self._tensors.append(tensor.detach())
-        return Deferred(lambda gathered: gathered[place])
+        return Deferred(lambda gathered: gathered[index])
 
     def gather_for_metrics(self, tensor: torch.Tensor) -> Deferred:
         return self.gather(tensor)
 
     def resolve(self, *tensors: torch.Tensor) -> tuple[list[torch.Tensor], Callable[[Any], Any]]:
         """
-        Gather everything noted, and further tensors, in one call.
+        Gather all recorded tensors, and further ones, in one call.
 
         Args:
             tensors (`torch.Tensor`):
-                Further tensors, each of the same shape on every process.
+                Further tensors, each with the same shape on every process.
 
         Returns:
-            `tuple`: The further tensors, those of all processes along the first dimension, and a function that makes a
-            [`Deferred`] a tensor on the device and leaves any other value as it is.
+            `tuple`: The further tensors, with those of all processes along the first dimension, and a function that
+            turns a [`Deferred`] into a tensor on the device and returns any other value unchanged.
         """
         everything = [*self._tensors, *tensors]
         dtype = widest_float(everything[0].device)
@@ -93,12 +99,12 @@ class GatherLater:
         rows = self._accelerator.gather(flat).view(-1, len(flat))
         pieces = rows.split([x.numel() for x in everything], dim=1)
         gathered = [piece.to(x.dtype).reshape(-1, *x.shape[1:]) for piece, x in zip(pieces, everything, strict=True)]
-        noted = gathered[: len(self._tensors)]
-        return gathered[len(self._tensors) :], lambda x: x.evaluate(noted) if isinstance(x, Deferred) else x
+        recorded = gathered[: len(self._tensors)]
+        return gathered[len(self._tensors) :], lambda x: x.evaluate(recorded) if isinstance(x, Deferred) else x
 
 
 def read_from_device(metrics: dict[str, list[Any]]) -> None:
-    """Replace the tensors among the values by numbers, in one transfer."""
+    """Replace every tensor among the values with a number, in one transfer."""
     places = [(values, i) for values in metrics.values() for i, x in enumerate(values) if torch.is_tensor(x)]
     if places:
         dtype = widest_float(places[0][0][places[0][1]].device)

@@ -1,4 +1,4 @@
-"""Per-pair scores, and the exact means, shares, quantiles and intervals made of them."""
+"""Scores of pairs, and the metrics computed from them: means, shares, quantiles and confidence intervals."""
 
 from dataclasses import dataclass, fields
 
@@ -7,36 +7,37 @@ import pyarrow as pa
 import torch
 from scipy.stats import bootstrap
 
+from ..columns import SAVED_ROW_INDEX
 from ..losses import dpo_shift_loss
 
 
 QUANTILES = (5, 25, 50, 75, 95)
-WHOLE_NUMBERS = ("chosen_tokens", "rejected_tokens", "row_index")
+INTEGER_COLUMNS = ("chosen_tokens", "rejected_tokens", SAVED_ROW_INDEX)
 
 
 def widest_float(device: torch.device) -> torch.dtype:
-    """float64 where the device has it: float32 holds neither every lambda nor row indices beyond 2 ** 24."""
+    """float64 if the device supports it: float32 represents neither every lambda nor row indices above 2 ** 24."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
 @dataclass
 class PairScores:
     """
-    What one forward pass says of each pair.
+    Scores of the pairs of a batch, from one forward pass.
 
-    Every field has shape `(num_pairs,)`; log-probabilities are sums over a completion's tokens, in nats.
+    Every field has shape `(num_pairs,)`. Log-probabilities are sums over the tokens of a completion, in nats.
 
     Args:
         chosen_logps, rejected_logps (`torch.Tensor`):
-            Log-probabilities under the policy.
+            Log-probabilities of the completions under the policy.
         ref_chosen_logps, ref_rejected_logps (`torch.Tensor`):
-            Log-probabilities under the reference.
+            Log-probabilities of the completions under the reference.
         chosen_tokens, rejected_tokens (`torch.Tensor`):
-            Scored tokens of each completion.
+            Number of scored tokens of each completion.
         shift_lambda (`torch.Tensor`):
-            Lambda in force when the pair was scored.
+            Lambda when the pair was scored.
         batch_loss (`torch.Tensor`):
-            Loss of the batch the pair was scored in, in nats.
+            Loss of the pair's batch, in nats.
         row_index (`torch.Tensor`):
             Index of the pair's row in its dataset.
     """
@@ -52,52 +53,59 @@ class PairScores:
     row_index: torch.Tensor
 
     def as_matrix(self) -> torch.Tensor:
-        """The fields as columns, so that one gather carries them all. Shape: `(num_pairs, num_fields)`."""
+        """The fields as columns of one tensor, for a single gather. Shape: `(num_pairs, num_fields)`."""
         dtype = widest_float(self.chosen_logps.device)
         return torch.stack([getattr(self, field.name).detach().to(dtype) for field in fields(self)], dim=1)
 
     @classmethod
     def from_matrices(cls, matrices: list[torch.Tensor]) -> "PairScores":
-        """Join matrices of [`PairScores.as_matrix`] into one set of scores, in float64 on the CPU."""
+        """Concatenate matrices from [`PairScores.as_matrix`], in float64 on the CPU."""
         return cls(*torch.cat(matrices).cpu().double().unbind(dim=1))
 
     def as_table(self) -> pa.Table:
-        """One row a pair, in the order of the rows' indices; the log-ratios are columns too."""
+        """One row per pair, sorted by row index, with the log-ratios as additional columns."""
         names = [field.name for field in fields(self) if field.name != "batch_loss"]
         columns = {name: getattr(self, name) for name in [*names, "chosen_logratios", "rejected_logratios"]}
         order = np.argsort(self.row_index.numpy(), kind="stable")
         arrays = {name: column.numpy()[order] for name, column in columns.items()}
-        return pa.table({n: a.astype(np.int64) if n in WHOLE_NUMBERS else a for n, a in arrays.items()})
+        return pa.table({n: a.astype(np.int64) if n in INTEGER_COLUMNS else a for n, a in arrays.items()})
 
     @property
     def chosen_logratios(self) -> torch.Tensor:
+        """Policy minus reference log-probabilities of the chosen completions, in nats. Shape: `(num_pairs,)`."""
         return self.chosen_logps - self.ref_chosen_logps
 
     @property
     def rejected_logratios(self) -> torch.Tensor:
+        """Policy minus reference log-probabilities of the rejected completions, in nats. Shape: `(num_pairs,)`."""
         return self.rejected_logps - self.ref_rejected_logps
 
 
 def pair_metrics(scores: PairScores, beta: float) -> dict[str, float]:
     r"""
-    Metrics as means over pairs, so that they depend on neither batch size nor number of processes.
+    Training metrics as means over pairs, which depend neither on the batch size nor on the number of processes.
 
-    With \\( \Delta = \log\pi_\theta - \log\pi_{\mathrm{ref}} \\): `rewards/*` are \\( \beta\Delta \\) unshifted, as
-    the paper's authors log them; `shift/margins` is \\( \beta(\Delta_w - \lambda\Delta_l) \\) and `shift/accuracies`
-    the share of pairs where it is above 0; `displacement/*` is \\( \Delta \\) itself, in nats per answer and per
-    token, and the shares of pairs by which of their answers rose above or fell below the reference (a pair of which
-    one did not move is in none); `dpo_loss` is the sigmoid loss at lambda = 1 whatever the loss type, by which runs
-    compare. Over all tokens of the chosen answers instead of pairs: `perplexity/chosen`,
-    \\( \exp(-\sum\log\pi_\theta / \sum|y_w|) \\).
+    With \\( \Delta = \log\pi_\theta - \log\pi_{\mathrm{ref}} \\):
+
+    - `rewards/*`: \\( \beta\Delta \\), unshifted, as the paper's authors log it.
+    - `shift/margins`: \\( \beta(\Delta_w - \lambda\Delta_l) \\). `shift/accuracies`: share of pairs for which it is
+      positive.
+    - `displacement/chosen`, `displacement/rejected`: \\( \Delta \\), in nats per answer. `*_per_token`: in nats per
+      token.
+    - `displacement/chosen_fell`: share of pairs with \\( \Delta_w < 0 \\). `both_rose`, `only_chosen_rose`,
+      `only_rejected_rose`, `both_fell`: share of pairs whose answers rose above or fell below the reference. A pair
+      with an unchanged answer counts in none of these four.
+    - `perplexity/chosen`: \\( \exp(-\sum\log\pi_\theta / \sum|y_w|) \\), over all tokens of the chosen answers.
+    - `dpo_loss`: the sigmoid loss at lambda = 1 for every loss type, which makes runs comparable.
 
     Args:
         scores ([`PairScores`]):
-            At least one pair.
+            Scores of at least one pair.
         beta (`float`):
-            Factor from log-ratio to reward, per nat.
+            Inverse temperature of the implicit reward, per nat.
 
     Returns:
-        `dict[str, float]`: One number per name.
+        `dict[str, float]`: Metrics by name.
     """
     chosen, rejected = scores.chosen_logratios, scores.rejected_logratios
     shifted_margins = beta * (chosen - scores.shift_lambda * rejected)
@@ -130,21 +138,20 @@ def pair_metrics(scores: PairScores, beta: float) -> dict[str, float]:
 
 def evaluation_metrics(scores: PairScores, beta: float) -> dict[str, float]:
     r"""
-    What an evaluation adds to [`pair_metrics`]: how the log-ratios spread, and how sure accuracy and margin are.
+    Metrics that an evaluation adds to [`pair_metrics`]: quantiles of the log-ratios, and confidence intervals.
 
-    `displacement/chosen_p5` ... `displacement/rejected_p95` are quantiles over pairs, in nats.
-    `rewards/accuracies_low`, `_high` and `rewards/margins_low`, `_high` are the ends of 95 % percentile-bootstrap
-    intervals of the means (2000 resamples of the pairs, seeded, so that a rerun logs the same), left out for fewer
-    than two pairs.
+    - `displacement/chosen_p5` ... `displacement/rejected_p95`: quantiles over pairs, in nats.
+    - `rewards/accuracies_low`, `_high` and `rewards/margins_low`, `_high`: 95 % confidence intervals of the means, by
+      the percentile bootstrap with 2000 resamples of the pairs and a fixed seed. Omitted for fewer than two pairs.
 
     Args:
         scores ([`PairScores`]):
-            All pairs of an evaluation.
+            Scores of all pairs of an evaluation.
         beta (`float`):
-            Factor from log-ratio to reward, per nat.
+            Inverse temperature of the implicit reward, per nat.
 
     Returns:
-        `dict[str, float]`: One number per name.
+        `dict[str, float]`: Metrics by name.
     """
     chosen, rejected = scores.chosen_logratios.double().numpy(), scores.rejected_logratios.double().numpy()
     metrics = {

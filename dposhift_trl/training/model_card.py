@@ -1,4 +1,4 @@
-"""What the model card says of DPO-Shift."""
+"""The sections that are added to TRL's model card."""
 
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ CARD_METRICS = (
 
 
 def log_until(log_history: list[dict[str, Any]], checkpoint: str | None) -> list[dict[str, Any]]:
-    """The log up to the step of a checkpoint, such as the best one, which was loaded in the end; all without one."""
+    """Log entries up to the step of a checkpoint, such as the best one; all entries if `checkpoint` is `None`."""
     if checkpoint is None:
         return log_history
     step = int(checkpoint.rsplit("-", 1)[-1])
@@ -37,7 +37,7 @@ def append_shift_section(
     args: DPOShiftConfig, log_history: list[dict[str, Any]], given_schedule: bool = False
 ) -> None:
     """
-    Append lambda's schedule, the settings and the last logged metrics to `README.md` in `args.output_dir`.
+    Append the lambda schedule, the settings, the verdict and the last logged metrics to `README.md` in `output_dir`.
 
     Args:
         args ([`DPOShiftConfig`]):
@@ -45,24 +45,20 @@ def append_shift_section(
         log_history (`list[dict[str, Any]]`):
             `trainer.state.log_history`.
         given_schedule (`bool`, *optional*, defaults to `False`):
-            Whether a callback of the user's set lambda, whatever the settings say.
+            Whether a callback passed to the trainer set lambda, instead of the settings.
     """
     latest: dict[str, float] = {}
     for entry in log_history:
         latest.update(entry)
     plan = args.lambda_plan
-    settings = {
-        **(
-            {"lambda schedule": "a function of progress, given in code"}
-            if given_schedule
-            else {
-                "lambda schedule": args.lambda_schedule,
-                "lambda": "{} to {}".format(*args.lambda_range)
-                if args.lambda_schedule != "fixed"
-                else args.shift_lambda,
-            }
-        ),
-        **({"lambda target": f"{args.lambda_target} ({args.lambda_target_metric})"} if plan.adaptive else {}),
+    settings: dict[str, Any] = {"lambda schedule": "a function of progress, given in code"}
+    if not given_schedule:
+        smallest, largest = plan.range
+        settings["lambda schedule"] = args.lambda_schedule
+        settings["lambda"] = smallest if smallest == largest else f"{smallest} to {largest}"
+    if plan.adaptive:
+        settings["lambda target"] = f"{args.lambda_target} ({args.lambda_target_metric})"
+    settings |= {
         "beta": args.beta,
         "loss type": ", ".join(args.loss_type),
         "learning rate": args.learning_rate,
@@ -99,11 +95,11 @@ def append_shift_section(
 
 def append_recipe_section(folder: Path, recipe: str) -> None:
     """
-    Append the resolved recipe, which names the data and every setting, to `README.md` in `folder`.
+    Append the resolved recipe, with the data and every setting, to `README.md` in `folder`.
 
     Args:
         folder (`Path`):
-            Folder of the stage's model.
+            Folder that contains the model of the stage.
         recipe (`str`):
             The resolved recipe as YAML.
     """

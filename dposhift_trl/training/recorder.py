@@ -1,4 +1,4 @@
-"""The scores of each pair since the last log, and what is logged and saved of them."""
+"""Collects the scores of pairs between logs, and turns them into logged metrics and saved tables."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ class PairRecorder:
 
     Args:
         beta (`float`):
-            Factor from log-ratio to reward, per nat.
+            Inverse temperature of the implicit reward, per nat.
     """
 
     def __init__(self, beta: float):
@@ -23,31 +23,31 @@ class PairRecorder:
 
     def add(self, mode: str, step: int, matrix: torch.Tensor) -> None:
         """
-        Record a batch.
+        Record the scores of a batch.
 
         Args:
             mode (`str`):
                 `"train"` or `"eval"`.
             step (`int`):
-                Optimizer steps completed.
+                Number of completed optimizer steps.
             matrix (`torch.Tensor`):
-                Scores of all processes, as of [`~metrics.PairScores.as_matrix`].
+                Scores from all processes; see [`~metrics.PairScores.as_matrix`].
         """
         self._batches[mode].append((step, matrix))
 
     def clear(self, mode: str) -> None:
-        """Forget the batches of a mode."""
+        """Discard the recorded batches of a mode."""
         self._batches[mode].clear()
 
     def first_non_finite(self, mode: str, newest: bool = False) -> tuple[int, PairScores] | None:
         """
-        Step and scores of the first recorded batch with a value that is not finite, or `None`; waits for the device.
+        Step and scores of the first recorded batch with a non-finite value, or `None`. Synchronizes with the device.
 
         Args:
             mode (`str`):
                 `"train"` or `"eval"`.
             newest (`bool`, *optional*, defaults to `False`):
-                Whether to look at the newest batch only.
+                Whether to check only the newest batch.
         """
         batches = self._batches[mode][-1:] if newest else self._batches[mode]
         if not batches or torch.isfinite(torch.cat([matrix for _, matrix in batches])).all():
@@ -57,16 +57,16 @@ class PairRecorder:
 
     def take_metrics(self, mode: str, table: Path | None = None) -> dict[str, float]:
         """
-        Metrics of the recorded pairs, which are then forgotten; none if there are no pairs.
+        Compute the metrics of the recorded pairs, then discard the pairs. Empty if no pairs were recorded.
 
         Args:
             mode (`str`):
-                `"train"` or `"eval"`, which adds quantiles and intervals.
+                `"train"` or `"eval"`. `"eval"` adds quantiles and confidence intervals.
             table (`Path`, *optional*):
-                Parquet file to save the scores to.
+                Parquet file in which the scores are saved.
 
         Returns:
-            `dict[str, float]`: One number per name.
+            `dict[str, float]`: Metrics by name.
         """
         if not self._batches[mode]:
             return {}
@@ -78,5 +78,5 @@ class PairRecorder:
 
 
 def table_path(output_dir: str, prefix: str, step: int) -> Path:
-    """File of the scores that an evaluation gave its pairs: `pairs/<prefix>-<step>.parquet` in the output folder."""
+    """File in which an evaluation saves the scores of its pairs: `pairs/<prefix>-<step>.parquet` in `output_dir`."""
     return Path(output_dir) / PAIRS / f"{prefix.replace('/', '_')}-{step:06d}.parquet"

@@ -79,10 +79,11 @@ class ShiftedModel:
         # Prompt-learning PEFT prepends virtual tokens to the outputs
         logps = sequence_logps(log_probs[:, -mask.size(1) :], mask, self.shift.ld_alpha)
         chosen_logps, rejected_logps = logps.chunk(2)
-        references = ref_chosen_logps, ref_rejected_logps = self.shift.references()
-        inputs.update(zip(REFERENCE_LOGPS, references, strict=True))
+        ref_chosen_logps, ref_rejected_logps = self.shift.references()
+        shifted = ref_rejected_logps
         if shift_lambda != 1.0:
-            inputs["ref_rejected_logps"] = rejected_logps - shift_lambda * (rejected_logps - ref_rejected_logps)
+            shifted = rejected_logps - shift_lambda * (rejected_logps - ref_rejected_logps)
+        inputs.update(zip(REFERENCE_LOGPS, (ref_chosen_logps, shifted), strict=True))
         chosen_tokens, rejected_tokens = mask.sum(dim=1).chunk(2)
         unknown = torch.full_like(chosen_tokens, -1)
         return PairScores(
@@ -92,9 +93,8 @@ class ShiftedModel:
             ref_rejected_logps=ref_rejected_logps,
             chosen_tokens=chosen_tokens,
             rejected_tokens=rejected_tokens,
-            shift_lambda=torch.as_tensor(
-                shift_lambda, dtype=widest_float(chosen_logps.device), device=chosen_logps.device
-            ).expand_as(chosen_logps),
+            # Filled on the device, where a copy from the host would wait
+            shift_lambda=torch.full_like(chosen_tokens, shift_lambda, dtype=widest_float(chosen_logps.device)),
             batch_loss=unknown,
             row_index=unknown,
         )

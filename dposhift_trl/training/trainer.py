@@ -275,7 +275,7 @@ class DPOShiftTrainer(DPOTrainer):
         try:
             result = super(DPOShiftTrainer, view).compute_loss(scored, inputs, return_outputs)
         except KeyError as error:
-            if error.args[0] == "ref_chosen_logps":
+            if error.args[0] == REFERENCE_LOGPS[0]:
                 raise _incompatible_trl_error("its loss does not score the answers by a fused head") from error
             raise
         loss = result[0] if return_outputs else result

@@ -1,0 +1,207 @@
+"""The `data` section of a recipe."""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from ..columns import PREFERENCE_COLUMNS, TEMPLATE_COLUMNS
+
+
+AUDIT_KINDS = {
+    "missing": "an answer or the prompt is null or of the wrong type",
+    "empty": "an answer is empty or only whitespace",
+    "identical": "chosen and rejected are the same",
+    "duplicate": "the split already contains the same row",
+    "leaked": "the evaluation split contains the same row",
+    "lost": "the prompt alone fills `max_length`, so no answer is left",
+    "cut": "an answer is truncated to fit `max_length`",
+}
+AUDIT_POLICIES = ("drop", "keep", "error")
+
+KEPT_COLUMNS = (*PREFERENCE_COLUMNS, *TEMPLATE_COLUMNS)
+
+
+@dataclass
+class DataSource:
+    """
+    Where preference rows come from.
+
+    Parameters:
+        path (`str`):
+            Hub name, local folder, or a `.jsonl`, `.json`, `.csv` or `.parquet` file. `demo` is the built-in data.
+        name (`str`, *optional*):
+            Configuration of a Hub dataset.
+        revision (`str`, *optional*):
+            Branch, tag or commit of a Hub dataset.
+        data_files (`str`, `list[str]` or `dict[str, str]`, *optional*):
+            Files inside `path`, as in [`~datasets.load_dataset`].
+        train_split (`str`, *optional*, defaults to `"train"`):
+            Split to train on.
+        eval_split (`str`, *optional*):
+            Split to evaluate on.
+        columns (`dict[str, str]`, *optional*):
+            Column names, if the data uses others: `{prompt: question, chosen: good, rejected: bad}`.
+        weight (`float`, *optional*, defaults to `1.0`):
+            Sampling weight in a mixture, relative to the other sources.
+    """
+
+    path: str | None = None
+    name: str | None = None
+    revision: str | None = None
+    data_files: str | list[str] | dict[str, str] | None = None
+    train_split: str = "train"
+    eval_split: str | None = None
+    columns: dict[str, str] | None = None
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.weight < math.inf:
+            raise ValueError(
+                f"`weight` must be finite and greater than 0, got {self.weight!r}. To exclude the source, remove it."
+            )
+        columns = self.columns or {}
+        unknown = sorted(set(columns) - set(KEPT_COLUMNS))
+        if unknown:
+            raise ValueError(
+                f"`columns` must map {', '.join(PREFERENCE_COLUMNS)} to the column names in the data, got the key "
+                f"{unknown[0]!r}. Write for example `columns: {{chosen: {columns[unknown[0]]}}}`."
+            )
+        if len(set(columns.values())) < len(columns):
+            raise ValueError(
+                f"`columns` must not name a column of the data twice, got {columns!r}. Map each column once."
+            )
+
+
+@dataclass
+class DataConfig(DataSource):
+    """
+    The `data` section of a recipe: one source or a mixture of several, and what to do with unusable rows.
+
+    Parameters:
+        mixture (`list[dict]`, *optional*):
+            Sources to sample from in proportion to their `weight`, until the first one is exhausted. Replaces `path`.
+        eval_size (`int` or `float`, *optional*):
+            Number (int) or share (float) of training rows to hold out for evaluation, if there is no `eval_split`.
+        max_train_rows (`int`, *optional*):
+            Use only the first training rows.
+        max_eval_rows (`int`, *optional*):
+            Use only the first evaluation rows.
+        streaming (`bool`, *optional*, defaults to `False`):
+            Read rows during training, without a copy on disk. Every stage then needs `max_steps`.
+        audit (`str` or `dict[str, str]`, *optional*, defaults to `"drop"`):
+            `drop`, `keep` or `error`, either for all kinds of unusable rows or per kind.
+        min_rows_kept (`float`, *optional*, defaults to `0.5`):
+            Minimum share of each split that must be left after the audit.
+    """
+
+    mixture: list[dict[str, Any]] | None = None
+    eval_size: int | float | None = None
+    max_train_rows: int | None = None
+    max_eval_rows: int | None = None
+    streaming: bool = False
+    audit: str | dict[str, str] = "drop"
+    min_rows_kept: float = 0.5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_sources()
+        self._check_sizes()
+        self._check_audit()
+
+    def _check_sources(self) -> None:
+        if bool(self.path) == (self.mixture is not None):
+            raise ValueError(
+                f"Exactly one of `path` and `mixture` must be set, got {'both' if self.path else 'neither'}. For the "
+                "built-in data, write `path: demo`."
+            )
+        if self.mixture is None:
+            return
+        if not self.mixture:
+            raise ValueError("`mixture` must contain at least one source, got []. Write for example `- path: demo`.")
+        for f in dataclasses.fields(DataSource):
+            if getattr(self, f.name) != f.default:
+                raise ValueError(
+                    f"`{f.name}` is not supported next to `mixture`, got {getattr(self, f.name)!r}. Set it in each "
+                    "source of the mixture."
+                )
+        for index, source in enumerate(self.sources):
+            if not source.path:
+                raise ValueError(
+                    f"`path` must be set in every source of a `mixture`, got none in source {index}. Add it."
+                )
+
+    def _check_sizes(self) -> None:
+        if self.eval_size is not None:
+            if self.has_eval_split:
+                raise ValueError(
+                    f"`eval_size` is not supported with `eval_split`, got {self.eval_size!r}. Remove one of the two."
+                )
+            is_share = isinstance(self.eval_size, float)
+            if not self.eval_size > 0 or (is_share and self.eval_size >= 1):
+                raise ValueError(
+                    "`eval_size` must be a positive number of rows or a share between 0 and 1, got "
+                    f"{self.eval_size!r}. Write for example `eval_size: 0.05`."
+                )
+            if self.streaming and is_share:
+                raise ValueError(
+                    f"`eval_size` must be a number of rows with `streaming`, got {self.eval_size!r}. Write for "
+                    "example `eval_size: 500`."
+                )
+        for name in ("max_train_rows", "max_eval_rows"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {value!r}. Remove it to use all rows.")
+        if self.max_eval_rows is not None and not self.has_eval:
+            raise ValueError(
+                f"`max_eval_rows` needs evaluation rows, got {self.max_eval_rows} without any. Set `eval_split` or "
+                "`eval_size`."
+            )
+        if not 0 < self.min_rows_kept <= 1:
+            raise ValueError(
+                f"`min_rows_kept` must be greater than 0 and at most 1, got {self.min_rows_kept!r}. Write for example "
+                "0.5 to stop if the audit drops more than half of a split."
+            )
+
+    def _check_audit(self) -> None:
+        policies = self.audit if isinstance(self.audit, dict) else {"missing": self.audit}
+        for kind, policy in policies.items():
+            if kind not in AUDIT_KINDS:
+                raise ValueError(
+                    f"`audit` must use the kinds {', '.join(AUDIT_KINDS)}, got {kind!r}. Write for example "
+                    "`audit: {cut: keep}`."
+                )
+            if policy not in AUDIT_POLICIES:
+                raise ValueError(
+                    f"`audit` must be one of {', '.join(AUDIT_POLICIES)}, got {policy!r}"
+                    + (f" for {kind}" if isinstance(self.audit, dict) else "")
+                    + ". Write for example `audit: drop`."
+                )
+        if policies.get("missing") == "keep" and isinstance(self.audit, dict):
+            raise ValueError(
+                "`audit` must be drop or error for missing, got 'keep'. Null answers cannot be trained on; remove the "
+                "key to drop them."
+            )
+
+    @property
+    def sources(self) -> list[DataSource]:
+        """The sources of the mixture, or the single source."""
+        if self.mixture is None:
+            return [self]
+        return [DataSource(**source) for source in self.mixture]
+
+    @property
+    def has_eval_split(self) -> bool:
+        """Whether a source has an evaluation split."""
+        return any(source.eval_split is not None for source in self.sources)
+
+    @property
+    def has_eval(self) -> bool:
+        """Whether there are rows to evaluate on."""
+        return self.has_eval_split or self.eval_size is not None
+
+    def policy(self, kind: str) -> str:
+        """Policy for rows of one of the `AUDIT_KINDS`."""
+        if isinstance(self.audit, dict):
+            return self.audit.get(kind, "drop")
+        return "drop" if (kind, self.audit) == ("missing", "keep") else self.audit

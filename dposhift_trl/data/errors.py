@@ -1,0 +1,44 @@
+"""Errors in preference data, reported to the user in one line."""
+
+import contextlib
+from collections.abc import Iterator
+
+from datasets.exceptions import DatasetsError
+from datasets.table import CastError
+from pandas.errors import ParserError
+from pyarrow import ArrowException
+
+
+MAX_LINE = 4_000  # characters of a message; the longest useful one lists transformers' optimizers
+
+
+class DataError(ValueError):
+    """Preference data that cannot be trained on. The message is one line, written for the user."""
+
+    def __init__(self, message: str):
+        super().__init__(one_line(message))
+
+
+def one_line(message: str) -> str:
+    """Format a message for a terminal: a single line of bounded length, with unprintable characters escaped."""
+    line = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in " ".join(message.split()))
+    return line if len(line) <= MAX_LINE else f"{line[: MAX_LINE // 2]} [...] {line[-MAX_LINE // 2 :]}"
+
+
+@contextlib.contextmanager
+def reading_rows() -> Iterator[None]:
+    """Raise a [`DataError`] in place of whatever the file readers raise while rows are read."""
+    try:
+        yield
+    except Exception as error:
+        if not _is_reader_error(error):
+            raise
+        raise DataError(f"The rows of `data` cannot be read: {error}. Fix the file.") from error
+
+
+def _is_reader_error(error: Exception) -> bool:
+    if isinstance(error, OSError):
+        return error.errno is None  # Arrow raises it for broken Parquet files
+    if isinstance(error, TypeError):
+        return str(error).startswith("Couldn't cast")
+    return isinstance(error, (ArrowException, CastError, DatasetsError, ParserError, UnicodeDecodeError))

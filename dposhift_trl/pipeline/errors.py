@@ -1,0 +1,15 @@
+"""What ends a run before its time. Each message is written for the user."""
+
+RUN_AGAIN = "Run the same command again to continue."
+
+
+class RunError(RuntimeError):
+    """The run cannot start or continue."""
+
+
+class WriteError(RuntimeError):
+    """The disk is full or cannot be written."""
+
+
+class Terminated(BaseException):
+    """SIGTERM arrived and everything is saved. Not an `Exception`, so that no library handles it."""

@@ -1,0 +1,122 @@
+"""What the page that compares several runs shows."""
+
+import json
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from .drawing import Drawing
+from .figures import DASHES, SERIES, Dot, Line, curves, trade_off
+from .recommendation import RULE, recommend_lambda
+from .run_folder import Run
+
+
+COLUMNS = (
+    ("λ", "shift/lambda"),
+    ("Chosen log-ratio, nats", "displacement/chosen"),
+    ("Chosen fell, share", "displacement/chosen_fell"),
+    ("Rejected log-ratio, nats", "displacement/rejected"),
+    ("Margin, nats", "rewards/margins"),
+    ("Accuracy", "rewards/accuracies"),
+    ("Perplexity of chosen", "perplexity/chosen"),
+    ("Loss at λ 1, nats", "dpo_loss"),
+)
+SORTED_BY = 1  # the chosen log-ratio, which the recommendation is about
+ANSWER_COLUMNS = (("Repetition", "answers/repetition"), ("Empty answers, share", "answers/empty"))
+
+
+def compare_runs(runs: Sequence[Run]) -> tuple[dict[str, Any], list[Drawing]]:
+    """Values of the template and figures of the page that compares runs."""
+    recommended, reason = recommend_lambda([run.outcome for run in runs])
+    drawings = [drawing for drawing in [*_trade_offs(runs), *_overlays(runs)] if drawing]
+    answered = [run.answers for run in runs if run.answers is not None]
+    columns = [*COLUMNS, *(ANSWER_COLUMNS if answered else ())]
+    table: list[dict[str, Any]] = [
+        {
+            "name": run.name,
+            "lambda_text": run.lambda_text,
+            "recommended": run.name == recommended,
+            "values": [_value(run, name) for _, name in columns],
+        }
+        for run in runs
+    ]
+    # A run without the number comes last
+    table.sort(key=lambda row: -row["values"][SORTED_BY] if math.isfinite(row["values"][SORTED_BY]) else math.inf)
+    betas = [beta for run in runs if (beta := run.beta) is not None]
+    values = {
+        "title": f"{len(runs)} runs compared",
+        "table": table,
+        "columns": [label for label, _ in columns],
+        "sorted_by": SORTED_BY,
+        "answered": bool(answered),
+        "other_questions": len({json.dumps(answers.settings, sort_keys=True) for answers in answered}) > 1,
+        "reason": reason,
+        "rule": RULE,
+        "other_betas": bool(betas) and max(betas) > 1.01 * min(betas),
+    }
+    return values, drawings
+
+
+def _value(run: Run, name: str) -> float:
+    """A number of the table."""
+    if name.startswith("answers/"):
+        return math.nan if run.answers is None else run.answers.final_greedy.get(name.split("/")[1], math.nan)
+    if name == "shift/lambda" and run.outcome.lambdas is not None:
+        return run.outcome.lambdas[1]
+    return run.last.get(name, math.nan)
+
+
+def _trade_offs(runs: Sequence[Run]) -> list[Drawing | None]:
+    found = []
+    for name, title, label in (
+        ("margin", "Chosen log-ratio against margin", "Reward margin (nats; up is better)"),
+        ("accuracy", "Chosen log-ratio against accuracy", "Reward accuracy (up is better)"),
+    ):
+        dots = []
+        for index, run in enumerate(runs):
+            outcome = run.outcome
+            chosen, value = outcome.chosen, getattr(outcome, name)
+            dots.append(
+                Dot(
+                    f"{run.name}, {run.lambda_text}" if len(runs) <= 4 else run.lambda_text,
+                    math.nan if chosen is None else chosen,
+                    math.nan if value is None else value,
+                    SERIES[index % len(SERIES)],
+                    getattr(outcome, f"{name}_low"),
+                    getattr(outcome, f"{name}_high"),
+                    outcome.is_dpo,
+                )
+            )
+        found.append(trade_off(f"trade_off_{name}", title, label, dots, percent=name == "accuracy"))
+    return found
+
+
+def _overlays(runs: Sequence[Run]) -> list[Drawing | None]:
+    """The curves of all runs, one figure per metric, of the evaluations if there are any, otherwise of training."""
+    lambdas = [run.lambda_text for run in runs]
+
+    def lines(name: str) -> list[Line]:
+        found = []
+        for index, run in enumerate(runs):
+            steps, values = run.dpo.evaluation_series(name)
+            if not steps:
+                steps, values = run.dpo.series(name)
+            label = run.lambda_text if lambdas.count(run.lambda_text) == 1 else run.name
+            dash = DASHES[index // len(SERIES) % len(DASHES)]
+            found.append(Line(label, SERIES[index % len(SERIES)], steps, values, dash=dash))
+        return found
+
+    zero, answers = (0, "SFT model"), "nats per answer"
+    return [
+        curves("curves_chosen", "Chosen log-ratio", answers, lines("displacement/chosen"), zero),
+        curves("curves_rejected", "Rejected log-ratio", answers, lines("displacement/rejected"), zero),
+        curves("curves_margin", "Reward margin, unshifted", "nats", lines("rewards/margins"), zero),
+        curves(
+            "curves_accuracy",
+            "Reward accuracy, unshifted",
+            "share of pairs",
+            lines("rewards/accuracies"),
+            (0.5, "chance"),
+            percent=True,
+        ),
+    ]

@@ -1,0 +1,101 @@
+"""Files of a run folder are complete or absent, and a broken one is explained in one line."""
+
+import os
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from dposhift_trl.artifacts import ArtifactError, read_mapping, whole_folder, write_whole
+
+
+@pytest.mark.parametrize("content", ["ä\n", b"\0\1"], ids=["text", "bytes"])
+def test_a_written_file_has_its_content_and_leaves_no_other(content, tmp_path):
+    path = tmp_path / "folder" / "file"
+    write_whole(path, "earlier, and longer")
+    write_whole(path, content)
+    assert path.read_bytes() == (content.encode("utf-8") if isinstance(content, str) else content)
+    assert [entry.name for entry in path.parent.iterdir()] == ["file"]
+
+
+def test_a_table_is_written_as_parquet(tmp_path):
+    write_whole(tmp_path / "file", pa.table({"a": [1, 2]}))
+    assert pq.read_table(tmp_path / "file").to_pydict() == {"a": [1, 2]}
+
+
+@pytest.mark.parametrize("failing", ["fsync", "write"])
+def test_a_failure_keeps_the_earlier_file_and_leaves_no_other(failing, tmp_path, monkeypatch):
+    write_whole(tmp_path / "file", "earlier")
+
+    def full(*_):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(*((os, "fsync", full) if failing == "fsync" else (pq, "write_table", full)))
+    with pytest.raises(OSError, match="no space left"):
+        write_whole(tmp_path / "file", pa.table({"a": [1]}))
+    assert (tmp_path / "file").read_text() == "earlier"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_folder_appears_once_it_is_written(tmp_path):
+    folder = tmp_path / "folder"
+    with whole_folder(folder) as unfinished:
+        unfinished.mkdir()
+        (unfinished / "file").write_text("content")
+        assert not folder.exists()
+    assert (folder / "file").read_text() == "content"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["folder"]
+
+
+def test_a_folder_that_is_not_written_to_its_end_does_not_appear(tmp_path):
+    def write():
+        with whole_folder(tmp_path / "folder") as unfinished:
+            unfinished.mkdir()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write()
+    assert not (tmp_path / "folder").exists()
+
+
+def test_mappings_are_read_as_json_or_yaml_by_their_suffix(tmp_path):
+    (tmp_path / "a.json").write_text('{"a": 1e-3}')
+    (tmp_path / "a.yaml").write_text("a: 1e-3\nb: no\n")
+    assert read_mapping(tmp_path / "a.json") == {"a": 0.001}
+    assert read_mapping(tmp_path / "a.yaml") == {"a": 0.001, "b": "no"}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("a.json", b"", "is empty."),
+        ("a.yaml", b" \n", "is empty."),
+        ("a.yaml", b"# comment\n", "must contain a mapping, got NoneType."),
+        ("a.json", b"[1]", "must contain a mapping, got list."),
+        ("a.yaml", b"text", "must contain a mapping, got str."),
+        ("a.json", b'{"a":', "is not valid JSON: Expecting value"),
+        ("a.json", b"[" * 100_000, "is not valid JSON: "),
+        ("a.yaml", b"a: [", "is not valid YAML: "),
+        ("a.yaml", b"a: {b: c", "is not valid YAML: "),
+        ("a.yaml", b"\0\1\2", "is not valid YAML: unacceptable character"),
+        ("a.yaml", b"a: 2001-99-99T00:00:00Z", "is not valid YAML: month must be in 1..12"),
+        ("a.json", b"\xff\xfe", "is not UTF-8 text."),
+        ("a.yaml", b"a: \xe4", "is not UTF-8 text."),
+        ("a.json", None, "must be a file, got a directory."),
+    ],
+)
+def test_a_broken_file_is_explained_in_one_line(name, content, reason, tmp_path):
+    path = tmp_path / name
+    path.mkdir() if content is None else path.write_bytes(content)
+    with pytest.raises(ArtifactError) as raised:
+        read_mapping(path)
+    message = str(raised.value)
+    assert message.startswith(f"{path} {reason}")
+    assert message == f"{path} {raised.value.reason}."
+    assert message.isprintable()
+    assert len(raised.value.reason) <= 300
+
+
+def test_a_missing_file_is_explained(tmp_path):
+    with pytest.raises(ArtifactError, match=r"a\.json does not exist\.$"):
+        read_mapping(tmp_path / "a.json")
