@@ -237,6 +237,10 @@ def test_a_budget_that_is_not_a_positive_integer_is_an_error(value, settings):
         DPOShiftConfig(**settings, max_tokens_per_batch=value)
 
 
+def test_a_budget_of_one_token_is_a_number_of_tokens(settings):
+    assert DPOShiftConfig(**settings, max_tokens_per_batch=1).max_tokens_per_batch == 1
+
+
 @pytest.mark.parametrize("shared", [True, False])
 def test_group_by_length_batches_pairs_of_similar_length(shared, tiny_model, settings):
     """DPOTrainer raises an error: its rows have no `input_ids` from which lengths could be inferred."""

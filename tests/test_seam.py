@@ -57,6 +57,20 @@ def test_the_scores_of_a_batch_are_those_of_its_halves():
     assert scores.row_index.tolist() == [-1, -1]
 
 
+def test_three_pairs_have_three_scores_of_each_kind():
+    rows = [0, 1, 0, 2, 3, 2]
+    references = tuple(reference[[0, 1, 0]] for reference in REFERENCES)
+    scores = scored(0.6, LOG_PROBS[rows], MASK[rows], references).scores
+    assert scores.chosen_logps.tolist() == [-3.0, -4.0, -3.0]
+    assert scores.rejected_tokens.tolist() == [1, 3, 1]
+
+
+def test_at_lambda_one_the_loss_gets_the_references_themselves():
+    assert all(
+        scored(1.0).inputs[f"ref_{side}_logps"] is REFERENCES[i] for i, side in enumerate(("chosen", "rejected"))
+    )
+
+
 def test_a_call_without_the_fused_head_is_the_models_own():
     model = scored()
     assert model(labels=None).log_probs is LOG_PROBS
