@@ -140,13 +140,14 @@ def test_a_table_has_one_row_per_pair_sorted_by_row_index(tmp_path):
     assert [path.name for path in (tmp_path / "pairs").iterdir()] == ["eval-000003.parquet"]
 
 
-def test_a_table_holds_every_field_but_the_loss_and_keeps_the_order_of_rows_without_a_number():
+def test_a_table_holds_every_field_but_the_loss_and_keeps_the_order_of_rows_with_one_number():
     pairs = scores([-50.0 - place for place in range(40)], [-50.0] * 40, [0.5] * 40)
-    pairs.row_index = torch.tensor([-1.0] * 40, dtype=torch.float64)
+    pairs.row_index = torch.tensor([0.0, -1.0] * 20, dtype=torch.float64)
     table = pairs.as_table()
     fields = {field.name for field in dataclasses.fields(pairs)}
     assert set(table.column_names) == fields - {"batch_loss"} | {"chosen_logratios", "rejected_logratios"}
-    assert table["chosen_logps"].to_pylist() == pairs.chosen_logps.tolist()
+    logps = pairs.chosen_logps.tolist()
+    assert table["chosen_logps"].to_pylist() == logps[1::2] + logps[::2]
 
 
 def test_the_ends_of_an_interval_are_as_exact_as_2000_resamples_make_them():
