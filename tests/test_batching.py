@@ -20,7 +20,7 @@ from trl import DPOConfig, DPOTrainer
 
 from dposhift_trl import DPOShiftConfig, DPOShiftTrainer
 from dposhift_trl.scoring import PairLayout
-from dposhift_trl.training.batching import TokenBudgetSampler, pair_lengths
+from dposhift_trl.training.batching import TokenBudgetSampler, pair_lengths, with_lengths
 
 
 ROWS = make_rows(24)
@@ -47,6 +47,12 @@ TOKENS = Dataset.from_dict(
 )
 def test_a_length_counts_the_tokens_that_are_read(max_length, mode, shared, expected):
     assert pair_lengths(TOKENS, max_length, mode, shared) == expected
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_pair_without_tokens_counts_as_one(shared):
+    empty = Dataset.from_dict({name: [[7][:0]] for name in ("prompt_ids", "chosen_ids", "rejected_ids")})
+    assert pair_lengths(empty, None, "keep_start", shared) == [1]
 
 
 def test_a_layout_is_at_most_as_long_as_its_pairs(tiny_model, settings):
@@ -104,6 +110,10 @@ def test_the_order_depends_on_seed_and_epoch():
     assert list(first) != list(TokenBudgetSampler(lengths, 200, seed=2))
 
 
+def test_every_pair_may_be_a_batch_of_its_own():
+    assert sorted(TokenBudgetSampler([5, 5, 5, 5], 5)) == [[0], [1], [2], [3]]
+
+
 def test_too_few_pairs_for_an_optimizer_step_are_an_error():
     with pytest.raises(
         ValueError,
@@ -121,6 +131,31 @@ def test_a_budget_below_the_longest_pair_is_an_error():
 
 def make_trainer(model, settings, rows=ROWS, **changes):
     return DPOShiftTrainer(model, args=DPOShiftConfig(**{**settings, **changes}), train_dataset=rows)
+
+
+def test_settings_of_the_dataloader_hold_for_batches_by_tokens_too(tiny_model, settings):
+    workers = {"dataloader_num_workers": 1, "dataloader_persistent_workers": True, "dataloader_prefetch_factor": 3}
+    changes = {"max_tokens_per_batch": 100, "data_seed": 8, "dataloader_pin_memory": False, **workers}
+    trainer = make_trainer(tiny_model, settings, **changes)
+    loader = trainer.get_train_dataloader()
+    assert (loader.num_workers, loader.persistent_workers, loader.prefetch_factor) == (1, True, 3)
+    assert not loader.pin_memory
+    lengths = pair_lengths(trainer.train_dataset, trainer.args.max_length, "keep_start", shared=True)
+    found = [batch["dposhift_row_index"].tolist() for batch in loader]
+    assert found == list(TokenBudgetSampler(lengths, 100, seed=8))
+
+
+def test_lengths_are_added_where_pairs_are_grouped_by_them_and_there_are_none(settings):
+    def lengths(strategy, rows=TOKENS, max_length=None):
+        args = DPOShiftConfig(**settings, train_sampling_strategy=strategy, max_length=max_length)
+        rows = with_lengths(rows, args, shares_prompts=True)
+        return rows["length"][:] if "length" in rows.column_names else None
+
+    assert lengths("random") is None
+    assert lengths("group_by_length") == [8, 4, 2, 7]
+    assert lengths("group_by_length", max_length=4) == [4, 4, 2, 5]
+    assert lengths("group_by_length", TOKENS.add_column("length", [9, 9, 9, 9])) == [9, 9, 9, 9]
+    assert lengths("group_by_length", TOKENS.to_iterable_dataset()) is None
 
 
 def test_a_step_with_a_budget_is_the_mean_over_its_pairs(tiny_model, settings):
@@ -200,6 +235,10 @@ def test_a_budget_with_an_unsupported_setting_is_an_error(changes, stream, reaso
 def test_a_budget_that_is_not_a_positive_integer_is_an_error(value, settings):
     with pytest.raises(ValueError, match="`max_tokens_per_batch` must be a positive integer, got"):
         DPOShiftConfig(**settings, max_tokens_per_batch=value)
+
+
+def test_a_budget_of_one_token_is_a_number_of_tokens(settings):
+    assert DPOShiftConfig(**settings, max_tokens_per_batch=1).max_tokens_per_batch == 1
 
 
 @pytest.mark.parametrize("shared", [True, False])

@@ -57,11 +57,14 @@ def test_sequence_logps_without_ld_alpha_is_the_sum():
 
 
 def test_ld_alpha_weights_the_tokens_beyond_the_shorter_answer():
-    # 3 chosen tokens and 1 rejected token: the last two chosen ones have weight 0.25
-    logps = torch.tensor([[0.0, -1.0, -2.0, -4.0], [0.0, -8.0, 0.0, 0.0]])
-    mask = torch.tensor([[0, 1, 1, 1], [0, 1, 0, 0]])
-    assert sequence_logps(logps, mask, ld_alpha=0.25).tolist() == [-1 + 0.25 * (-2 - 4), -8.0]
-    assert sequence_logps(logps, mask, ld_alpha=1.0).tolist() == [-7.0, -8.0]
+    # Answers of 3 and 1, 1 and 2, 0 and 1 tokens: what the other one lacks counts a quarter
+    chosen = [[0.0, -1.0, -2.0, -4.0], [-3.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0]]
+    rejected = [[0.0, -8.0, 0.0, 0.0], [0.0, -5.0, -6.0, 0.0], [0.0, 0.0, 0.0, -7.0]]
+    logps = torch.tensor(chosen + rejected)
+    mask = (logps != 0).long()
+    found = sequence_logps(logps, mask, ld_alpha=0.25).tolist()
+    assert found == [-1 + 0.25 * (-2 - 4), -3.0, 0.0, -8.0, -5 + 0.25 * -6, 0.25 * -7]
+    assert sequence_logps(logps, mask, ld_alpha=1.0).tolist() == logps.sum(dim=1).tolist()
 
 
 def test_the_examples_in_the_docstrings_are_correct():

@@ -1,4 +1,5 @@
 import dataclasses
+import itertools
 import math
 
 import numpy as np
@@ -65,10 +66,29 @@ def test_a_tie_counts_as_not_preferred():
 
 
 def test_a_pair_with_two_moved_answers_is_in_one_quadrant_and_others_are_in_none():
-    moved = scores([-48, -48, -52, -52, -50, -48], [-48, -52, -48, -52, -50, -50], [1.0] * 6)
-    metrics = pair_metrics(moved, beta=0.1)
     quadrants = ("both_rose", "only_chosen_rose", "only_rejected_rose", "both_fell")
-    assert [metrics[f"displacement/{name}"] for name in quadrants] == pytest.approx([1 / 6] * 4)
+    expected = {(0.5, 0.5): "both_rose", (0.5, -0.5): "only_chosen_rose", (-0.5, 0.5): "only_rejected_rose",
+                (-0.5, -0.5): "both_fell"}  # fmt: skip
+    for chosen, rejected in itertools.product((-0.5, 0.0, 0.5), repeat=2):
+        metrics = pair_metrics(scores([chosen - 50], [rejected - 50], [1.0]), beta=0.1)
+        found = {name for name in quadrants if metrics[f"displacement/{name}"] == 1.0}
+        assert found == ({expected[chosen, rejected]} if chosen and rejected else set())
+        assert metrics["displacement/chosen_fell"] == (chosen < 0)
+
+
+def test_an_answer_of_one_token_or_none_is_divided_by_one():
+    for count in (0, 1):
+        pairs = scores([-48.0], [-54.0], [1.0])
+        pairs.chosen_tokens[:] = pairs.rejected_tokens[:] = count
+        metrics = pair_metrics(pairs, beta=0.1)
+        assert metrics["displacement/chosen_per_token"] == 2.0
+        assert metrics["displacement/rejected_per_token"] == -4.0
+        assert metrics["perplexity/chosen"] == pytest.approx(math.exp(48.0), rel=1e-12)
+
+
+def test_a_tie_counts_as_not_preferred_in_the_interval_too():
+    metrics = evaluation_metrics(scores([-50.0] * 3, [-50.0] * 3, [1.0] * 3), beta=0.1)
+    assert metrics["rewards/accuracies_low"] == metrics["rewards/accuracies_high"] == 0.0
 
 
 def test_perplexity_weighs_tokens_not_pairs():
@@ -118,6 +138,16 @@ def test_a_table_has_one_row_per_pair_sorted_by_row_index(tmp_path):
     assert table["chosen_tokens"].type == "int64"
     assert np.array_equal(table["shift_lambda"], [0.5] * 3)
     assert [path.name for path in (tmp_path / "pairs").iterdir()] == ["eval-000003.parquet"]
+
+
+def test_a_table_holds_every_field_but_the_loss_and_keeps_the_order_of_rows_with_one_number():
+    pairs = scores([-50.0 - place for place in range(40)], [-50.0] * 40, [0.5] * 40)
+    pairs.row_index = torch.tensor([0.0, -1.0] * 20, dtype=torch.float64)
+    table = pairs.as_table()
+    fields = {field.name for field in dataclasses.fields(pairs)}
+    assert set(table.column_names) == fields - {"batch_loss"} | {"chosen_logratios", "rejected_logratios"}
+    logps = pairs.chosen_logps.tolist()
+    assert table["chosen_logps"].to_pylist() == logps[1::2] + logps[::2]
 
 
 def test_the_ends_of_an_interval_are_as_exact_as_2000_resamples_make_them():

@@ -121,6 +121,7 @@ RANGE = RULE + "have the progress of every knot in [0, 1], got "
         pytest.param([[float("nan"), 1]], TypeError, PAIR + "[nan, 1].", id="nan progress"),
         pytest.param([[0, float("inf")]], TypeError, PAIR + "[0, inf].", id="infinite lambda"),
         pytest.param([[-0.1, 1]], ValueError, RANGE + "-0.1 in [-0.1, 1].", id="before the start"),
+        pytest.param([[0, 1], [1.01, 1]], ValueError, RANGE + "1.01 in [1.01, 1].", id="past the end"),
         pytest.param([[0, 1], [450, 1]], ValueError, RANGE + "450.0 in [450, 1].", id="a step number"),
         pytest.param(
             [[0.5, 1], [0, 1]],
