@@ -57,14 +57,10 @@ from trl import DPOConfig, DPOTrainer
 from trl.trainer.utils import FusedCausalLMOutput
 
 from dposhift_trl import DPOShiftConfig, DPOShiftTrainer
-from dposhift_trl.scoring import (
-    PairLayout,
-    SharedPromptCollator,
-    enable_shared_prompt,
-    shared_prompt_scores,
-)
+from dposhift_trl.scoring import PairLayout, enable_shared_prompt, shared_prompt_scores
 from dposhift_trl.scoring.head import token_scores
 from dposhift_trl.training.allocator import keep_freed_memory
+from dposhift_trl.training.collator import PairCollator
 
 
 LEVERS = ("rows", "shared", "shared + cached")
@@ -218,7 +214,7 @@ def make_trainer(kind, args, config, shape):
     if kind in LEVERS:
         for each in (model, reference):
             enable_shared_prompt(each)
-        trainer.data_collator = SharedPromptCollator(trainer.data_collator)
+        trainer.data_collator = PairCollator(trainer.data_collator, shares_prompts=True)
     trainer.accelerator.free_memory()  # as `train` does
     trainer.ref_model = reference.to(args.device)  # which the product has put aside
     if args.device == "cpu" and (kind == "memory" or kind.startswith(PRODUCT)):

@@ -11,7 +11,9 @@ from torch.nn.attention import flex_attention
 from torch.utils.data import DataLoader
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
-from dposhift_trl.scoring import PairLayout, SharedPromptCollator
+from dposhift_trl.columns import ROW_INDEX
+from dposhift_trl.scoring import PairLayout
+from dposhift_trl.training.collator import PairCollator
 
 
 def check_segments(layout, histories):
@@ -98,7 +100,8 @@ def test_the_block_mask_lets_each_token_see_its_own_row():
 def test_a_collator_adds_the_layout_and_leaves_the_rest():
     examples = [{"prompt_ids": [3, 4], "chosen_ids": [5, 6, 2], "rejected_ids": [5, 7, 2], "ref_chosen_logps": -1.0}]
     plain = DataCollatorForPreference(pad_token_id=0)
-    batch = SharedPromptCollator(plain)(examples)
+    batch = PairCollator(plain, shares_prompts=True)(examples)
+    assert batch.pop(ROW_INDEX).tolist() == [-1]
     assert batch.pop("shared_prompt").lengths == ((2, 2, 2),)
     expected = plain(examples)
     assert batch.keys() == expected.keys()
@@ -107,7 +110,7 @@ def test_a_collator_adds_the_layout_and_leaves_the_rest():
 
 def test_a_layout_travels_through_workers_and_the_prepared_loader():
     examples = [{"prompt_ids": [3] * n, "chosen_ids": [5, 6], "rejected_ids": [5]} for n in range(1, 5)]
-    collator = SharedPromptCollator(DataCollatorForPreference(pad_token_id=0))
+    collator = PairCollator(DataCollatorForPreference(pad_token_id=0), shares_prompts=True)
     loader = Accelerator(cpu=True).prepare(DataLoader(examples, batch_size=2, collate_fn=collator, num_workers=1))
     for batch, n in zip(loader, (1, 3), strict=True):
         assert batch["shared_prompt"].lengths == ((n, 1, 0), (n + 1, 1, 0))

@@ -6,16 +6,14 @@ Nothing in here knows of a trainer or of DPO.
 
 from .attention import PREFIX
 from .hooks import enable_shared_prompt, shared_prompt_scores
-from .layout import BATCH, PairLayout, SharedPromptCollator
+from .layout import PairLayout
 from .support import shared_prompt_obstacle
 from .verify import verify_shared_prompt
 
 
 __all__ = [
-    "BATCH",
     "PREFIX",
     "PairLayout",
-    "SharedPromptCollator",
     "enable_shared_prompt",
     "shared_prompt_obstacle",
     "shared_prompt_scores",

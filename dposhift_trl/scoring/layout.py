@@ -1,8 +1,8 @@
 """
-A batch of preference pairs as one run of tokens, in which everything that both answers share stands once.
+A batch of preference pairs as one run of tokens, in which every token that both answers share appears once.
 
-[`SharedPromptCollator`] adds a [`PairLayout`] to each batch; attention, head and scores are told by it where a pair
-starts, where its answers part, and which token predicts which.
+A collator adds a [`PairLayout`] to each batch. It tells attention, head and scores where a pair starts, where its
+answers part, and which token predicts which.
 """
 
 from collections.abc import Callable, Mapping
@@ -13,12 +13,9 @@ import torch
 from torch import nn
 from torch.nn.attention.flex_attention import create_block_mask
 
-from ..columns import SHARED_PROMPT
-
 
 # Tokens of a block of flex attention
 BLOCK = 128
-BATCH = ("input_ids", "attention_mask", "completion_mask")
 
 
 @dataclass
@@ -248,26 +245,3 @@ class PairLayout:
             with torch.no_grad():  # always, since torch compiles a variant for each mode
                 self._masks[kind] = make(visible, None, None, length, length, device=device)
         return self._masks[kind]
-
-
-@dataclass
-class SharedPromptCollator:
-    """
-    Data collator that adds `shared_prompt`, the [`PairLayout`] of the batch, to what another collator returns.
-
-    Args:
-        collator (`Callable`):
-            Collator that returns TRL's layout, such as `DataCollatorForPreference`.
-    """
-
-    collator: Callable[[list[dict[str, Any]]], dict[str, Any]]
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "collator":  # before it is set, as while a worker unpickles
-            raise AttributeError(name)
-        return getattr(self.collator, name)
-
-    def __call__(self, features: list[dict[str, Any]]) -> dict[str, Any]:
-        batch = self.collator(features)
-        batch[SHARED_PROMPT] = PairLayout.from_batch(batch)
-        return batch

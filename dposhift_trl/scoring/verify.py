@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..columns import BATCH_KEYS
 from .attention import BranchAttention
 from .hooks import hooks_of, shared_prompt_scores
-from .layout import BATCH, PairLayout
+from .layout import PairLayout
 from .support import causal_lm_of
 
 
@@ -111,8 +112,8 @@ class _Check:
         device = next(model.parameters()).device
         batch = two_pairs(causal_lm_of(model).config.vocab_size) if batch is None else batch
         self.tokens = batch["input_ids"].unique().to(device)
-        self.layout = PairLayout.from_batch({name: batch[name].cpu() for name in BATCH}).to(device)
-        ids, real, scored = (batch[name].to(device) for name in BATCH)
+        self.layout = PairLayout.from_batch({name: batch[name].cpu() for name in BATCH_KEYS}).to(device)
+        ids, real, scored = (batch[name].to(device) for name in BATCH_KEYS)
         labels = ids.masked_fill(scored == 0, -100)
         rows = {"input_ids": ids, "attention_mask": real, "labels": labels, "use_cache": False, "fused_lm_head": True}
         self.rows, self.rounded = (self._run(lambda: model(**rows).log_probs, by) for by in (0.0, 1.0))

@@ -1,6 +1,5 @@
 """DPOShiftTrainer; with seam.py, the file that touches TRL's internals."""
 
-import contextlib
 import copy
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -25,14 +24,12 @@ from transformers import (
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from trl import DPOConfig, DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
-from trl.trainer.utils import add_fused_lm_head, get_config_model_id
+from trl.trainer.utils import get_config_model_id
 
 from .. import __version__
 from ..columns import BATCH_KEYS, REFERENCE_LOGPS, ROW_INDEX, SHARED_PROMPT, STREAM_ROW_INDEX, with_row_index
 from ..config import DPOShiftConfig
-from ..reference.precompute import precomputes_reference, reference_loader
-from ..reference.scorer import ReferenceScorer, ScoringSettings, StoredReference
-from ..scoring import PairLayout, enable_shared_prompt, shared_prompt_scores
+from ..scoring import PairLayout, shared_prompt_scores
 from .batching import SeededByEpoch, data_seed, make_token_sampler, token_budget_dataloader, with_lengths
 from .callbacks import (
     KeepFreedMemoryCallback,
@@ -42,11 +39,12 @@ from .callbacks import (
     configured_schedule,
     is_schedule,
 )
-from .checks import TrainingStopped, check_rows_left, check_starts_at_reference, stop_on_non_finite
+from .checks import TrainingStopped, check_starts_at_reference, stop_on_non_finite
 from .collator import PairCollator
 from .deferred import GatherLater, read_from_device
 from .model_card import append_shift_section, log_until
 from .recorder import PairRecorder, table_path
+from .references import References
 from .seam import Shift, ShiftedModel, seam_fault
 from .sharing import draws_masks, prepare_shared_prompt
 
@@ -128,7 +126,7 @@ class DPOShiftTrainer(DPOTrainer):
         else:  # tags and card name what is trained
             self._tag_names, self._name, self._paper = DPOTrainer._tag_names, DPOTrainer._name, DPOTrainer._paper
         self._schedule_is_configured = False  # and not passed as a callback
-        self._scorer: ReferenceScorer | None = None  # made once there are models to score with
+        self._references = References(self)
         super().__init__(
             model=model,
             ref_model=ref_model,
@@ -157,68 +155,28 @@ class DPOShiftTrainer(DPOTrainer):
         self._eval_prefix, self._evaluated_rows = "eval", self.eval_dataset
         self._pairs_per_batch: float | None = None
 
-        # Sharded models and other collators keep DPOTrainer's own way of scoring rows beforehand
-        self._scores_rows = isinstance(self.data_collator, DataCollatorForPreference) and not self._is_sharded
         self.shares_prompts = self._prepare_shared_prompt()
         self.data_collator = PairCollator(self.data_collator, self.shares_prompts)
         self._token_sampler = make_token_sampler(self.train_dataset, args, self.accelerator, self.shares_prompts)
-        self._stored_reference: StoredReference | None = None
-        self._prepare_reference(ref_model, quantization_config)
+        self._references.prepare(ref_model, quantization_config)
 
     def _prepare_shared_prompt(self) -> bool:
         models = [self.accelerator.unwrap_model(model) for model in (self.model, self.ref_model) if model is not None]
+        trl_collates = isinstance(self.data_collator, DataCollatorForPreference)
         obstacles = {
             "with dropout, each row draws its own mask": draws_masks(models, self.args.disable_dropout),
             "NEFTune scales its noise by the length of a row": self.args.neftune_noise_alpha,
             "the dataset holds images": self._is_vision_dataset,
             "its load-balancing loss counts every token of every row": self.aux_loss_enabled,
-            "sharded models have not been verified": self._is_sharded,
-            "the data collator is not TRL's, and may pad or cut rows in another way": not self._scores_rows,
+            "sharded models have not been verified": self.is_sharded,
+            "the data collator is not TRL's, and may pad or cut rows in another way": not trl_collates,
         }
         obstacle = next((reason for reason, holds in obstacles.items() if holds), None)
         return prepare_shared_prompt(self.args.shared_prompt, models, obstacle, self.accelerator.autocast)
 
-    def _prepare_reference(self, given: Any, quantization_config: Any) -> None:
-        """Scores every row by the reference, if that pays or was asked for, and puts the model away."""
-        args, evaluated = self.args, self.eval_dataset
-        self.precompute_ref_logps = bool(args.precompute_ref_log_probs)
-        noisy = is_peft_model(self.model) if given is None else given.training
-        draws_noise = noisy and not args.disable_dropout
-        if not self._scores_rows or not precomputes_reference(
-            args, self.train_dataset, evaluated, draws_noise=draws_noise
-        ):
-            return
-        self.precompute_ref_logps = True
-        settings = ScoringSettings(args.max_length, args.truncation_mode, self.ld_alpha, self.shares_prompts)
-        self._scorer = ReferenceScorer(
-            self.compute_ref_log_probs, self.data_collator, self.accelerator, settings, not args.disable_tqdm
-        )
-        sizes = args.per_device_train_batch_size, args.per_device_eval_batch_size
-        train_size, eval_size = (args.precompute_ref_batch_size or size for size in sizes)
-        self.train_dataset = self._precompute_ref_logps(self.train_dataset, "train", train_size)
-        if isinstance(evaluated, dict):
-            scored = {name: self._precompute_ref_logps(rows, name, eval_size) for name, rows in evaluated.items()}
-            self.eval_dataset = scored
-        elif evaluated is not None:
-            self.eval_dataset = self._precompute_ref_logps(evaluated, "eval", eval_size)
-        if self.ref_model is None:
-            return
-        load, fingerprint = None, str(self._scorer.fingerprint)
-        if given is None:
-            dtype = self.ref_model.dtype
-            load = reference_loader(self.model, args, dtype, fingerprint, self._prepare_loaded, quantization_config)
-        self._stored_reference = StoredReference(self.ref_model, self.accelerator.device, load)
-        self.ref_model = None
-        self.accelerator.free_memory()  # which holds the model too
-        self.ref_model = self._stored_reference.put_away()
-
-    def _prepare_loaded(self, reference: Any) -> None:
-        add_fused_lm_head(reference)
-        if self.shares_prompts:
-            enable_shared_prompt(reference, like=self.accelerator.unwrap_model(self.model))
-
     @property
-    def _is_sharded(self) -> bool:
+    def is_sharded(self) -> bool:
+        """Whether FSDP or DeepSpeed divides the model among processes."""
         return self.is_fsdp_enabled or self.is_deepspeed_enabled
 
     @property
@@ -267,7 +225,7 @@ class DPOShiftTrainer(DPOTrainer):
         if layout is None and self.shares_prompts:  # of an iterable dataset
             layout = PairLayout.from_batch({name: inputs[name].cpu() for name in BATCH_KEYS})
             layout = layout.to(self.accelerator.device)
-        shift = Shift(self.shift_lambda, self.ld_alpha, lambda: self._references(inputs, layout))
+        shift = Shift(self.shift_lambda, self.ld_alpha, lambda: self._references.of_batch(inputs, layout))
         scored = ShiftedModel(model, inputs, shift, layout)
         gathers = GatherLater(self.accelerator) if training else None
         tokens = next(cb for cb in self.callback_handler.callbacks if isinstance(cb, TokenCountCallback))
@@ -315,18 +273,6 @@ class DPOShiftTrainer(DPOTrainer):
         for name, value in {"precompute_ref_logps": True, **settings}.items():
             setattr(view, name, value)
         return view
-
-    def _references(self, inputs: dict[str, Any], layout: PairLayout | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """The reference's log-probabilities of a batch: scored beforehand, or now."""
-        if self.precompute_ref_logps and REFERENCE_LOGPS[0] in inputs:
-            return inputs[REFERENCE_LOGPS[0]], inputs[REFERENCE_LOGPS[1]]
-        reference = self.model if self.ref_model is None else self.ref_model
-        if self.precompute_ref_logps and self.ref_model is None and not is_peft_model(self.model):
-            raise TrainingStopped(
-                "The batch holds no `ref_chosen_logps` and `ref_rejected_logps`, although the reference was scored "
-                "beforehand and is gone. Let the data collator keep them, or set `precompute_ref_log_probs=False`."
-            )
-        return self.compute_ref_log_probs(reference, {**inputs, SHARED_PROMPT: layout})
 
     def _check_seam(self, scored: ShiftedModel) -> None:
         """Checks on the first batch that TRL's loss is what seam.py takes for granted."""
@@ -380,33 +326,9 @@ class DPOShiftTrainer(DPOTrainer):
 
     def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
         """Scores a dataset through the cache that all runs with the same reference and rows share."""
-        if self._scorer is None:
-            # As `DPOTrainer.__init__` asks: scored at the end of `__init__`, but for what keeps DPOTrainer's own way
-            trl_collates = isinstance(self.data_collator, DataCollatorForPreference)
-            waits = self._shifts and isinstance(dataset, Dataset) and trl_collates and not self._is_sharded
-            return dataset if waits else super()._precompute_ref_logps(dataset, name, batch_size)
-        if isinstance(dataset, IterableDataset):
-            automatic = self.args.precompute_ref_log_probs is None  # scores these batch by batch
-            return dataset if automatic else super()._precompute_ref_logps(dataset, name, batch_size)
-        check_rows_left(dataset, name, self.args.max_length)
-        model = self.model if self.ref_model is None else self.ref_model
-        adapters = getattr(self.accelerator.unwrap_model(model), "peft_config", {})
-        adapter = "ref" if self.ref_model is None and "ref" in adapters else None
-        return self._scorer.score(model, adapter, dataset, name, batch_size)
-
-    @contextlib.contextmanager
-    def _reference_at_hand(self, needed: bool) -> Iterator[None]:
-        """Brings the reference back if it is needed and was put away."""
-        stored = self._stored_reference
-        if stored is None or not stored.away or not needed:
-            yield
-            return
-        try:
-            self.ref_model = stored.bring_back()
-            yield
-        finally:
-            self.ref_model = None
-            self.ref_model = stored.put_away()
+        if not self._shifts or not self._references.serves(dataset):
+            return super()._precompute_ref_logps(dataset, name, batch_size)
+        return self._references.score(dataset, name, batch_size)
 
     # Batches
 
@@ -455,7 +377,7 @@ class DPOShiftTrainer(DPOTrainer):
         self._evaluated_rows = self.eval_dataset if eval_dataset is None else eval_dataset
         if isinstance(eval_dataset, str):
             self._evaluated_rows = self.eval_dataset[eval_dataset]
-        with self._reference_at_hand(needed=eval_dataset is not None and not isinstance(eval_dataset, str)):
+        with self._references.at_hand(needed=eval_dataset is not None and not isinstance(eval_dataset, str)):
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
     def evaluation_loop(
@@ -467,7 +389,7 @@ class DPOShiftTrainer(DPOTrainer):
         self._recorder.clear("eval")
         self._eval_prefix = metric_key_prefix
         columns = getattr(dataloader.dataset, "column_names", None) or ()
-        with self._reference_at_hand(needed=REFERENCE_LOGPS[0] not in columns):
+        with self._references.at_hand(needed=REFERENCE_LOGPS[0] not in columns):
             return super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
