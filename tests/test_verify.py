@@ -111,7 +111,7 @@ def test_a_wrong_kernel_is_left_out_with_its_reason(name, wrong, precision, by_s
     attention = verify_shared_prompt(model, autocast)
     assert attention.startswith("one call a branch (varlen_attn ")
     assert "differ by" in attention
-    assert "shared prompts do without varlen_attn: " in caplog.text
+    assert "varlen_attn is disabled for shared prompts: " in caplog.text
     with autocast():
         shared_prompt_scores(model, PairLayout.from_batch(CASES["several pairs"]))
     assert set(hooks_of(model).attended) == {"one call a branch"}  # in the steps that follow, too
