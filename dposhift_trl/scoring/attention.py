@@ -226,7 +226,7 @@ class FlexAttention:
 class BranchAttention:
     """One call of the model's own implementation per branch; supports everything that the model does."""
 
-    name = "one call a branch"
+    name = "one call per branch"
 
     def obstacle(self, call: AttentionCall) -> str | None:
         return None
