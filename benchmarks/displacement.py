@@ -140,7 +140,7 @@ def main() -> None:
     parser.add_argument("--data", choices=("demo", "hard"), default="demo")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD")
-    parser.add_argument("--results", type=Path, help="JSON lines; what stands in it is not run again")
+    parser.add_argument("--results", type=Path, help="JSON lines; runs in it are not repeated")
     parser.add_argument("--max-steps", type=int, default=-1, help="of stage 2, to try it out")
     parser.add_argument("--epochs", type=float, default=4, help="of stage 1")
     parser.add_argument("--threads", type=int, default=os.cpu_count())

@@ -98,7 +98,7 @@ def table_of(records: list[dict[str, Any]], budget: float) -> str:
             scores = times(record["scores"], record["rounding"])
             text = f"{scores} / {times(record['gradients'], record['gradient_rounding'])}"
             text += " WRONG" if record["fault"] else ""
-            expected = {"varlen": "varlen_attn", "flex": "flex attention", "branches": "one call a branch"}
+            expected = {"varlen": "varlen_attn", "flex": "flex attention", "branches": "one call per branch"}
             if expected[record["way"]] not in record["attended"]:
                 text = f"- ({text} by branches)"
             elif len(record["attended"]) > 1:

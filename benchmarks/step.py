@@ -228,7 +228,7 @@ def make_trainer(kind, args, config, shape):
 
 
 def make_batches(trainer, args):
-    """Rows of each batch, tokenised."""
+    """Rows of each batch, tokenized."""
     rows = list(trainer.train_dataset)
     return [rows[i : i + args.batch_size] for i in range(0, len(rows), args.batch_size)]
 
@@ -478,7 +478,7 @@ def measure_memory(args, name, shape):
 
 
 def add_arguments(parser):
-    """What every measurement of steps can be told."""
+    """Arguments of every measurement of steps."""
     parser.add_argument("--batch-size", type=int, default=4, help="pairs a step")
     parser.add_argument("--steps", type=int, default=5, help="steps of each kind, after one that is not counted")
     parser.add_argument("--threads", type=int, default=os.cpu_count())

@@ -65,7 +65,7 @@ def test_attention_by_segments_scores_in_float64_as_separate_rows_do(family, fun
     enable_shared_prompt(model)
     ours = shared_prompt_scores(model, PairLayout.from_batch(BATCH)).log_probs
     hooks = hooks_of(model)
-    assert set(hooks.attended) == {"one call a branch" if family in ("gemma2", "gpt_oss") else "varlen_attn"}
+    assert set(hooks.attended) == {"one call per branch" if family in ("gemma2", "gpt_oss") else "varlen_attn"}
     assert_alike({"log_probs": ours}, {"log_probs": theirs}, 1e-10)
     assert_alike(gradients(model, ours), their_gradients, 1e-10)
 
@@ -117,7 +117,7 @@ def test_the_first_kernel_that_supports_a_call_is_chosen_and_the_others_are_name
     assert description == "flex attention (varlen_attn raises an error)"
     kernel, description = choose_kernel(make_call(layout, dtype=torch.bfloat16, dropout=0.1), {})
     assert kernel == BranchAttention()
-    assert description == "one call a branch (varlen_attn has no dropout; flex attention has no dropout)"
+    assert description == "one call per branch (varlen_attn has no dropout; flex attention has no dropout)"
     with torch.autocast("cpu", torch.bfloat16):  # under which queries may be of float32
         assert choose_kernel(make_call(layout, dtype=torch.float32), {})[0].name == "varlen_attn"
 
@@ -145,7 +145,7 @@ def test_flash_attention_takes_heads_of_up_to_256_channels_in_eights():
 
 
 def test_on_a_gpu_segments_come_first_and_branches_last():
-    assert [kernel.name for kernel in KERNELS["cuda"]] == ["varlen_attn", "flex attention", "one call a branch"]
+    assert [kernel.name for kernel in KERNELS["cuda"]] == ["varlen_attn", "flex attention", "one call per branch"]
     assert KERNELS["cpu"] == KERNELS["cuda"][-1:]
 
 

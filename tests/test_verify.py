@@ -109,12 +109,12 @@ def test_a_wrong_kernel_is_left_out_with_its_reason(name, wrong, precision, by_s
     agreement = measure_shared_prompt(model, autocast)
     assert not (agreement.scores <= 8 * agreement.rounding and agreement.gradients <= 8 * agreement.gradient_rounding)
     attention = verify_shared_prompt(model, autocast)
-    assert attention.startswith("one call a branch (varlen_attn ")
+    assert attention.startswith("one call per branch (varlen_attn ")
     assert "differ by" in attention
-    assert "shared prompts do without varlen_attn: " in caplog.text
+    assert "varlen_attn is disabled for shared prompts: " in caplog.text
     with autocast():
         shared_prompt_scores(model, PairLayout.from_batch(CASES["several pairs"]))
-    assert set(hooks_of(model).attended) == {"one call a branch"}  # in the steps that follow, too
+    assert set(hooks_of(model).attended) == {"one call per branch"}  # in the steps that follow, too
 
 
 def test_a_model_enabled_like_another_does_without_the_same_kernels(by_segments):
@@ -148,7 +148,7 @@ def test_an_error_of_a_kernel_is_a_reason(error, by_segments, caplog):
     enable_shared_prompt(model)
     attention = verify_shared_prompt(model)
     first = str(error).partition("\n")[0]
-    assert attention == f"one call a branch (varlen_attn raises {type(error).__name__}: {first})"
+    assert attention == f"one call per branch (varlen_attn raises {type(error).__name__}: {first})"
 
 
 def test_where_no_kernel_agrees_every_reason_is_given(by_segments):
@@ -157,7 +157,7 @@ def test_where_no_kernel_agrees_every_reason_is_given(by_segments):
     enable_shared_prompt(model)
     model.model.layers[0].mlp.register_forward_hook(lambda module, args, output: output.cumsum(1))
     reasons = (
-        r"scores differ by .* nats, rounding accounts for .* \(one call a branch; varlen_attn: scores differ by nan"
+        r"scores differ by .* nats, rounding accounts for .* \(one call per branch; varlen_attn: scores differ by nan"
     )
     with pytest.raises(ValueError, match=reasons):
         verify_shared_prompt(model)
@@ -201,7 +201,7 @@ def test_a_trainer_attends_by_segments_and_learns_what_branches_learn(bf16, tiny
     settings |= {"bf16": bf16}
     for function, attention in (
         (varlen_attn, "varlen_attn"),
-        (None, "one call a branch (varlen_attn needs torch 2.10)"),
+        (None, "one call per branch (varlen_attn needs torch 2.10)"),
     ):
         by_segments(function)
         with caplog.at_level("INFO", logger="dposhift_trl"):
@@ -221,4 +221,4 @@ def test_a_wrong_kernel_turns_sharing_off_where_branches_fail_too(tiny_model, se
     monkeypatch.setitem(KERNELS, "cpu", (Broken(),))
     trainer = DPOShiftTrainer(tiny_model, args=DPOShiftConfig(**settings), train_dataset=make_rows(16))
     assert not trainer.shares_prompts
-    assert "shared_prompt is off: raises RuntimeError: out of order (one call a branch)" in caplog.text
+    assert "shared_prompt is off: raises RuntimeError: out of order (one call per branch)" in caplog.text

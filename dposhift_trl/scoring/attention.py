@@ -37,7 +37,7 @@ PREFIX = "shared_prompt_"
 @dataclass(frozen=True)
 class AttentionCall:
     """
-    What a layer asks of its attention.
+    The arguments of one attention layer.
 
     Args:
         query, key, value (`torch.Tensor`):
@@ -74,7 +74,7 @@ class AttentionCall:
 
     @property
     def dtype(self) -> torch.dtype:
-        """In which products are taken: autocast leaves queries and keys in float32, rotated as they are."""
+        """Dtype of the products; with autocast, rotated queries and keys are still float32."""
         device = self.query.device.type
         return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.query.dtype
 
@@ -85,12 +85,12 @@ class AttentionCall:
 
 
 class Kernel(Protocol):
-    """A way to attend: what keeps it from a call, and the call itself."""
+    """An attention kernel: whether it supports a call, and the call itself."""
 
     name: str
 
     def obstacle(self, call: AttentionCall) -> str | None:
-        """Why the call cannot be taken, as a phrase that follows the kernel's name; `None` if it can."""
+        """Why the kernel does not support the call, as a phrase that follows its name; `None` if it does."""
 
     def __call__(self, call: AttentionCall) -> torch.Tensor:
         """Attend. Shape: `(1, tokens, heads, head_dim)`."""
@@ -99,7 +99,7 @@ class Kernel(Protocol):
 @dataclass(frozen=True)
 class VarlenAttention:
     """
-    Two segments a pair, in one call of torch's flash attention for segments of unlike length.
+    Two segments per pair, in one call of torch's flash attention for segments of different lengths.
 
     Args:
         function (`Callable`, *optional*):
@@ -224,9 +224,9 @@ class FlexAttention:
 
 @dataclass(frozen=True)
 class BranchAttention:
-    """One call of the model's own implementation a branch: supports all that the model does."""
+    """One call of the model's own implementation per branch; supports everything that the model does."""
 
-    name = "one call a branch"
+    name = "one call per branch"
 
     def obstacle(self, call: AttentionCall) -> str | None:
         return None
@@ -257,7 +257,7 @@ class BranchAttention:
         return torch.cat(outputs, 1)
 
 
-# The first that finds no obstacle attends; on a device that is not listed, the last
+# Kernels by device, the preferred one first; devices that are not listed use those of the CPU
 KERNELS: dict[str, tuple[Kernel, ...]] = {
     "cuda": (VarlenAttention(), FlexAttention(), BranchAttention()),
     "cpu": (BranchAttention(),),
@@ -294,8 +294,8 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """
     The function, compiled; inside a model that is compiled itself, as it is.
 
-    At the second length torch makes lengths dynamic. It is not asked to from the start, since it would then take a
-    factor or bound of the scores for dynamic too, for which flex attention has no code.
+    At the second length torch makes lengths dynamic. `dynamic=True` would make scale and softcap dynamic too, which
+    flex attention does not support.
     """
     own = torch.compile(function)
 
@@ -338,7 +338,7 @@ def _window(module: Any, **kwargs: Any) -> int | None:
 
 
 def _register(base: str) -> str:
-    """Register an attention that is `base` wherever it is not handed a layout; returns its name."""
+    """Register an attention that equals `base` unless it is called with a layout; return its name."""
 
     def attention(
         module: Any,
@@ -360,8 +360,8 @@ def _register(base: str) -> str:
             return attend(module, query, key, value, attention_mask, **kwargs)
         if packed_pairs is None or not untouched or hooks is None:
             raise ValueError(
-                f"`{type(module).__name__}` must be handed the layout and an unchanged mask to share prompts, but the "
-                "model withholds the one or changes the other. Score the rows separately."
+                f"`{type(module).__name__}` must get the layout and an unchanged mask for shared prompts, but the "
+                "model drops the one or changes the other. Score the rows separately."
             )
         call = AttentionCall(
             query,

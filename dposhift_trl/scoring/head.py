@@ -1,4 +1,4 @@
-"""The vocabulary, tile by tile: log-probabilities of tokens, from the hidden states that predict them."""
+"""The LM head in tiles of the vocabulary: from hidden states to log-probabilities of tokens."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -26,7 +26,7 @@ def token_scores(
     softcap: float | None = None,
 ) -> dict[str, torch.Tensor]:
     r"""
-    Log-probability of one token a row, and statistics of the distribution it is drawn from.
+    Log-probability of one token per row, and statistics of its distribution.
 
     The logits, `scale * (hidden @ weight.T + bias)`, capped by `softcap * tanh(logits / softcap)`, are made in tiles
     and folded into running sums: no more than `KEPT` of them stay in memory. The gradient of a log-probability
@@ -50,9 +50,9 @@ def token_scores(
         outputs (`tuple[str, ...]`, *optional*, defaults to `()`):
             What else to compute: any of `"entropy"` and `"log_sum_sq_probs"` (in nats), `"mean_logits"`, `"is_top1"`.
         scale (`float`, *optional*, defaults to `1.0`):
-            Factor of the logits.
+            Scale of the logits.
         softcap (`float`, *optional*):
-            Bound of the logits.
+            Softcap of the logits.
 
     Returns:
         `dict[str, torch.Tensor]`: `log_probs`, in nats, and each of `outputs`. Shape: `(rows,)` each.
@@ -157,7 +157,7 @@ def _exps(
     log_total: torch.Tensor,
     transform: tuple[float, float | None],
 ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
-    """What `_TokenScores` keeps of each tile where there is room, made again: relative to the total, not to a peak."""
+    """Recompute what `_TokenScores` keeps of each tile if it fits, relative to the total instead of a peak."""
     for start, _, logits in vocabulary_tiles(hidden, weight, bias, log_total.dtype, *transform):
         yield start, through_transform((logits - log_total[:, None]).exp_(), logits, *transform), log_total
 
@@ -186,7 +186,7 @@ def vocabulary_tiles(
 
 
 def through_transform(grad: torch.Tensor, logits: torch.Tensor, scale: float, softcap: float | None) -> torch.Tensor:
-    """A gradient with respect to the logits, taken back through the cap and the factor."""
+    """Backpropagate a gradient of the logits through softcap and scale."""
     if softcap is not None:
         grad = grad * (1 - (logits / softcap) ** 2)
     return grad if scale == 1.0 else grad * scale
@@ -201,23 +201,23 @@ def chunked_scores(
     scale: float = 1.0,
     softcap: float | None = None,
 ) -> dict[str, torch.Tensor]:
-    """[`token_scores`] by the kernel of TRL's fused head, whose Triton code is faster on a GPU."""
+    """[`token_scores`] with the kernel of TRL's fused head, whose Triton code is faster on a GPU."""
     values = ChunkedLogProbFunction.apply(hidden, weight, bias, targets, 1.0, CHUNK, softcap, scale, outputs)
     names = ("log_probs", *OPTIONAL_OUTPUTS)
     return {name: value for name, value in zip(names, values, strict=True) if value is not None}
 
 
-# What scores rows on each device; elsewhere `token_scores`
+# Head by device; `token_scores` on all others
 HEADS: dict[str, Callable[..., dict[str, torch.Tensor]]] = {"cuda": chunked_scores}
 
 
 def score_rows(hidden: torch.Tensor, *args: Any) -> dict[str, torch.Tensor]:
-    """[`token_scores`], or what takes its arguments and is faster on the device of `hidden`."""
+    """[`token_scores`], or the faster function with the same arguments for the device of `hidden`."""
     return HEADS.get(hidden.device.type, token_scores)(hidden, *args)
 
 
 def logit_transform(config: Any) -> tuple[float, float | None]:
-    """Factor and bound of a model's logits, from the fields in which TRL's fused head looks for them."""
+    """Scale and softcap of a model's logits, from the config fields that TRL's fused head reads."""
     names = ("logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
     scale, name = next(((x, name) for name in names if (x := getattr(config, name, None)) is not None), (1.0, None))
     if name == "logits_scaling" and config.model_type != "hyperclovax":

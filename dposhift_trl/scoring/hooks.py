@@ -1,5 +1,5 @@
 """
-What lets a model be scored by a run of pairs: its attention exchanged, and forward hooks around its last layers.
+Prepare a model for shared prompts: another attention implementation, and forward hooks around its last layers.
 
 [`enable_shared_prompt`] prepares a model against which [`shared_prompt_obstacle`] finds nothing, and
 [`shared_prompt_scores`] returns what TRL's fused head returns for the padded rows.
@@ -116,10 +116,10 @@ class SharedPromptHooks:
 
 def enable_shared_prompt(model: nn.Module, like: nn.Module | None = None) -> None:
     """
-    Let a model be scored by [`shared_prompt_scores`]; everything else about it stays bitwise as it was.
+    Prepare a model for [`shared_prompt_scores`]; all its other outputs stay bitwise the same.
 
-    The attention implementation is exchanged for one that, outside [`shared_prompt_scores`], is the old one, and
-    forward hooks are added. Enabling a model twice changes nothing.
+    The attention implementation is replaced by one that equals it outside [`shared_prompt_scores`], and forward hooks
+    are added. Enabling a model twice changes nothing.
 
     Args:
         model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
@@ -166,17 +166,17 @@ def _hooks_on(causal_lm: Any) -> list[SharedPromptHooks]:
 
 
 def hooks_of(model: nn.Module) -> SharedPromptHooks:
-    """What [`enable_shared_prompt`] has added to a model."""
+    """The hooks that [`enable_shared_prompt`] added to a model."""
     return _hooks_on(causal_lm_of(model))[0]
 
 
 def shared_prompt_scores(model: nn.Module, layout: PairLayout) -> FusedCausalLMOutput:
     """
-    Score the completions of a batch of pairs, each unique token read once.
+    Score the completions of a batch of pairs, processing each unique token once.
 
     Args:
         model (`torch.nn.Module`):
-            Model given to [`enable_shared_prompt`], as it is or wrapped (DDP, FSDP). It is called once.
+            Model prepared by [`enable_shared_prompt`], also wrapped (DDP, FSDP). It is called once.
         layout ([`PairLayout`]):
             The batch, on the device of the model.
 

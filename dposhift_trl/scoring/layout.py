@@ -24,11 +24,11 @@ class PairLayout:
     A batch of preference pairs as one run of unique tokens, without padding.
 
     Each pair is laid out as a prefix, the rest of the chosen row and the rest of the rejected row. The prefix ends
-    before the first position at which the rows hold different tokens or are to predict different ones, so that every
-    position predicts one token at most: where answers part, both branches start with a copy of the last shared token.
-    Tokens that nothing scored depends on (the last one of every row) are left out.
+    before the first position at which the rows differ in their token or in the token they predict, so that every
+    position predicts at most one token: both branches start with a copy of the last shared token. Tokens that no score
+    depends on (the last one of every row) are left out.
 
-    Built on the CPU by [`PairLayout.from_batch`]; moves with `.to(device)`, as tensors do.
+    Built on the CPU by [`PairLayout.from_batch`]; `.to(device)` moves it like a tensor.
 
     Args:
         input_ids (`torch.Tensor`):
@@ -41,14 +41,14 @@ class PairLayout:
         rows (`torch.Tensor`):
             Indices, increasing, of the tokens that predict a completion token. Shape: `(rows,)`.
         labels (`torch.Tensor`):
-            The token each of `rows` is to predict. Shape: `(1, rows)`.
+            The token that each of `rows` predicts. Shape: `(1, rows)`.
         cells (`torch.Tensor`):
             Flat indices of the completion tokens among the padded scores, of `shape`. Shape: `(cells,)`.
         sources (`torch.Tensor`):
             Index into `rows` of the row that predicts each of `cells`. Shape: `(cells,)`.
         key_index (`torch.Tensor`):
-            For attention by segments, whose keys and values are those of these tokens: a pair's first segment is its
-            prefix and first branch, its second one the prefix once more and the second branch. Shape: `(keys,)`.
+            The tokens whose keys and values attention by segments reads: for each pair, prefix and first branch for
+            the first segment, then prefix and second branch for the second. Shape: `(keys,)`.
         key_places (`torch.Tensor`):
             For each token, the first and the last place in `key_index` that holds it. Shape: `(2, tokens)`.
         query_offsets, key_offsets (`torch.Tensor`):
@@ -81,7 +81,7 @@ class PairLayout:
     @classmethod
     def from_batch(cls, batch: Mapping[str, torch.Tensor]) -> "PairLayout":
         """
-        Lay out a batch as TRL's `DataCollatorForPreference` makes it.
+        Lay out a batch from TRL's `DataCollatorForPreference`.
 
         Args:
             batch (`Mapping[str, torch.Tensor]`):
@@ -185,7 +185,7 @@ class PairLayout:
 
     def scatter(self, values: torch.Tensor) -> torch.Tensor:
         """
-        Hand each row's value to the completion tokens it predicts.
+        Assign the value of each row to the completion tokens that it predicts.
 
         Args:
             values (`torch.Tensor`):

@@ -1,4 +1,4 @@
-"""Which models can read a shared prompt once and score it exactly, judged by what they are made of."""
+"""Which models support shared prompts exactly, decided from their modules."""
 
 import inspect
 from typing import Any
@@ -17,7 +17,7 @@ def causal_lm_of(model: nn.Module) -> Any:
 
 
 def decoder_layers(causal_lm: Any) -> Any:
-    """The decoder layers, or the backbone as the only one where it has no stack of them."""
+    """The decoder layers, or the backbone as the only one if it has no list of layers."""
     number = getattr(causal_lm.config, "num_hidden_layers", None)
     stacks = (m for m in causal_lm.base_model.modules() if isinstance(m, nn.ModuleList) and len(m) == number)
     return next(stacks, [causal_lm.base_model])
@@ -30,10 +30,10 @@ def attentions(layer: nn.Module) -> list[Any]:
 
 def shared_prompt_obstacle(model: nn.Module) -> str | None:
     """
-    Why a model cannot read a shared prompt once and score it exactly.
+    Why a model does not support shared prompts exactly.
 
-    Judged by what the model is made of: every layer must mix tokens by causal attention that transformers dispatches,
-    and by nothing else. No forward is run; [`~dposhift_trl.scoring.verify_shared_prompt`] runs one.
+    Decided from the modules of the model: every layer must mix tokens only by causal attention that transformers
+    dispatches. No forward pass is run; [`~dposhift_trl.scoring.verify_shared_prompt`] runs one.
 
     Args:
         model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
@@ -54,7 +54,7 @@ def shared_prompt_obstacle(model: nn.Module) -> str | None:
     if getattr(config, "alibi", False) or any("alibi" in name for name in dir(backbone)):
         return "its attention is biased by distance (ALiBi)"
     if config.get_text_config() is not config or config.sub_configs:
-        return "it takes more than text"
+        return "it takes more than text as input"
     for layer_type in getattr(config, "layer_types", None) or ():
         if layer_type not in _LAYER_TYPES:
             return f"it has layers of type `{layer_type}`"
@@ -73,10 +73,10 @@ def shared_prompt_obstacle(model: nn.Module) -> str | None:
         if not all(m.is_causal for m in mixers):
             return "its attention is not causal"
     if not causal_lm._supports_attention_backend:
-        return "its attention does not take part in transformers' `AttentionInterface`"
+        return "its attention does not support transformers' `AttentionInterface`"
     parameters = inspect.signature(backbone.forward).parameters
     if "position_ids" not in parameters or all(p.kind is not p.VAR_KEYWORD for p in parameters.values()):
-        return "it cannot be told the positions and pairs of its tokens"
+        return "its forward does not accept position ids and further arguments"
     base = config._attn_implementation.removeprefix(PREFIX)
     if base not in NAMES:
         return f"it runs with `attn_implementation={base!r}`; load it with `sdpa`"

@@ -1,4 +1,4 @@
-"""The check at the start of a run that a model scores pairs as it scores padded rows, in the run's own precision."""
+"""The start-up check that a model scores shared prompts as it scores padded rows, in the precision of the run."""
 
 import contextlib
 import logging
@@ -19,15 +19,15 @@ from .support import causal_lm_of
 
 logger = logging.getLogger(__name__)
 
-# Times the effect of one rounding of the embeddings by which scores and gradients may differ. Over 12 architectures,
-# 2 to 24 layers, float32, float16 and bfloat16, right kernels stay below 2 and wrong ones begin at 13.
+# Scores and gradients may differ by this many times the effect of rounding the embeddings once. Over 12 architectures
+# with 2 to 24 layers in float32, float16 and bfloat16, correct kernels stay below 2 and wrong ones start at 13.
 TOLERANCE = 5.0
 
 
 @dataclass(frozen=True)
 class Agreement:
     """
-    How far the scores of pairs are from those of padded rows, and how far one rounding of the embeddings moves these.
+    Differences between shared prompts and padded rows, and the effect of rounding the embeddings once.
 
     Args:
         scores, rounding (`float`):
@@ -56,23 +56,23 @@ def verify_shared_prompt(
     model: nn.Module, autocast: Callable[[], AbstractContextManager[Any]] = nullcontext, batch: Any = None
 ) -> str:
     """
-    Check on two small pairs that a model scores pairs as it scores padded rows: log-probabilities and a gradient.
+    Check log-probabilities and a gradient of two small pairs with shared prompts against padded rows.
 
-    A kernel of attention that raises, or disagrees, is left out and the next one that supports the model is tried.
+    An attention kernel that raises or disagrees is disabled for this model, and the next supported one is tried.
 
     Args:
         model (`torch.nn.Module`):
-            Model given to [`enable_shared_prompt`].
+            Model prepared by [`enable_shared_prompt`].
         autocast (`Callable`, *optional*):
-            Makes the context in which training runs the model, such as [`~accelerate.Accelerator.autocast`].
+            Creates the context in which training runs the model, such as [`~accelerate.Accelerator.autocast`].
         batch (`Mapping[str, torch.Tensor]`, *optional*):
-            Batch in the layout of TRL's `DataCollatorForPreference`. By default, two pairs of a few arbitrary tokens.
+            Batch in the format of TRL's `DataCollatorForPreference`. By default, two pairs of a few arbitrary tokens.
 
     Returns:
-        `str`: The kernel that attends, with the reasons against those before it.
+        `str`: The attention kernel in use, with the reasons against those before it.
 
     Raises:
-        ValueError: If no kernel agrees. The message is a phrase, a reason to score rows.
+        ValueError: If no kernel agrees, with the reason.
     """
     hooks = hooks_of(model)
     with _unchanged(model):
@@ -92,20 +92,20 @@ def verify_shared_prompt(
             if hooks.kernel == BranchAttention.name:
                 tried = "".join(f"; {name}: {reason}" for name, reason in hooks.refused.items())
                 raise ValueError(f"{fault} ({hooks.kernel}{tried})") from error
-            logger.warning(f"shared prompts do without {hooks.kernel}: {fault}")
+            logger.warning(f"{hooks.kernel} is disabled for shared prompts: {fault}")
             hooks.refused[hooks.kernel] = fault
 
 
 def measure_shared_prompt(
     model: nn.Module, autocast: Callable[[], AbstractContextManager[Any]] = nullcontext, batch: Any = None
 ) -> Agreement:
-    """The measurement that [`verify_shared_prompt`] judges, by the kernel in use."""
+    """The differences that [`verify_shared_prompt`] checks, with the kernel in use."""
     with _unchanged(model):
         return _Check(model, autocast, batch).agreement()
 
 
 class _Check:
-    """Padded rows scored, with their embeddings as they are and rounded otherwise, for pairs to be compared with."""
+    """The scores of padded rows, with exact and with rounded embeddings, to compare shared prompts with."""
 
     def __init__(self, model: nn.Module, autocast: Callable[[], AbstractContextManager[Any]], batch: Any):
         self.model, self.autocast = model, autocast
@@ -150,7 +150,7 @@ class _Check:
 
 
 def two_pairs(vocab_size: int) -> dict[str, torch.Tensor]:
-    """Two pairs of arbitrary tokens, padded, in the layout of TRL's `DataCollatorForPreference`."""
+    """Two pairs of arbitrary tokens, in the format of TRL's `DataCollatorForPreference`."""
     ids = torch.randint(vocab_size, (4, 12), generator=torch.Generator().manual_seed(0))
     steps = torch.arange(12)
     ids[2:] = torch.where(steps < torch.tensor([[6], [7]]), ids[:2], ids[2:])
@@ -160,9 +160,8 @@ def two_pairs(vocab_size: int) -> dict[str, torch.Tensor]:
 
 def _epsilon(output: torch.Tensor) -> float:
     """
-    Spacing of the numbers near 1 in which products are taken, where `output` is computed.
-
-    At least that of TF32, in which GPUs may take products of float32.
+    Machine epsilon of the dtype in which matrix products are computed; at least that of TF32, which GPUs may use for
+    float32.
     """
     device = output.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else output.dtype
@@ -179,7 +178,7 @@ def _difference(left: tuple[torch.Tensor, ...], right: tuple[torch.Tensor, ...])
 
 @contextlib.contextmanager
 def _unchanged(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation, no parameter of which asks for a gradient, and everything as it was afterwards."""
+    """Put the model in evaluation mode without parameter gradients, and restore both afterwards."""
     training: Mapping[nn.Module, bool] = {module: module.training for module in model.modules()}
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     model.eval()
