@@ -26,7 +26,7 @@ SAVED_ROW_INDEX = "row_index"
 SHARED_PROMPT = "shared_prompt"
 
 
-def with_row_index(dataset: Any) -> Any:
+def with_row_index(dataset: Any, dispatched: bool = False) -> Any:
     """
     Add a column with row numbers, starting at 0. Rows that already have numbers keep them.
 
@@ -36,15 +36,17 @@ def with_row_index(dataset: Any) -> Any:
     Args:
         dataset (`Dataset`, `IterableDataset` or a dictionary of them):
             Preference rows. Any other object is returned unchanged.
+        dispatched (`bool`, *optional*, defaults to `False`):
+            Whether the main process reads iterable datasets for all processes (`dispatch_batches`).
     """
     from datasets import Dataset, IterableDataset
 
     if isinstance(dataset, dict):
-        return type(dataset)({name: with_row_index(rows) for name, rows in dataset.items()})
+        return type(dataset)({name: with_row_index(rows, dispatched) for name, rows in dataset.items()})
     if isinstance(dataset, Dataset) and ROW_INDEX not in dataset.column_names:
         return dataset.add_column(ROW_INDEX, range(len(dataset)))
     if isinstance(dataset, IterableDataset) and STREAM_ROW_INDEX not in _column_names(dataset):
-        return dataset.map(_StreamNumbers(dataset.num_shards), with_indices=True)
+        return dataset.map(_StreamNumbers(dataset.num_shards, dispatched), with_indices=True)
     return dataset
 
 
@@ -55,12 +57,12 @@ def _column_names(dataset: "IterableDataset") -> list[str]:
 class _StreamNumbers:
     """Numbers the rows of an iterable dataset, whose shards are split among processes, then among their workers."""
 
-    def __init__(self, num_shards: int):
+    def __init__(self, num_shards: int, dispatched: bool = False):
         from accelerate import PartialState
 
         state = PartialState()
         # Accelerate splits the shards among processes if there are enough; otherwise each process reads all rows
-        split = num_shards >= state.num_processes
+        split = num_shards >= state.num_processes and not dispatched
         self.processes: int = state.num_processes if split else 1
         self.process: int = state.process_index if split else 0
         self.shards = -(-num_shards // self.processes)

@@ -94,7 +94,7 @@ def test_a_schedule_can_be_added_after_the_configured_one_was_removed(tiny_model
     assert trainer.shift_lambda == 0.5
 
 
-SECOND = "`callbacks` must contain at most one `LambdaScheduleCallback`, got 2. Remove the others"
+SECOND = "`callbacks` must contain at most one `LambdaScheduleCallback`, got 2. Pass one"
 BESIDE_ADAPTIVE = "`lambda_schedule='adaptive'` is not supported with a `(LambdaScheduleCallback|Half)` in `callbacks`"
 
 

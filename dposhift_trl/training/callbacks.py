@@ -229,8 +229,8 @@ def check_schedules(args: DPOConfig, callbacks: list[Any]) -> None:
         )
     if len(schedules) > 1:
         raise ValueError(
-            f"`callbacks` must contain at most one `LambdaScheduleCallback`, got {len(schedules)}. Remove the others "
-            "with `trainer.remove_callback(...)`."
+            f"`callbacks` must contain at most one `LambdaScheduleCallback`, got {len(schedules)}. Pass one, "
+            "or remove the first with `trainer.remove_callback(...)` before you add another."
         )
     if args.lambda_plan.adaptive:
         raise ValueError(

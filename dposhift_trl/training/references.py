@@ -19,6 +19,11 @@ from .checks import TrainingStopped, check_rows_left
 from .collator import PairCollator
 
 
+def lack_scores(dataset: Any) -> bool:
+    """Whether the rows of a dataset have no scores of the reference."""
+    return isinstance(dataset, (Dataset, IterableDataset)) and REFERENCE_LOGPS[0] not in (dataset.column_names or ())
+
+
 class References:
     """
     The reference of a [`DPOShiftTrainer`]: scores rows before training, frees the model, and brings it back.

@@ -1,5 +1,6 @@
 """DPOShiftTrainer; with seam.py, the file that touches TRL's internals."""
 
+import contextlib
 import copy
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -44,7 +45,7 @@ from .collator import PairCollator
 from .deferred import GatherLater, read_from_device
 from .model_card import append_shift_section, log_until
 from .recorder import PairRecorder, table_path
-from .references import References
+from .references import References, lack_scores
 from .seam import Shift, ShiftedModel, seam_fault
 from .sharing import draws_masks, prepare_shared_prompt
 
@@ -119,10 +120,16 @@ class DPOShiftTrainer(DPOTrainer):
         if args is None:
             name = model if isinstance(model, str) else get_config_model_id(model.config)
             args = DPOShiftConfig(f"{name.rstrip('/').split('/')[-1]}-DPO-Shift")
+        if isinstance(data_collator, PairCollator):  # of another trainer
+            data_collator = data_collator.collator
         check_schedules(args, callbacks or [])
         self._shifts = isinstance(args, DPOShiftConfig)
         if self._shifts:
-            train_dataset, eval_dataset = with_row_index(train_dataset), with_row_index(eval_dataset)
+            # With an iterable training dataset, TRL turns dispatching off
+            trains_on_stream = isinstance(train_dataset, IterableDataset)
+            self._dispatches = not trains_on_stream and args.accelerator_config.dispatch_batches is not False
+            train_dataset = with_row_index(train_dataset)
+            eval_dataset = with_row_index(eval_dataset, self._dispatches)
         else:  # tags and card name what is trained
             self._tag_names, self._name, self._paper = DPOTrainer._tag_names, DPOTrainer._name, DPOTrainer._paper
         self._schedule_is_configured = False  # and not passed as a callback
@@ -183,9 +190,9 @@ class DPOShiftTrainer(DPOTrainer):
     def _mode(self) -> str:
         return "train" if self.model.training else "eval"
 
-    def _rounds_to_half(self, *models: torch.nn.Module) -> bool:
-        half = any(model.dtype in (torch.float16, torch.bfloat16) for model in models)
-        return half or self.accelerator.mixed_precision != "no"
+    @property
+    def _rounds_to_half(self) -> bool:
+        return self.model.dtype in (torch.float16, torch.bfloat16) or self.accelerator.mixed_precision != "no"
 
     # Lambda
 
@@ -197,7 +204,11 @@ class DPOShiftTrainer(DPOTrainer):
     def lambda_callback(self) -> LambdaScheduleCallback:
         """The one writer of lambda."""
         if not self._schedules:
-            raise AttributeError("Lambda is set only with a `DPOShiftConfig`.")
+            raise AttributeError(
+                "No callback sets lambda. Add a `LambdaScheduleCallback`."
+                if self._shifts
+                else "Lambda is set only with a `DPOShiftConfig`."
+            )
         return self._schedules[0]
 
     @property
@@ -209,6 +220,7 @@ class DPOShiftTrainer(DPOTrainer):
         """A [`LambdaScheduleCallback`] replaces the one made from the config, since lambda has one writer."""
         if is_schedule(callback):
             check_schedules(self.args, [*([] if self._schedule_is_configured else self._schedules), callback])
+            callback = callback() if isinstance(callback, type) else callback
             for configured in self._schedules:
                 self.remove_callback(configured)
             self._schedule_is_configured = False
@@ -229,13 +241,15 @@ class DPOShiftTrainer(DPOTrainer):
         scored = ShiftedModel(model, inputs, shift, layout)
         gathers = GatherLater(self.accelerator) if training else None
         tokens = next(cb for cb in self.callback_handler.callbacks if isinstance(cb, TokenCountCallback))
-        view = self._view(accelerator=gathers or self.accelerator, _total_train_tokens=tokens.num_tokens)
+        settings = {"accelerator": gathers or self.accelerator, "_total_train_tokens": tokens.num_tokens}
+        view = self._view(**settings)
         try:
             result = super(DPOShiftTrainer, view).compute_loss(scored, inputs, return_outputs)
         except KeyError as error:
             if error.args[0] == REFERENCE_LOGPS[0]:
                 raise _incompatible_trl_error("its loss does not score the answers by a fused head") from error
             raise
+        self._take_over(view, except_for={"precompute_ref_logps", *settings})
         loss = result[0] if return_outputs else result
         scores = scored.scores
         scores.batch_loss = loss.detach().expand_as(scores.chosen_logps)
@@ -251,7 +265,7 @@ class DPOShiftTrainer(DPOTrainer):
             tokens.num_tokens = self._total_train_tokens = value_of(view._total_train_tokens)
         self._recorder.add(self._mode, self.state.global_step, matrix)
         if matrix.device.type == "cpu" or not self._seam_is_checked:
-            self._stop_on_non_finite(newest=True)
+            self._stop_on_non_finite(self._mode, newest=True)
         if not self._seam_is_checked:
             self._check_seam(scored)
         if training:
@@ -273,6 +287,12 @@ class DPOShiftTrainer(DPOTrainer):
         for name, value in {"precompute_ref_logps": True, **settings}.items():
             setattr(view, name, value)
         return view
+
+    def _take_over(self, view: "DPOShiftTrainer", except_for: set[str]) -> None:
+        """Keeps the attributes that TRL's loss, or that of a subclass, has set on the copy."""
+        for name, value in vars(view).items():
+            if name not in except_for and (name not in vars(self) or vars(self)[name] is not value):
+                setattr(self, name, value)
 
     def _check_seam(self, scored: ShiftedModel) -> None:
         """Checks on the first batch that TRL's loss is what seam.py takes for granted."""
@@ -296,15 +316,15 @@ class DPOShiftTrainer(DPOTrainer):
         noisy = not self.args.disable_dropout or self.args.neftune_noise_alpha
         if self.state.global_step == 0 and not noisy and not prompt_learning:
             policy = self.accelerator.unwrap_model(self.model)
-            check_starts_at_reference(matrix, policy, half_precision=self._rounds_to_half(self.model))
+            check_starts_at_reference(matrix, policy, half_precision=self._rounds_to_half)
 
-    def _stop_on_non_finite(self, newest: bool = False) -> None:
+    def _stop_on_non_finite(self, mode: str, newest: bool = False) -> None:
         """Stops if a score recorded since the last log, or the newest, is not finite; waits for the device."""
-        found = self._recorder.first_non_finite(self._mode, newest)
+        found = self._recorder.first_non_finite(mode, newest)
         if found is None:
             return
         step, scores = found
-        rows = self.train_dataset if self._mode == "train" else self._evaluated_rows
+        rows = self.train_dataset if mode == "train" else self._evaluated_rows
         if isinstance(rows, dict):  # of several sets, the one whose name ends the prefix
             names = [name for name in rows if self._eval_prefix.endswith(f"_{name}")]
             rows = rows[max(names, key=len)] if names else None
@@ -313,7 +333,7 @@ class DPOShiftTrainer(DPOTrainer):
             "learning_rate": self._get_learning_rate() if self.lr_scheduler is not None else None,
         }
         folder, save = Path(self.args.output_dir), self.is_world_process_zero()
-        stop_on_non_finite(scores, step, self._mode, rows, folder, settings, save=save)
+        stop_on_non_finite(scores, step, mode, rows, folder, settings, save=save)
 
     # The reference
 
@@ -373,12 +393,29 @@ class DPOShiftTrainer(DPOTrainer):
         """Numbers the rows that are passed, and scores them by the reference even if it was put away."""
         if not self._shifts:
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-        eval_dataset = with_row_index(eval_dataset)
-        self._evaluated_rows = self.eval_dataset if eval_dataset is None else eval_dataset
-        if isinstance(eval_dataset, str):
-            self._evaluated_rows = self.eval_dataset[eval_dataset]
-        with self._references.at_hand(needed=eval_dataset is not None and not isinstance(eval_dataset, str)):
+        eval_dataset = with_row_index(eval_dataset, self._dispatches)
+        rows = self.eval_dataset if eval_dataset is None else eval_dataset
+        rows = self.eval_dataset[rows] if isinstance(rows, str) else rows
+        passed = eval_dataset is not None and not isinstance(eval_dataset, str)
+        with self._evaluating(rows), self._references.at_hand(needed=passed):
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+
+    def predict(self, test_dataset: Any, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test") -> Any:
+        """Numbers the rows that are passed, and scores them by the reference if they have no scores."""
+        if not self._shifts:
+            return super().predict(test_dataset, ignore_keys, metric_key_prefix)
+        test_dataset = with_row_index(test_dataset, self._dispatches)
+        with self._evaluating(test_dataset), self._references.at_hand(needed=lack_scores(test_dataset)):
+            return super().predict(test_dataset, ignore_keys, metric_key_prefix)
+
+    @contextlib.contextmanager
+    def _evaluating(self, rows: Any) -> Iterator[None]:
+        """The rows whose texts a report of scores that are not finite shows."""
+        before, self._evaluated_rows = self._evaluated_rows, rows
+        try:
+            yield
+        finally:
+            self._evaluated_rows = before
 
     def evaluation_loop(
         self, dataloader: DataLoader, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
@@ -388,8 +425,7 @@ class DPOShiftTrainer(DPOTrainer):
             return super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
         self._recorder.clear("eval")
         self._eval_prefix = metric_key_prefix
-        columns = getattr(dataloader.dataset, "column_names", None) or ()
-        with self._references.at_hand(needed=REFERENCE_LOGPS[0] not in columns):
+        with self._references.at_hand(needed=lack_scores(dataloader.dataset)):
             return super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -399,7 +435,7 @@ class DPOShiftTrainer(DPOTrainer):
         super().log(logs, start_time)
 
     def _collect_metrics(self, logs: dict[str, float], mode: str) -> None:
-        self._stop_on_non_finite()
+        self._stop_on_non_finite(mode)
         metrics, prefix, table = self._metrics[mode], self._eval_prefix, None
         if mode == "eval" and self.args.save_pair_scores and self.is_world_process_zero():
             table = table_path(self.args.output_dir, prefix, self.state.global_step)
@@ -413,7 +449,7 @@ class DPOShiftTrainer(DPOTrainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Saves no checkpoint after a score that is not finite."""
         if self._shifts:
-            self._stop_on_non_finite()
+            self._stop_on_non_finite("train")
         super()._save_checkpoint(model, trial)
 
     def create_model_card(
