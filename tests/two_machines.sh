@@ -140,5 +140,5 @@ mkdir "$work/apart"
 start apart unshare --mount bash -c "mount -t tmpfs none '$work/apart' && exec \"\$@\"" bash
 ends_badly 0
 ends_badly 1
-grep -h "not the same folder" "$work/apart-0.log" | sed "s|$work/||g; s/^/  /" || fail "apart: not refused"
+grep -h "must be the same folder on every machine" "$work/apart-0.log" | sed "s|$work/||g; s/^/  /" || fail "apart: not refused"
 echo "passed"
