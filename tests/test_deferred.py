@@ -36,7 +36,7 @@ def reads_and_gathers_of_a_loss(trainer_class, config_class, model, settings, mo
     gather = Accelerator.gather  # which `gather_for_metrics` calls too
     monkeypatch.setattr(Accelerator, "gather", lambda self, x: gathers.append(x) or gather(self, x))
     # As on a GPU, where non-finite values are looked for only before a log or a checkpoint
-    monkeypatch.setattr(DPOShiftTrainer, "_stop_on_non_finite", lambda self, newest=False: None)
+    monkeypatch.setattr(DPOShiftTrainer, "_stop_on_non_finite", lambda self, mode, newest=False: None)
     with Counter() as counter:
         trainer.compute_loss(trainer.model, batches[1])
     return counter.count, len(gathers)

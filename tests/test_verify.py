@@ -166,7 +166,7 @@ def test_where_no_kernel_agrees_every_reason_is_given(by_segments):
 def test_a_model_that_withholds_the_layout_from_its_attention_is_refused_at_the_first_call():
     model = make_model("nemotron")
     enable_shared_prompt(model)
-    with pytest.raises(ValueError, match="withholds"):
+    with pytest.raises(ValueError, match="the model drops the one"):
         verify_shared_prompt(model)
 
 
