@@ -277,6 +277,11 @@ class DPOShiftConfig(DPOConfig):
             )
 
     def _check_batches(self) -> None:
+        if self.truncation_mode not in ("keep_start", "keep_end"):
+            raise ValueError(
+                f"`truncation_mode` must be `keep_start` or `keep_end`, got {self.truncation_mode!r}. Leave it out to "
+                "keep the start."
+            )
         budget = self.max_tokens_per_batch
         if budget is not None and (isinstance(budget, bool) or not isinstance(budget, int) or budget < 1):
             raise ValueError(

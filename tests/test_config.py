@@ -370,3 +370,8 @@ def test_a_config_is_unchanged_after_writing_and_reading(make):
 def test_the_flag_for_precomputed_references_needs_no_value_as_in_trl(words, expected, flags):
     (config,) = HfArgumentParser(DPOShiftConfig).parse_args_into_dataclasses([*flags, *words])
     assert config.precompute_ref_log_probs == expected
+
+
+def test_a_truncation_mode_that_trl_does_not_have_is_refused_before_any_model_is_loaded(make):
+    with pytest.raises(ValueError, match="`truncation_mode` must be `keep_start` or `keep_end`, got 'keep_midle'"):
+        make(truncation_mode="keep_midle")
