@@ -19,6 +19,8 @@ AUDIT_KINDS = {
 }
 AUDIT_POLICIES = ("drop", "keep", "error")
 
+SHUFFLE_BUFFER = 10_000
+
 KEPT_COLUMNS = (*PREFERENCE_COLUMNS, *TEMPLATE_COLUMNS)
 
 
@@ -29,13 +31,15 @@ class DataSource:
 
     Parameters:
         path (`str`):
-            Hub name, local folder, or a `.jsonl`, `.json`, `.csv` or `.parquet` file. `demo` is the built-in data.
+            Hub name, local folder, or a `.jsonl`, `.json`, `.csv`, `.tsv`, `.parquet` or `.arrow` file. Text files may
+            be compressed: `.gz`, `.bz2`, `.xz` or `.zst`. Cells of CSV and TSV files are text. `demo` is the built-in
+            data.
         name (`str`, *optional*):
             Configuration of a Hub dataset.
         revision (`str`, *optional*):
             Branch, tag or commit of a Hub dataset.
         data_files (`str`, `list[str]` or `dict[str, str]`, *optional*):
-            Files inside `path`, as in [`~datasets.load_dataset`].
+            Files inside `path`, as in [`~datasets.load_dataset`]: names, which are read as they are, and patterns.
         train_split (`str`, *optional*, defaults to `"train"`):
             Split to train on.
         eval_split (`str`, *optional*):
@@ -89,6 +93,12 @@ class DataConfig(DataSource):
             Use only the first evaluation rows.
         streaming (`bool`, *optional*, defaults to `False`):
             Read rows during training, without a copy on disk. Every stage then needs `max_steps`.
+        shuffle_buffer (`int`, *optional*):
+            With `streaming`, number of training rows in memory from which the next ones are drawn at random, as in
+            [`datasets.IterableDataset.shuffle`]; 10,000 by default. 0 trains in the order of the files. Without
+            `streaming`, all rows are shuffled.
+        max_expanded_gib (`float`, *optional*, defaults to `4.0`):
+            Largest size of a compressed local file when expanded, in GiB.
         audit (`str` or `dict[str, str]`, *optional*, defaults to `"drop"`):
             `drop`, `keep` or `error`, either for all kinds of unusable rows or per kind.
         min_rows_kept (`float`, *optional*, defaults to `0.5`):
@@ -100,6 +110,8 @@ class DataConfig(DataSource):
     max_train_rows: int | None = None
     max_eval_rows: int | None = None
     streaming: bool = False
+    shuffle_buffer: int | None = None
+    max_expanded_gib: float = 4.0
     audit: str | dict[str, str] = "drop"
     min_rows_kept: float = 0.5
 
@@ -157,6 +169,21 @@ class DataConfig(DataSource):
                 f"`max_eval_rows` needs evaluation rows, got {self.max_eval_rows} without any. Set `eval_split` or "
                 "`eval_size`."
             )
+        if self.shuffle_buffer is not None and not self.streaming:
+            raise ValueError(
+                f"`shuffle_buffer` requires `streaming`, got {self.shuffle_buffer} without it: all rows are shuffled. "
+                "Remove it."
+            )
+        if self.shuffle_buffer is not None and self.shuffle_buffer < 0:
+            raise ValueError(
+                f"`shuffle_buffer` must be at least 0, got {self.shuffle_buffer}. Write for example 10000, or 0 to "
+                "train in the order of the files."
+            )
+        if not 0 < self.max_expanded_gib < math.inf:
+            raise ValueError(
+                f"`max_expanded_gib` must be finite and greater than 0, got {self.max_expanded_gib!r}. Write for "
+                "example 4."
+            )
         if not 0 < self.min_rows_kept <= 1:
             raise ValueError(
                 f"`min_rows_kept` must be greater than 0 and at most 1, got {self.min_rows_kept!r}. Write for example "
@@ -189,6 +216,13 @@ class DataConfig(DataSource):
         if self.mixture is None:
             return [self]
         return [DataSource(**source) for source in self.mixture]
+
+    @property
+    def rows_in_buffer(self) -> int:
+        """Number of rows in the shuffle buffer; 0 if rows are not streamed, or trained on in order."""
+        if not self.streaming:
+            return 0
+        return SHUFFLE_BUFFER if self.shuffle_buffer is None else self.shuffle_buffer
 
     @property
     def has_eval_split(self) -> bool:
