@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterator
+from itertools import islice
 from typing import Any
 
 from accelerate import PartialState
@@ -85,18 +86,16 @@ def _without_media(rows: Dataset | IterableDataset, media: list[str], source: Da
 
 
 def _report_unread(rows: Dataset | IterableDataset, names: list[str], source: DataSource) -> None:
-    """Name the columns of text that are left out: a system prompt may be among them."""
-    names = [name for name in names if not name.lower().endswith(("id", "index"))]
+    """Name the columns of text that are left out, since a system prompt may be among them."""
     if isinstance(rows, Dataset):
-        text = [name for name in names if _is_text(next(_undecoded(rows, name), []))]
+        samples = {name: next(_undecoded(rows, name), []) for name in names}
     else:
-        first: dict[str, Any] = next(iter(rows), {})
-        text = [name for name in names if _is_text([first.get(name)])]
+        first = list(islice(rows, 100)) if names else []
+        samples = {name: [row.get(name) for row in first] for name in names}
+    text = [name for name, values in samples.items() if _has_words(values)]
     if text and PartialState().is_main_process:
         logger.warning(
-            "%s: not trained on: %s. If the model should see one of them, put it into the prompt.",
-            source.path,
-            ", ".join(text),
+            "%s: not trained on: %s. What the model should see has to be in the prompt.", source.path, ", ".join(text)
         )
 
 
@@ -106,8 +105,13 @@ def _undecoded(rows: Dataset, name: str) -> Iterator[list[Any]]:
         yield batch[name].to_pylist()
 
 
-def _is_text(values: list[Any]) -> bool:
-    return any(isinstance(value, (str, list, dict)) and _holds_anything(value) for value in values)
+def _has_words(value: Any) -> bool:
+    """Whether text is in a value: more than one word, unlike ids, labels, and numbers."""
+    if isinstance(value, (list, tuple)):
+        return any(map(_has_words, value))
+    if isinstance(value, dict):
+        return any(map(_has_words, value.values()))
+    return isinstance(value, str) and len(value.split()) > 1
 
 
 def _holds_anything(value: Any) -> bool:

@@ -97,6 +97,8 @@ def _load_split(source: DataSource, split: str, config: DataConfig) -> Rows:
     try:
         rows = _read(source, split, config)
         names = column_names(rows)
+    except DataError:
+        raise
     except Exception as error:  # every reader raises its own errors
         reason = f"{error}{': ' if error.__cause__ else ''}{error.__cause__ or ''}"
         raise DataError(f"`data.path` {source.path!r}, split {split!r}, cannot be read: {reason}") from error

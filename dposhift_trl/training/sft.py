@@ -18,6 +18,7 @@ from transformers import (
 from trl import SFTConfig, SFTTrainer, extract_prompt
 
 from .callbacks import KeepFreedMemoryCallback
+from .streams import resume_position
 
 
 class ChosenSFTTrainer(SFTTrainer):
@@ -73,6 +74,20 @@ class ChosenSFTTrainer(SFTTrainer):
             formatting_func=formatting_func,
         )
         self.add_callback(KeepFreedMemoryCallback())
+
+    def _init_training_state(
+        self,
+        max_steps: int,
+        num_update_steps_per_epoch: int,
+        num_train_epochs: int,
+        resume_from_checkpoint: str | None,
+        trial: Any,
+    ) -> tuple[int, int]:
+        """Resumes an iterable dataset in the pass that the checkpoint was saved in, not always in the first."""
+        position = super()._init_training_state(
+            max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
+        )
+        return resume_position(self, resume_from_checkpoint, position)
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"

@@ -48,6 +48,7 @@ from .recorder import PairRecorder, table_path
 from .references import References, lack_scores
 from .seam import Shift, ShiftedModel, seam_fault
 from .sharing import draws_masks, prepare_shared_prompt
+from .streams import resume_position
 
 
 # Releases whose DPOTrainer scores both answers through one call of a fused LM head that runs on a CPU too
@@ -351,6 +352,20 @@ class DPOShiftTrainer(DPOTrainer):
         return self._references.score(dataset, name, batch_size)
 
     # Batches
+
+    def _init_training_state(
+        self,
+        max_steps: int,
+        num_update_steps_per_epoch: int,
+        num_train_epochs: int,
+        resume_from_checkpoint: str | None,
+        trial: Any,
+    ) -> tuple[int, int]:
+        """Resumes an iterable dataset in the pass that the checkpoint was saved in, not always in the first."""
+        position = super()._init_training_state(
+            max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
+        )
+        return resume_position(self, resume_from_checkpoint, position)
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> Any:
         """Counts the pairs of an optimizer step, whose batches hold different numbers under a token budget."""
