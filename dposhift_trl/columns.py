@@ -31,7 +31,8 @@ def with_row_index(dataset: Any, dispatched: bool = False) -> Any:
     Add a column with row numbers, starting at 0. Rows that already have numbers keep them.
 
     If n dataloader workers or processes read an iterable dataset, the first one numbers its rows 0, n, 2n, ..., the
-    second one 1, n + 1, 2n + 1, ..., so that no two rows have the same number.
+    second one 1, n + 1, 2n + 1, ..., so that no two rows have the same number. Numbered before it is shuffled, a row
+    keeps its place in the order in which the files are read: with one file and one worker, its number in the file.
 
     Args:
         dataset (`Dataset`, `IterableDataset` or a dictionary of them):

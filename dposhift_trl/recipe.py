@@ -23,6 +23,7 @@ from trl import ModelConfig, SFTConfig
 from .config import DPOShiftConfig
 from .data.config import DataConfig, DataSource
 from .data.errors import one_line
+from .data.files import folder_conflict
 from .data.tokens import Truncation
 
 
@@ -504,6 +505,10 @@ def _check_combinations(recipe: Recipe) -> None:
         mistakes.append(
             f"{path}: `seed` must be at least 0 and less than 2**32, got {recipe.seed}. Write for example 42."
         )
+    for source in recipe.data.sources:
+        conflict = folder_conflict(source, recipe.output_dir)
+        if conflict is not None:
+            mistakes.append(f"{path}: `output_dir` must be apart from the data, got {recipe.output_dir}: {conflict}.")
     for name, stage in recipe.stages.items():
         if recipe.data.streaming and stage.max_steps <= 0:
             mistakes.append(

@@ -1,5 +1,6 @@
 """Which local files a source of rows names. A name is read as it is written; only `data_files` may be a pattern."""
 
+import fnmatch
 import os
 import re
 from collections.abc import Iterator
@@ -11,7 +12,8 @@ from datasets.utils.metadata import MetadataConfigs
 from fsspec.utils import glob_translate
 from huggingface_hub import DatasetCard
 
-from .formats import ENDINGS, FileFormat, format_of
+from .config import DataSource
+from .formats import BUILDERS, ENDINGS, FileFormat, format_of
 
 
 MAGIC = re.compile(r"[*?\[]")
@@ -146,3 +148,46 @@ def _config(configs: MetadataConfigs, name: str | None) -> dict[str, Any]:
     if name not in configs:
         raise ValueError(f"`data.name` must be one of {', '.join(configs)}, got {name!r}")
     return {key: value for key, value in configs[name].items() if key != "default"}
+
+
+def folder_conflict(source: DataSource, folder: Path) -> str | None:
+    """
+    Why a run must not write to a folder: its files would be read as rows, or it would write over the rows.
+
+    Args:
+        source ([`DataSource`]):
+            Source of rows.
+        folder (`Path`):
+            Folder of the run; it need not exist.
+    """
+    assert source.path
+    path, folder = local_path(source.path), folder.resolve()
+    if source.data_files is not None and (path.is_dir() or source.path in BUILDERS.values()):
+        base = path if path.is_dir() else Path()
+        names = [name for names in sanitize_patterns(source.data_files).values() for name in names]
+        starts = [literal_start(base, name) for name in names if "://" not in name]
+    elif source.path == "demo" or not path.exists():
+        return None
+    else:
+        starts = [(path, "**" if path.is_dir() and not is_saved(path) else "")]
+    for start, pattern in starts:
+        place = start.resolve()
+        if place.is_relative_to(folder) and (place != folder or not pattern):
+            return f"{start} is inside it. Move the data, or choose another folder"
+        if pattern and folder.is_relative_to(place) and _reaches(pattern, folder.relative_to(place)):
+            return f"the files of the run would be read as rows of {start}. Choose a folder outside of the data"
+    return None
+
+
+def is_saved(path: Path) -> bool:
+    """Whether a folder was written by `save_to_disk`."""
+    return any((path / name).is_file() for name in ("dataset_info.json", "dataset_dict.json"))
+
+
+def _reaches(pattern: str, folder: Path) -> bool:
+    """Whether a pattern can match a file somewhere inside a folder."""
+    parts = pattern.split("/")
+    if any("**" in part for part in parts):
+        return True
+    on_the_way = zip(folder.parts, parts, strict=False)
+    return len(parts) > len(folder.parts) and all(fnmatch.fnmatchcase(name, part) for name, part in on_the_way)

@@ -23,7 +23,7 @@ from ..columns import with_row_index
 from .config import DataConfig, DataSource
 from .demo import demo_dataset
 from .errors import DataError, reading_rows
-from .files import files_of_folder, local_path, named_files
+from .files import files_of_folder, is_saved, local_path, named_files
 from .formats import BUILDERS, ENDINGS, FileFormat, check_regular, digest, format_of, read_files, text_cells
 from .selection import column_names, select_columns
 
@@ -127,7 +127,7 @@ def _read(source: DataSource, split: str, config: DataConfig) -> Rows:
         _check_split(split, demo)
         return demo[split].to_iterable_dataset() if config.streaming else demo[split]
     path, builders = local_path(source.path), set(BUILDERS.values())
-    if _is_saved(path):
+    if is_saved(path):
         return _read_saved(path, split, config.streaming)
     options: dict[str, Any] = {}
     if source.path in builders and source.data_files is not None and "://" not in str(source.data_files):
@@ -161,11 +161,6 @@ def _format_of_file(path: Path, source: DataSource) -> FileFormat:
     if path.stat().st_size == 0:
         raise ValueError("the file is empty")
     return file_format
-
-
-def _is_saved(path: Path) -> bool:
-    """Whether a folder was written by `save_to_disk`."""
-    return any((path / name).is_file() for name in ("dataset_info.json", "dataset_dict.json"))
 
 
 def _read_saved(path: Path, split: str, streaming: bool) -> Rows:

@@ -10,7 +10,6 @@ from transformers import PreTrainedTokenizerBase
 from trl import SFTConfig
 
 from ..config import DPOShiftConfig
-from ..data.errors import DataError
 from ..data.sources import Rows
 from ..data.tokens import PairTokens, Truncation, tokenize_pair
 from ..recipe import Recipe, dump_yaml
@@ -30,7 +29,7 @@ def describe(recipe: Recipe) -> None:
         with tempfile.TemporaryDirectory() as folder:
             tokenizer = load_tokenizer(recipe, base_model(recipe, Path(folder)))
             rows = load_rows(recipe, tokenizer)
-    except (DataError, RunError) as error:
+    except RunError as error:  # without a tokenizer, the rows are neither read nor counted
         say(f"The rows cannot be loaded: {error}")
     for split, audit in findings(rows).items():
         say(f"{split}: {audit}")
