@@ -605,7 +605,7 @@ def test_a_column_s_name_cannot_stand_in_the_way_of_renaming_another():
     for streaming in (False, True):
         path = str(write_rows(rows, ".jsonl", b""))
         train, _ = load_preferences(DataConfig(path=path, columns=columns, streaming=streaming), 0)
-        assert list(train) == [ROW]
+        assert [{name: row[name] for name in ROW} for row in train] == [ROW]
 
 
 # The command

@@ -146,6 +146,8 @@ def text_cells(urls: Iterable[str], separator: str) -> dict[str, Any]:
         with fsspec.open(url, "rb", compression="infer") as file:
             head = pd.read_csv(file, sep=separator, dtype=str, na_filter=False, nrows=1)
         names = list(head.columns)
+        if any("\0" in name for name in names):
+            raise ValueError("the names of its columns must not contain NUL characters. Rename them")
         if not isinstance(head.index, pd.RangeIndex):
             raise ValueError(
                 f"the first row must have at most {len(names)} cells, as the header has, got more. Quote cells with "
