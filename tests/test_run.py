@@ -480,6 +480,19 @@ def test_a_dry_run_refuses_a_stage_without_training_examples(recipe, here):
     assert done.err.startswith("Stage `dpo` cannot start: No train examples left: every prompt")
 
 
+@pytest.mark.parametrize(
+    ("content", "reason"), [(None, "the file does not exist"), ("{{{", "JSON parse error")], ids=["none", "broken"]
+)
+def test_a_dry_run_refuses_data_that_cannot_be_read(content, reason, recipe, tmp_path, here):
+    path = tmp_path / "unreadable.jsonl"
+    if content is not None:
+        path.write_text(content)
+    done = here(recipe, "--dry-run", f"data.path={path}", "data.eval_split=null", "data.eval_size=1", code=2)
+    assert done.err.count("\n") == 1
+    assert done.err.startswith(f"`data.path` '{path}', split 'train', cannot be read: ")
+    assert reason in done.err
+
+
 def test_a_dry_run_does_not_guess_the_steps_of_packed_rows(recipe, here):
     done = here(recipe, "--dry-run", "sft.packing=true", "sft.max_steps=-1", "sft.eval_packing=false")
     assert "sft: unknown number of optimizer steps" in done.out

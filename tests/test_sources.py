@@ -361,8 +361,8 @@ def test_an_unchanged_file_comes_from_the_cache(monkeypatch):
 def test_rows_with_images_are_refused(name, value, streaming):
     write("rows.jsonl", [{**row, name: value if row["prompt"] == "r1" else None} for row in rows("r")])
     assert refusal(path="rows.jsonl", streaming=streaming) == (
-        f"The rows of 'rows.jsonl' must be text, got the column {name!r}, which is not empty: images, video and audio "
-        "are not trained on. Remove the column to train on the text alone."
+        f"The rows of 'rows.jsonl' must be text, got the column {name!r}, which is not empty. Remove it to train on "
+        "the text alone. To train on images, pass the rows and a vision-language model to `DPOShiftTrainer`."
     )
 
 

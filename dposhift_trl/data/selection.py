@@ -71,8 +71,9 @@ def _without_media(rows: Dataset | IterableDataset, media: list[str], source: Da
         for name in media:
             if _holds_anything(row[name]):
                 raise DataError(
-                    f"The rows of {source.path!r} must be text, got the column {name!r}, which is not empty: images, "
-                    "video and audio are not trained on. Remove the column to train on the text alone."
+                    f"The rows of {source.path!r} must be text, got the column {name!r}, which is not empty. Remove "
+                    "it to train on the text alone. To train on images, pass the rows and a vision-language model to "
+                    "`DPOShiftTrainer`."
                 )
         return row
 
