@@ -17,7 +17,6 @@ from ..columns import (
     FILE_SOURCE,
     PREFERENCE_COLUMNS,
     REFUSAL,
-    ROW_ID,
     ROW_INDEX,
     ROW_KINDS,
     STREAM_ROW_INDEX,
@@ -25,7 +24,7 @@ from ..columns import (
     with_row_index,
 )
 from .chat_template import is_conversation
-from .config import AUDIT_KINDS, DataConfig
+from .config import AUDIT_KINDS, ROW_ID, DataConfig
 from .errors import DataError, reading_rows
 from .kinds import starts_with_other_prompts
 from .sources import Rows, column_names
