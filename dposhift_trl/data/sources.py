@@ -19,8 +19,8 @@ from datasets import (
 from datasets.fingerprint import Hasher
 from datasets.packaged_modules.csv.csv import CsvConfig
 
-from ..columns import with_row_index
-from .config import DataConfig, DataSource
+from ..columns import FILE_ROW, FILE_SOURCE, with_row_index
+from .config import ROW_ID, DataConfig, DataSource
 from .demo import demo_dataset
 from .errors import DataError, reading_rows
 from .files import files_of_folder, is_saved, local_path, named_files
@@ -49,7 +49,7 @@ def load_preferences(config: DataConfig, seed: int) -> tuple[Rows, Rows | None]:
         DataError: If a source cannot be read, has no such split or column, or does not match the rest of a mixture.
     """
     sources = config.sources
-    train = [_load_split(source, source.train_split, config) for source in sources]
+    train = _numbered([_load_split(source, source.train_split, config) for source in sources])
     if len(sources) > 1:
         total = sum(source.weight for source in sources)
         weights = [source.weight / total for source in sources]
@@ -57,7 +57,7 @@ def load_preferences(config: DataConfig, seed: int) -> tuple[Rows, Rows | None]:
     else:
         rows = train[0]
     evaluated = [source for source in sources if source.eval_split is not None]
-    evaluation = [_load_split(source, str(source.eval_split), config) for source in evaluated]
+    evaluation = _numbered([_load_split(source, str(source.eval_split), config) for source in evaluated])
     eval_rows = _mixed(evaluated, evaluation, concatenate_datasets) if evaluation else None
     if isinstance(rows, IterableDataset):
         rows = with_row_index(rows)  # before rows are held out and shuffled, so that the numbers are the files'
@@ -68,6 +68,16 @@ def load_preferences(config: DataConfig, seed: int) -> tuple[Rows, Rows | None]:
         # Rows of several files are not interleaved, which would number the rows of each of them from 0
         rows = rows.shuffle(seed, buffer_size=config.rows_in_buffer, max_buffer_input_shards=1)
     return rows, eval_rows
+
+
+def _numbered(parts: list[Rows]) -> list[Rows]:
+    """Map-style rows with their number in their source, and that of the source, by which the audit names them."""
+    return [
+        part
+        if isinstance(part, IterableDataset)
+        else part.add_column(FILE_ROW, range(len(part))).add_column(FILE_SOURCE, [source] * len(part))
+        for source, part in enumerate(parts)
+    ]
 
 
 def _first(rows: Rows | None, count: int | None) -> Rows | None:
@@ -114,6 +124,8 @@ def _mixed(sources: list[DataSource], rows: list[Rows], mix: Callable[[list[Rows
             "Either all sources of `data.mixture` must have a column 'prompt' or none, got it only in "
             f"{', '.join(map(str, with_prompt))}. Add it to the others."
         )
+    if len(rows) > 1:  # ids of different types cannot be mixed, and source and number of a row name it as well
+        rows = [part.remove_columns([name for name in column_names(part) if name == ROW_ID]) for part in rows]
     try:
         return mix(rows)
     except (ValueError, TypeError) as error:
