@@ -11,9 +11,10 @@ from transformers import PreTrainedTokenizerBase
 from trl import maybe_extract_prompt
 
 from ..columns import PREFERENCE_COLUMNS, ROW_INDEX, TEMPLATE_COLUMNS, with_row_index
-from .chat_template import is_conversation
 from .config import AUDIT_KINDS, DataConfig
 from .errors import DataError, reading_rows
+from .messages import is_conversation, is_empty
+from .shapes import wrong_shape
 from .sources import Rows, column_names
 from .tokens import Truncation, shorten, tokenize_pair
 
@@ -107,8 +108,11 @@ def audit_preferences(
 def _audit_split(rows: Dataset, split: str, config: DataConfig, check: "_RowCheck") -> tuple[Dataset, SplitAudit]:
     findings = {kind: Finding(config.policy(kind)) for kind in AUDIT_KINDS}
     keep = []
+    shape = None  # what is wrong with the first row of no known shape
     for index, row in enumerate(rows):
         kinds = check(row)
+        if "missing" in kinds and shape is None:
+            shape = wrong_shape(row)
         # If a row is of several kinds, the first one that drops it counts
         kind = next((kind for kind in kinds if findings[kind].policy != "keep"), kinds[0] if kinds else None)
         if kind is not None:
@@ -130,7 +134,9 @@ def _audit_split(rows: Dataset, split: str, config: DataConfig, check: "_RowChec
     if not keep or len(keep) < config.min_rows_kept * len(rows):
         raise DataError(
             f"The row audit leaves {audit.kept} of {audit.rows} {split} rows, less than `data.min_rows_kept` "
-            f"({config.min_rows_kept}): {audit}. Fix the data, raise `max_length`, or lower `data.min_rows_kept`."
+            f"({config.min_rows_kept}): {audit}. "
+            + _remedy(shape if findings["missing"].count > (len(rows) - len(keep)) / 2 else None)
+            + ", or lower `data.min_rows_kept`."
         )
     kept = rows if len(keep) == len(rows) else rows.select(keep)
     return (kept if check.all_explicit else kept.map(_with_prompt)), audit
@@ -150,11 +156,13 @@ def _audit_stream(rows: IterableDataset, split: str, config: DataConfig, check: 
 
     kept = rows.filter(usable).map(_with_prompt)
     if next(iter(kept), None) is None:
-        raise DataError(
-            f"The row audit leaves none of the streamed {split} rows. Fix the data, raise `max_length`, or hold out "
-            "fewer rows."
-        )
+        remedy = _remedy(wrong_shape(next(iter(rows), {})))
+        raise DataError(f"The row audit leaves none of the streamed {split} rows. {remedy}, or hold out fewer rows.")
     return kept
+
+
+def _remedy(shape: str | None) -> str:
+    return f"{shape} Change the rows" if shape else "Fix the data, raise `max_length`"
 
 
 class _RowCheck:
@@ -239,5 +247,4 @@ def _is_preference(row: dict[str, Any]) -> bool:
 
 
 def _has_empty_answer(row: dict[str, Any]) -> bool:
-    answers = (row["chosen"], row["rejected"])
-    return not all((answer if isinstance(answer, str) else answer[-1]["content"]).strip() for answer in answers)
+    return is_empty(row["chosen"]) or is_empty(row["rejected"])

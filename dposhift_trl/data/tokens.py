@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 from trl import DPOConfig, SFTConfig, is_conversational
 
 from .errors import DataError
+from .messages import template_inputs
 
 
 ANSWERS = ("chosen", "rejected")
@@ -71,12 +72,7 @@ def tokenize_pair(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> Pa
         DataError: If the chat template cannot render the row.
     """
     try:
-        # TRL parses both for text too
-        tools = row.get("tools")
-        template_kwargs = {
-            "tools": json.loads(tools) if isinstance(tools, str) else tools,
-            **(row.get("chat_template_kwargs") or {}),
-        }
+        template_kwargs = template_inputs(row)  # TRL reads it for text too
         if is_conversational(row):
             prompt_ids = _render(tokenizer, row["prompt"], add_generation_prompt=True, **template_kwargs)
             answers = [_render(tokenizer, row["prompt"] + row[name], **template_kwargs) for name in ANSWERS]

@@ -7,11 +7,13 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..artifacts import whole_folder
 from ..data.audit import AuditedRows, SplitAudit, audit_preferences
-from ..data.chat_template import use_plain_chat_template
+from ..data.chat_template import check_template, use_plain_chat_template
 from ..data.demo import save_demo_model
+from ..data.shapes import convert
 from ..data.sources import load_preferences
 from ..recipe import Recipe
 from .errors import RunError
+from .processes import say
 
 
 def base_model(recipe: Recipe, demo_folder: Path) -> str:
@@ -61,7 +63,15 @@ def load_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> dict[str, A
         DataError: If the rows cannot be read, or the audit refuses them.
     """
     train, evaluation = load_preferences(recipe.data, recipe.seed)
+    train, changes = convert(train, tokenizer)
+    if evaluation is not None:
+        evaluation, eval_changes = convert(evaluation, tokenizer)
+        changes += [change for change in eval_changes if change not in changes]
+    if changes:
+        say(f"Rows converted: {'; '.join(changes)}.")
     use_plain_chat_template(train, tokenizer)
+    for note in check_template(train, tokenizer):
+        say(note)
     audited = {
         truncation: audit_preferences(train, evaluation, recipe.data, tokenizer, truncation)
         for truncation in recipe.truncations.values()
