@@ -26,6 +26,7 @@ PLAIN_CHAT_TEMPLATE = (
 
 INSPECTED_ROWS = 100
 PROBE = "zqprobe"  # a text that no template writes by itself
+QUESTION = {"role": "user", "content": "x"}
 
 
 @reading_rows()
@@ -52,7 +53,9 @@ def use_plain_chat_template(rows: Rows, tokenizer: PreTrainedTokenizerBase) -> b
 @reading_rows()
 def check_template(rows: Rows, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """
-    Check that the chat template writes what the rows contain. TRL trains on what it writes, without a word.
+    Check that what the tokenizer and its chat template make of the rows is what they contain.
+
+    TRL trains on what they make, without a word.
 
     Args:
         rows (`Dataset` or `IterableDataset`):
@@ -61,30 +64,52 @@ def check_template(rows: Rows, tokenizer: PreTrainedTokenizerBase) -> list[str]:
             Tokenizer.
 
     Returns:
-        `list[str]`: What the model will not see.
+        `list[str]`: What is left out or added, one sentence each.
 
     Raises:
         DataError: If messages are tool calls that the template leaves out.
     """
-    calls = tools = reasoning = False
+    conversations = calls = tools = reasoning = bos = False
     for row in first_rows(rows):
         prompt, chosen, rejected = (row[name] if is_conversation(row.get(name)) else [] for name in PREFERENCE_COLUMNS)
+        conversations = conversations or bool(chosen)
         calls = calls or any(map(tool_calls, [*prompt, *chosen, *rejected]))
         tools = tools or bool(row.get("tools"))
         reasoning = reasoning or any("</think>" in message_text(message) for message in [*chosen, *rejected])
+        bos = bos or _starts_with_bos(row, tokenizer)
     notes = []
-    question = {"role": "user", "content": "x"}
-    if calls and _leaves_out([question, _call("")], tokenizer):
+    if bos:
+        notes.append(
+            f"The prompts begin with {tokenizer.bos_token!r}, which the tokenizer adds as well, so they have it twice."
+            " Remove it from the rows."
+        )
+    if not conversations:
+        return notes
+    if calls and _leaves_out([QUESTION, _call()], tokenizer):
         raise DataError(
             "The chat template must write tool calls, since the rows contain some, got one that leaves them out. Use "
             "a model whose chat template writes them, or remove these rows."
         )
-    if tools and _leaves_out([question], tokenizer, tools=[_tool()]):
+    if tools and _leaves_out([QUESTION], tokenizer, tools=[_tool()]):
         notes.append("The chat template leaves out the column `tools`, so the model does not see it.")
-    answer = {"role": "assistant", "content": f"<think>\n{PROBE}\n</think>\n\nx"}
-    if reasoning and _leaves_out([question, answer], tokenizer):
+    if reasoning and _leaves_out([QUESTION, _answer(f"<think>\n{PROBE}\n</think>\n\nx")], tokenizer):
         notes.append("The chat template leaves out the reasoning (`<think>`) of answers, so it is not trained on.")
+    before, _, behind = (_written([QUESTION, _answer(PROBE)], tokenizer) or "").partition(PROBE)
+    if behind.strip() and before.endswith(behind):
+        notes.append(f"The chat template writes {behind!r} behind the last answer, and the model is trained on it.")
+    if _adds_bos(tokenizer) and before and not before.startswith(str(tokenizer.bos_token)):
+        notes.append(f"The chat template leaves out {tokenizer.bos_token!r}, which the tokenizer adds to text.")
     return notes
+
+
+def _starts_with_bos(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> bool:
+    text = row.get("prompt", row.get("chosen"))
+    bos = tokenizer.bos_token
+    return isinstance(text, str) and bool(bos) and text.startswith(str(bos)) and _adds_bos(tokenizer)
+
+
+def _adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+    return tokenizer.bos_token_id is not None and tokenizer("x")["input_ids"][0] == tokenizer.bos_token_id
 
 
 def first_rows(rows: Rows) -> Iterable[dict[str, Any]]:
@@ -102,13 +127,6 @@ def reads_parts(tokenizer: PreTrainedTokenizerBase) -> bool:
     return PROBE in written and "'text'" not in written and '"text"' not in written
 
 
-def writes_null(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the chat template writes `None` where a message has tool calls and null content."""
-    question = {"role": "user", "content": "x"}
-    of_null, of_text = (_written([question, _call(content)], tokenizer) or "" for content in (None, ""))
-    return of_null.count("None") > of_text.count("None")
-
-
 def _is_plain(feature: Any) -> bool:
     message = feature.feature if isinstance(feature, List) else {"content": feature}
     return (
@@ -118,14 +136,18 @@ def _is_plain(feature: Any) -> bool:
     )
 
 
+def _answer(content: str) -> dict[str, Any]:
+    return {"role": "assistant", "content": content}
+
+
 def _tool() -> dict[str, Any]:
     parameters = {"type": "object", "properties": {"x": {"type": "string", "description": "x"}}, "required": ["x"]}
     return {"type": "function", "function": {"name": PROBE, "description": "x", "parameters": parameters}}
 
 
-def _call(content: str | None) -> dict[str, Any]:
+def _call() -> dict[str, Any]:
     call = {"id": "123456789", "type": "function", "function": {"name": PROBE, "arguments": {"x": "x"}}}
-    return {"role": "assistant", "content": content, "tool_calls": [call]}
+    return {"role": "assistant", "content": "", "tool_calls": [call]}
 
 
 def _leaves_out(messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, **kwargs: Any) -> bool:

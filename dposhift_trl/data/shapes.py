@@ -11,9 +11,9 @@ from transformers import PreTrainedTokenizerBase
 from trl.trainer.utils import remove_none_values
 
 from ..columns import PREFERENCE_COLUMNS, ROW_INDEX, STREAM_ROW_INDEX, TEMPLATE_COLUMNS, with_row_index
-from .chat_template import first_rows, reads_parts, writes_null
+from .chat_template import first_rows, reads_parts
 from .errors import reading_rows
-from .messages import is_conversation, is_message, message_text, tool_calls
+from .messages import is_conversation, is_message, message_text
 from .sources import Rows, column_names
 
 
@@ -31,16 +31,15 @@ SHAREGPT_ROLES = {
 }
 
 # What a conversion did, for the user
-PARSED = "JSON text became messages"
+PARSED = "text that holds messages as JSON became messages"
 SHAREGPT = "`from` and `value` became `role` and `content`"
 SINGLE = "single messages became lists of one message"
 TEXT_ANSWERS = "text answers to a conversation became messages of the assistant"
 FLATTENED = "content parts became text, since the chat template does not read parts"
-EMPTIED = "null content next to tool calls became empty text, since the chat template writes it as None"
-NULLS = "keys of messages and tools that are null, as Parquet adds them, were removed"
+NULLS = "null keys inside tools and tool calls, as Parquet adds them, were removed"
 ONE_CHOSEN = "lists of one chosen answer became that answer"
 SEVERAL = "each rejected answer of a list became a pair"
-CHANGES = (PARSED, SHAREGPT, SINGLE, TEXT_ANSWERS, FLATTENED, EMPTIED, NULLS, ONE_CHOSEN, SEVERAL)
+CHANGES = (PARSED, SHAREGPT, SINGLE, TEXT_ANSWERS, FLATTENED, NULLS, ONE_CHOSEN, SEVERAL)
 
 WANTED = "text or a list of messages with `role` and `content`"
 
@@ -75,7 +74,6 @@ def convert(rows: Rows, tokenizer: PreTrainedTokenizerBase) -> tuple[Rows, list[
         parses=tuple(name for name in PREFERENCE_COLUMNS if _holds_json(row.get(name) for row in inspected)),
         fills_nulls=tuple(name for name, feature in (rows.features or {}).items() if not _is_exact(feature)),
         flattens=not reads_parts(tokenizer),
-        empties=writes_null(tokenizer),
     )
     changes: set[str] = set()
     pairs = [pair for row in inspected for pair in conversion.pairs(row, changes)]
@@ -106,8 +104,6 @@ class _Conversion:
             Columns in which a null may stand for a key that a message lacks.
         flattens (`bool`):
             Whether content parts become text.
-        empties (`bool`):
-            Whether null content next to tool calls becomes empty text.
         rows (`int`):
             Number by which the numbers of the pairs of a row differ.
     """
@@ -115,7 +111,6 @@ class _Conversion:
     parses: tuple[str, ...]
     fills_nulls: tuple[str, ...]
     flattens: bool
-    empties: bool
     rows: int = 0
 
     def __call__(self, batch: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
@@ -130,7 +125,7 @@ class _Conversion:
             row[name] = _parsed(row[name], changes)
         for name in TEMPLATE_COLUMNS:
             if name in self.fills_nulls and isinstance(row.get(name), (dict, list)):
-                row[name] = _noting(NULLS, row[name], remove_none_values(row[name]), changes)
+                row[name] = _without_nulls(row[name], changes)
         if _is_list_of_one_answer(row["chosen"]):
             changes.add(ONE_CHOSEN)
             row["chosen"] = row["chosen"][0]
@@ -163,29 +158,24 @@ class _Conversion:
         if not isinstance(message.get("role"), str):
             changes.add(SHAREGPT)
             message = _from_sharegpt(message)
-        # Null content stays: it is how an answer that is only a call is written
-        filled = remove_none_values(message) if name in self.fills_nulls else _without_null_keys(message)
-        if "content" in message and message["content"] is None:
-            filled["content"] = None
-        message = _noting(NULLS, message, filled, changes)
+        if name in self.fills_nulls:
+            message = _without_nulls(message, changes)
         content = message.get("content")
-        if self.empties and content is None and tool_calls(message):
-            changes.add(EMPTIED)
-            message = {**message, "content": ""}
         if self.flattens and isinstance(content, list) and all(map(_is_text_part, content)):
             changes.add(FLATTENED)
             message = {**message, "content": message_text(message)}
         return message
 
 
-def _noting(change: str, before: Any, after: Any, changes: set[str]) -> Any:
-    if before != after:
-        changes.add(change)
-    return after
-
-
-def _without_null_keys(message: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in message.items() if value is not None}
+def _without_nulls(value: Any, changes: set[str]) -> Any:
+    """A message, tools, or keywords without the nulls inside, which templates would write."""
+    # transformers removes the outermost ones of a message by itself
+    kept = {key: item for key, item in value.items() if item is not None} if isinstance(value, dict) else value
+    without = remove_none_values(value)
+    if without == kept:
+        return value
+    changes.add(NULLS)
+    return without
 
 
 def _is_text_part(part: Any) -> bool:
