@@ -176,20 +176,13 @@ def test_a_conversation_without_bos_is_noted():
 
 
 @pytest.mark.parametrize("name", ["llama-3", "qwen-3"])
-def test_text_that_begins_with_bos_has_it_twice_only_if_the_tokenizer_adds_it(name):
+def test_text_that_begins_with_bos_has_it_twice_if_the_tokenizer_adds_it_as_in_trl(name):
     tokenizer = TEMPLATES[name].tokenizer()
     bos = tokenizer.bos_token or "<|im_start|>"
     row = {"prompt": f"{bos}Hello", "chosen": " you", "rejected": " me"}
     [((prompt, _, _), _)] = prepared_by_trl(Dataset.from_list([row]), tokenizer)
     assert tokenizer.decode(prompt) == (f"{bos}{bos}Hello" if name == "llama-3" else f"{bos}Hello")
-    assert notes(name, row) == (
-        [
-            f"The prompts begin with '{bos}', which the tokenizer adds as well, so they have it twice. Remove it from "
-            "the rows."
-        ]
-        if name == "llama-3"
-        else []
-    )
+    assert tokenize_pair(row, tokenizer).prompt_ids == prompt
 
 
 @pytest.mark.parametrize("name", [name for name in TEMPLATES if not TEMPLATES[name].call])

@@ -53,9 +53,7 @@ def use_plain_chat_template(rows: Rows, tokenizer: PreTrainedTokenizerBase) -> b
 @reading_rows()
 def check_template(rows: Rows, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """
-    Check that what the tokenizer and its chat template make of the rows is what they contain.
-
-    TRL trains on what they make, without a word.
+    Check that the chat template writes what the rows contain, and no more. TRL trains on what it writes, silently.
 
     Args:
         rows (`Dataset` or `IterableDataset`):
@@ -69,20 +67,14 @@ def check_template(rows: Rows, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     Raises:
         DataError: If messages are tool calls that the template leaves out.
     """
-    conversations = calls = tools = reasoning = bos = False
+    conversations = calls = tools = reasoning = False
     for row in first_rows(rows):
         prompt, chosen, rejected = (row[name] if is_conversation(row.get(name)) else [] for name in PREFERENCE_COLUMNS)
         conversations = conversations or bool(chosen)
         calls = calls or any(map(tool_calls, [*prompt, *chosen, *rejected]))
         tools = tools or bool(row.get("tools"))
         reasoning = reasoning or any("</think>" in message_text(message) for message in [*chosen, *rejected])
-        bos = bos or _starts_with_bos(row, tokenizer)
-    notes = []
-    if bos:
-        notes.append(
-            f"The prompts begin with {tokenizer.bos_token!r}, which the tokenizer adds as well, so they have it twice."
-            " Remove it from the rows."
-        )
+    notes: list[str] = []
     if not conversations:
         return notes
     if calls and _leaves_out([QUESTION, _call()], tokenizer):
@@ -100,12 +92,6 @@ def check_template(rows: Rows, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     if _adds_bos(tokenizer) and before and not before.startswith(str(tokenizer.bos_token)):
         notes.append(f"The chat template leaves out {tokenizer.bos_token!r}, which the tokenizer adds to text.")
     return notes
-
-
-def _starts_with_bos(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> bool:
-    text = row.get("prompt", row.get("chosen"))
-    bos = tokenizer.bos_token
-    return isinstance(text, str) and bool(bos) and text.startswith(str(bos)) and _adds_bos(tokenizer)
 
 
 def _adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:

@@ -52,9 +52,9 @@ def convert(rows: Rows, tokenizer: PreTrainedTokenizerBase) -> tuple[Rows, list[
     The first rows decide whether rows are converted; all rows do if their columns hold more than text and plain
     messages. Each row is then converted by itself, and a row of no known shape is left for the audit.
 
-    If `rejected` lists several answers, each becomes a pair. The first pair of a row keeps the row's number. In a
-    split of n rows, the second pair has that number plus n, the third plus 2 n, and so on. In a stream, pairs are
-    numbered in their order.
+    If `rejected` lists several answers, each becomes a pair. Numbers of pairs are unique: the first pair of a row has
+    the row's number, the second one that number plus n, the third one plus 2 n, and so on, where n is the number of
+    rows, or one billion in a stream.
 
     Args:
         rows (`Dataset` or `IterableDataset`):
@@ -80,14 +80,13 @@ def convert(rows: Rows, tokenizer: PreTrainedTokenizerBase) -> tuple[Rows, list[
     notes = [change for change in CHANGES if change in changes]
     if not notes:
         return rows, []
-    if isinstance(rows, IterableDataset):
-        # One row at a time, since a stream resumes between batches
-        if STREAM_ROW_INDEX in names and SEVERAL in changes:
-            rows = rows.remove_columns(STREAM_ROW_INDEX)
-        return rows.map(conversion, batched=True, batch_size=1), notes
     if SEVERAL in changes:
         rows = with_row_index(rows)
-        conversion = replace(conversion, rows=max(rows[ROW_INDEX]) + 1)
+    if isinstance(rows, IterableDataset):
+        # One row at a time, since a stream resumes between batches
+        return rows.map(conversion, batched=True, batch_size=1), notes
+    if ROW_INDEX in rows.column_names:
+        conversion = replace(conversion, step=max(rows[ROW_INDEX]) + 1)
     features = Features({name: _feature_after(name, rows.features[name], pairs) for name in rows.column_names})
     return rows.map(conversion, batched=True, features=features), notes
 
@@ -104,14 +103,14 @@ class _Conversion:
             Columns in which a null may stand for a key that a message lacks.
         flattens (`bool`):
             Whether content parts become text.
-        rows (`int`):
-            Number by which the numbers of the pairs of a row differ.
+        step (`int`):
+            Difference between the numbers of two pairs of a row.
     """
 
     parses: tuple[str, ...]
     fills_nulls: tuple[str, ...]
     flattens: bool
-    rows: int = 0
+    step: int = 10**9
 
     def __call__(self, batch: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
         rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
@@ -132,8 +131,9 @@ class _Conversion:
         pairs = []
         for place, answer in enumerate(_rejected_answers(row, changes)):
             pair = {**row, "rejected": answer}
-            if ROW_INDEX in row:
-                pair[ROW_INDEX] += place * self.rows
+            for name in (ROW_INDEX, STREAM_ROW_INDEX):
+                if name in row:
+                    pair[name] = row[name] + place * self.step
             for name in PREFERENCE_COLUMNS:
                 if name in row:
                     pair[name] = self._messages(name, pair[name], changes)
@@ -210,12 +210,13 @@ def _calls(text: Any) -> list[dict[str, Any]]:
 
 
 def _rejected_answers(row: dict[str, Any], changes: set[str]) -> list[Any]:
-    """Each answer of a list of rejected answers; a list of messages is one answer if `chosen` is a list, too."""
+    """Each answer of a list of rejected answers; a list of messages is one answer if `chosen` is a list too."""
     value = row["rejected"]
     if not isinstance(value, list) or not value:
         return [value]
     of_texts = all(answer is None or isinstance(answer, (str, list)) for answer in value)
-    of_messages = not isinstance(row["chosen"], list) and all(map(_resembles_message, value))
+    is_single = isinstance(row["chosen"], (str, dict))
+    of_messages = is_single and len(value) > 1 and all(map(_resembles_message, value))
     if not of_texts and not of_messages:
         return [value]
     changes.add(SEVERAL)
@@ -321,4 +322,4 @@ def _found(value: Any) -> str:
         return f"a list with a message by {odd['role']!r} whose `content` is null, without a tool call"
     if _resembles_message(odd) and "content" in odd:
         return f"a list with a message by {odd['role']!r} whose `content` is {_found(odd['content'])}"
-    return f"a list with {_found(odd)}"
+    return f"a list of {_found(odd)}"

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from datasets import (
     Dataset,
@@ -102,6 +102,11 @@ def _load_split(source: DataSource, split: str, streaming: bool) -> Rows:
             f"{source.path!r} must have a column {missing[0]!r}, got the columns {', '.join(names)}. Map the name, "
             f"for example `data.columns: {{{missing[0]}: {names[0]}}}`."
         )
+    if "prompt" not in source_names and "conversations" in names:
+        first: dict[str, Any] = next(iter(rows), {})
+        # ShareGPT's prompt. Answers that are lists of messages contain it themselves
+        if not isinstance(first.get(source_names["chosen"]), list):
+            source_names["prompt"] = "conversations"
     rows = rows.select_columns(list(source_names.values()))
     new_names = {source_name: name for name, source_name in source_names.items() if name != source_name}
     if new_names and isinstance(rows, IterableDataset):
