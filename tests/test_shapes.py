@@ -22,6 +22,7 @@ from dposhift_trl.data.shapes import convert, wrong_shape
 from dposhift_trl.data.sources import load_preferences
 from dposhift_trl.data.tokens import Truncation, tokenize_pair
 from dposhift_trl.generate import generate_answers
+from dposhift_trl.generate.questions import load_questions, prompt_tokens
 from dposhift_trl.run import main
 
 
@@ -92,7 +93,6 @@ def audit(rows, **settings):
         (assistant([]), "", True),
         (assistant([{"type": "text", "text": "Hi"}, {"type": "text", "text": "."}]), "Hi.", False),
         (assistant([{"type": "text", "text": " "}]), " ", True),
-        (assistant([{"type": "image", "url": "x.png"}]), "", True),
         (calling(call("f")), '{"name": "f", "arguments": {}}', False),
         (calling(call("f", a=1), content=None), '{"name": "f", "arguments": {"a": 1}}', False),
         (calling(call("f"), content=""), '{"name": "f", "arguments": {}}', False),
@@ -113,7 +113,8 @@ def test_a_message_has_text_parts_or_tool_calls(message, text, empty):
     [
         None, "text", [], {}, [None], ["text"], [assistant(None)], [{"role": "assistant"}], [calling()],
         [calling(content=None)], [{"role": None, "content": "x"}], [{"content": "x"}], [assistant(3)],
-        [assistant(["text"])], [assistant([{"text": "x"}])], [user("x"), None],
+        [assistant(["text"])], [assistant([{"text": "x"}])],
+        [assistant([{"type": "image", "url": "x"}])], [assistant([{"type": "text", "text": None}])], [user("x"), None],
         [{"role": "assistant", "tool_calls": "f"}], [{"role": "assistant", "tool_calls": ["f"]}],
     ],
     ids=str,
@@ -378,6 +379,10 @@ OTHER_SHAPES = [
      "role, text."),
     ({**CHAT, "chosen": "Hi."}, "`chosen` and `rejected` must both be text or both be lists of messages, got text and "
      "a list of messages."),
+    ({**CHAT, "chosen": [assistant([{"type": "image", "url": "x"}])]}, f"`chosen` {MUST} a list with a message by "
+     "'assistant' whose `content` is a list of an object with the keys type, url."),
+    ({"chosen": CHAT["chosen"], "rejected": CHAT["rejected"]}, "`chosen` and `rejected` must start with the same "
+     "messages, which are the prompt, got different ones. Add a column `prompt`, or map it with `data.columns`."),
     ({**TEXT, "prompt": CHAT["prompt"]}, "`prompt` must be text next to answers that are text, got a list of "
      "messages."),
 ]  # fmt: skip
@@ -464,3 +469,6 @@ def test_calls_and_parts_go_through_both_stages_the_report_and_generation(tmp_pa
     lines = [json.loads(line) for line in Path("run/generations/side_by_side.jsonl").read_text().splitlines()]
     assert {line["chosen"] for line in lines} <= {"5", "Hi.", '{"name": "f", "arguments": {"a": 2}}'}
     assert [line["prompt"] for line in lines] == [row["prompt"] for row in saved]
+    for question, row in zip(load_questions(Path("run"), None, 9, TOKENIZER), saved, strict=True):
+        asked = TOKENIZER.decode(prompt_tokens(TOKENIZER, question.prompt, question.template_inputs))
+        assert ("<tools>" in asked) is (row["tools"] is not None)

@@ -1,4 +1,4 @@
-"""Messages as TRL reads them: with text, a list of parts, or tool calls and no content."""
+"""Messages as TRL reads them: with text, a list of text parts, or tool calls and no content."""
 
 import json
 from typing import Any
@@ -10,17 +10,18 @@ def is_conversation(value: Any) -> bool:
 
 
 def is_message(value: Any) -> bool:
-    """Whether a value has a role, and text, parts or tool calls. Only next to tool calls may the content be null."""
+    """Whether a value has a role, and text, text parts or tool calls, next to which the content may be null."""
     if not isinstance(value, dict) or not isinstance(value.get("role"), str):
         return False
     content = value.get("content")
     if content is None:
         return bool(tool_calls(value))
-    return isinstance(content, str) or (isinstance(content, list) and all(map(_is_part, content)))
+    return isinstance(content, str) or (isinstance(content, list) and all(map(_is_text_part, content)))
 
 
-def _is_part(value: Any) -> bool:
-    return isinstance(value, dict) and isinstance(value.get("type"), str)
+def _is_text_part(value: Any) -> bool:
+    # Templates without images write other parts as Python prints them, or not at all
+    return isinstance(value, dict) and value.get("type") == "text" and isinstance(value.get("text"), str)
 
 
 def tool_calls(message: dict[str, Any]) -> list[dict[str, Any]]:
@@ -33,7 +34,7 @@ def message_text(message: dict[str, Any]) -> str:
     """The text of a message: its content, or the text parts of it."""
     content = message.get("content")
     if isinstance(content, list):
-        return "".join(part["text"] for part in content if isinstance(part.get("text"), str))
+        return "".join(part["text"] for part in content)
     return content or ""
 
 

@@ -41,6 +41,8 @@ ONE_CHOSEN = "lists of one chosen answer became that answer"
 SEVERAL = "each rejected answer of a list became a pair"
 CHANGES = (PARSED, SHAREGPT, SINGLE, TEXT_ANSWERS, FLATTENED, NULLS, ONE_CHOSEN, SEVERAL)
 
+VERSION = 1  # part of the key of cached rows; increase it if rows are converted in another way
+
 WANTED = "text or a list of messages with `role` and `content`"
 
 
@@ -105,12 +107,15 @@ class _Conversion:
             Whether content parts become text.
         step (`int`):
             Difference between the numbers of two pairs of a row.
+        version (`int`):
+            Version of the conversion.
     """
 
     parses: tuple[str, ...]
     fills_nulls: tuple[str, ...]
     flattens: bool
     step: int = 10**9
+    version: int = VERSION
 
     def __call__(self, batch: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
         rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
@@ -160,8 +165,7 @@ class _Conversion:
             message = _from_sharegpt(message)
         if name in self.fills_nulls:
             message = _without_nulls(message, changes)
-        content = message.get("content")
-        if self.flattens and isinstance(content, list) and all(map(_is_text_part, content)):
+        if self.flattens and is_message(message) and isinstance(message.get("content"), list):
             changes.add(FLATTENED)
             message = {**message, "content": message_text(message)}
         return message
@@ -176,10 +180,6 @@ def _without_nulls(value: Any, changes: set[str]) -> Any:
         return value
     changes.add(NULLS)
     return without
-
-
-def _is_text_part(part: Any) -> bool:
-    return isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
 
 
 def _resembles_message(value: Any) -> bool:
@@ -292,7 +292,7 @@ def wrong_shape(row: Mapping[str, Any]) -> str | None:
         value = row.get(name)
         if (name in row or name in ANSWERS) and not isinstance(value, str) and not is_conversation(value):
             return f"`{name}` must be {WANTED}, got {_found(value)}."
-    chosen, rejected = (row.get(name) for name in ANSWERS)
+    chosen, rejected = (row[name] for name in ANSWERS)
     if isinstance(chosen, str) != isinstance(rejected, str):
         return (
             "`chosen` and `rejected` must both be text or both be lists of messages, got "
@@ -300,6 +300,11 @@ def wrong_shape(row: Mapping[str, Any]) -> str | None:
         )
     if isinstance(chosen, str) and not isinstance(row.get("prompt", ""), str):
         return f"`prompt` must be text next to answers that are text, got {_found(row['prompt'])}."
+    if "prompt" not in row and not isinstance(chosen, str) and chosen[0] != rejected[0]:
+        return (
+            "`chosen` and `rejected` must start with the same messages, which are the prompt, got different ones. Add "
+            "a column `prompt`, or map it with `data.columns`."
+        )
     return None
 
 
