@@ -22,6 +22,15 @@ ROW_INDEX = "dposhift_row_index"
 STREAM_ROW_INDEX = "dposhift_stream_row_index"
 SAVED_ROW_INDEX = "row_index"
 
+# Further columns of rows that this package loads and tokenizes: where a row comes from, where the chosen answer starts
+# if it is compared with the prompt alone, and what the audit has to know
+FILE_ROW = "dposhift_file_row"
+FILE_SOURCE = "dposhift_file_source"
+ROW_ID = "id"
+CHOSEN_START = "dposhift_chosen_start"
+ROW_KINDS = "dposhift_row_kinds"
+REFUSAL = "dposhift_refusal"
+
 # Key of a batch: the layout that reads shared tokens once
 SHARED_PROMPT = "shared_prompt"
 

@@ -18,7 +18,7 @@ from .pipeline.checkpoints import explaining_disk_errors
 from .pipeline.checkpoints import last_complete_checkpoint as last_complete_checkpoint
 from .pipeline.dry_run import describe
 from .pipeline.errors import RUN_AGAIN, RunError, Terminated, WriteError
-from .pipeline.loading import base_model, findings, load_rows, load_tokenizer
+from .pipeline.loading import base_model, check_rows, findings, legend, load_rows, load_tokenizer
 from .pipeline.processes import complain, from_main, say
 from .pipeline.run_folder import claimed, save_evaluated_rows
 from .pipeline.sigterm import saving_on_sigterm
@@ -104,16 +104,20 @@ def run(recipe: Recipe, accept_changes: bool = False) -> None:
         if PartialState().is_main_process:
             found = {split: dataclasses.asdict(audit) for split, audit in audits.items()}
             write_whole(recipe.output_dir / AUDIT, json.dumps(found, indent=2, ensure_ascii=False))
-            if not (recipe.output_dir / "dpo" / FINISHED).is_file():
-                *_, last = rows.values()
-                save_evaluated_rows(last.evaluation, recipe.output_dir / EVAL_ROWS)
+        check_rows(rows)
+        if PartialState().is_main_process and not (recipe.output_dir / "dpo" / FINISHED).is_file():
+            *_, last = rows.values()
+            save_evaluated_rows(last.evaluation, recipe.output_dir / EVAL_ROWS)
         for split, audit in audits.items():
             say(f"{split}: {audit}")
+        if (meaning := legend(audits)) is not None:
+            say(meaning)
         *_, last_stage = recipe.stages
         for name, args in recipe.stages.items():
             folder = recipe.output_dir / name
             if from_main((folder / FINISHED).is_file()):
                 say(f"{name}: finished before, skipped ({folder})")
+                tokenizer = load_tokenizer(recipe, str(folder))  # with what the stage has set
             else:
                 with explaining_disk_errors(name, folder), reading_rows():
                     run_stage(name, recipe, start, tokenizer, rows[name], sigterm)

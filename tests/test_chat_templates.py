@@ -11,12 +11,14 @@ from chat_templates import TEMPLATES
 from datasets import Dataset, Features, Json
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
+from dposhift_trl.columns import REFUSAL, ROW_KINDS, TOKEN_COLUMNS
 from dposhift_trl.data.audit import audit_preferences
 from dposhift_trl.data.chat_template import check_template, reads_parts
 from dposhift_trl.data.config import DataConfig
 from dposhift_trl.data.errors import DataError
 from dposhift_trl.data.shapes import convert
-from dposhift_trl.data.tokens import Truncation, tokenize_pair
+from dposhift_trl.data.tokenization import PairTokenizer
+from dposhift_trl.data.tokens import Truncation
 from dposhift_trl.training.sft import select_chosen
 
 
@@ -83,6 +85,12 @@ def folder(tmp_path_factory):
         yield
 
 
+def tokens(row, tokenizer):
+    """Prompt, chosen and rejected as the audit tokenizes them."""
+    columns = PairTokenizer(tokenizer, "train").one(row)
+    return tuple(columns[name] for name in TOKEN_COLUMNS)
+
+
 def prepared_by_trl(rows, tokenizer):
     """What TRL's trainers tokenize: prompt, chosen and rejected in DPO; tokens and labels in SFT."""
     trainer = SimpleNamespace(_tokenizer=tokenizer, chat_template=None, completion_only_loss=True)
@@ -104,8 +112,9 @@ def prepared(name, form):
     rows = table([FORMS[form](CASES[case]) for case in cases])
     trained, changes = convert(rows, tokenizer)
     assert changes == []
-    audited = audit_preferences(trained, None, DataConfig(path="demo", audit="error"), tokenizer, Truncation(999))
-    ours = [tuple(tokenize_pair(row, tokenizer)) for row in audited.train]
+    [audited] = audit_preferences(trained, None, DataConfig(path="demo"), tokenizer, [Truncation(999)]).values()
+    assert audited.audits["train"].kept == len(cases)
+    ours = [tuple(row[column] for column in TOKEN_COLUMNS) for row in audited.train]
     return dict(zip(cases, zip(prepared_by_trl(rows, tokenizer), ours, strict=True), strict=True))
 
 
@@ -148,7 +157,7 @@ def test_text_has_bos_once_at_its_start_and_eos_once_at_its_end(name):
     template, tokenizer = TEMPLATES[name], TEMPLATES[name].tokenizer()
     rows = Dataset.from_list([{"prompt": "Two plus three is", "chosen": " five.", "rejected": f" six.{template.eos}"}])
     [((prompt, chosen, rejected), (sft_ids, sft_labels))] = prepared_by_trl(rows, tokenizer)
-    assert tuple(tokenize_pair(rows[0], tokenizer)) == (prompt, chosen, rejected)
+    assert tokens(rows[0], tokenizer) == (prompt, chosen, rejected)
     assert tokenizer.decode(prompt) == (template.bos if template.adds_bos else "") + "Two plus three is"
     assert [tokenizer.decode(ids) for ids in (chosen, rejected)] == [f" five.{template.eos}", f" six.{template.eos}"]
     assert (sft_ids, sft_labels) == (prompt + chosen, [-100] * len(prompt) + chosen)
@@ -182,7 +191,7 @@ def test_text_that_begins_with_bos_has_it_twice_if_the_tokenizer_adds_it_as_in_t
     row = {"prompt": f"{bos}Hello", "chosen": " you", "rejected": " me"}
     [((prompt, _, _), _)] = prepared_by_trl(Dataset.from_list([row]), tokenizer)
     assert tokenizer.decode(prompt) == (f"{bos}{bos}Hello" if name == "llama-3" else f"{bos}Hello")
-    assert tokenize_pair(row, tokenizer).prompt_ids == prompt
+    assert tokens(row, tokenizer)[0] == prompt
 
 
 @pytest.mark.parametrize("name", [name for name in TEMPLATES if not TEMPLATES[name].call])
@@ -209,7 +218,7 @@ def test_reasoning_that_a_template_drops_is_noted_and_is_not_trained_on():
     row = {"prompt": TURNS[-1:], "chosen": thought("2 + 3 = 5"), "rejected": thought("2 + 3 = 5, or 6")}
     tokenizer = TEMPLATES["r1-distill"].tokenizer()
     [((_, *answers), _)] = prepared_by_trl(table([row]), tokenizer)
-    assert answers == list(tokenize_pair(row, tokenizer))[1:]
+    assert answers == list(tokens(row, tokenizer))[1:]
     assert [tokenizer.decode(ids) for ids in answers] == ["It is five.<|end_of_sentence|>"] * 2
     assert notes("r1-distill", row) == [
         "The chat template leaves out the reasoning (`<think>`) of answers, so it is not trained on."
@@ -221,7 +230,7 @@ def test_keywords_of_the_template_decide_where_the_answer_starts():
     tokenizer = TEMPLATES["qwen-3"].tokenizer()
     row = {**CASES["several turns"], "chat_template_kwargs": {"enable_thinking": False}}
     [((prompt, chosen, rejected), (sft_ids, _))] = prepared_by_trl(table([row]), tokenizer)
-    assert tuple(tokenize_pair(row, tokenizer)) == (prompt, chosen, rejected)
+    assert tokens(row, tokenizer) == (prompt, chosen, rejected)
     assert tokenizer.decode(prompt).endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
     assert tokenizer.decode(chosen) == "It is five.<|im_end|>\n"
     assert sft_ids == prompt + chosen
@@ -235,8 +244,9 @@ def test_the_date_in_the_prompt_is_today_s():
 
 
 def test_a_role_that_a_template_refuses_is_an_error_with_the_template_s_reason():
-    with pytest.raises(DataError, match="cannot render a row: roles must alternate user/assistant"):
-        tokenize_pair(CASES["a system prompt"], TEMPLATES["gemma"].tokenizer())
+    columns = PairTokenizer(TEMPLATES["gemma"].tokenizer(), "train").one(CASES["a system prompt"])
+    assert columns[ROW_KINDS] == ["refused"]
+    assert columns[REFUSAL] == "roles must alternate user/assistant/user/assistant/..."
 
 
 def test_content_parts_become_text_unless_the_template_reads_them():
@@ -256,4 +266,4 @@ def test_content_parts_become_text_unless_the_template_reads_them():
     assert reads_parts(reading)
     rows = table([row])
     assert convert(rows, reading) == (rows, [])
-    assert reading.decode(tokenize_pair(row, reading).prompt_ids) == "<What is ><2 + 3?>"
+    assert reading.decode(tokens(row, reading)[0]) == "<What is ><2 + 3?>"

@@ -12,15 +12,23 @@ from ruamel.yaml import YAML
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from dposhift_trl.artifacts import read_rows
-from dposhift_trl.columns import ROW_INDEX, STREAM_ROW_INDEX
+from dposhift_trl.columns import (
+    FILE_ROW,
+    PREFERENCE_COLUMNS,
+    ROW_INDEX,
+    STREAM_ROW_INDEX,
+    TEMPLATE_COLUMNS,
+    TOKEN_COLUMNS,
+)
 from dposhift_trl.data import shapes
 from dposhift_trl.data.audit import audit_preferences
-from dposhift_trl.data.config import DataConfig
+from dposhift_trl.data.config import AUDIT_KINDS, DataConfig
 from dposhift_trl.data.errors import DataError
 from dposhift_trl.data.messages import is_conversation, is_empty, message_as_text
 from dposhift_trl.data.shapes import convert, wrong_shape
 from dposhift_trl.data.sources import load_preferences
-from dposhift_trl.data.tokens import Truncation, tokenize_pair
+from dposhift_trl.data.tokenization import PairTokenizer
+from dposhift_trl.data.tokens import Truncation
 from dposhift_trl.generate import generate_answers
 from dposhift_trl.generate.questions import load_questions, prompt_tokens
 from dposhift_trl.run import main
@@ -73,12 +81,24 @@ def load(rows, streaming=False, name="rows.jsonl"):
 
 def converted(rows, streaming=False, name="rows.jsonl"):
     found, changes = convert(load(rows, streaming, name), TOKENIZER)
-    return [dict(row) for row in found], changes
+    return [written(row) for row in found], changes
+
+
+def written(row):
+    """A row without its numbers."""
+    return {name: row[name] for name in row if name in (*PREFERENCE_COLUMNS, *TEMPLATE_COLUMNS)}
+
+
+def tokens(row):
+    columns = PairTokenizer(TOKENIZER, "train").one(row)
+    return [TOKENIZER.decode(columns[name]) for name in TOKEN_COLUMNS]
 
 
 def audit(rows, **settings):
     config = DataConfig(path="demo", min_rows_kept=0.01, **settings)
-    return audit_preferences(rows, None, config, TOKENIZER, Truncation(None))
+    [audited] = audit_preferences(rows, None, config, TOKENIZER, [Truncation(None)]).values()
+    audited.check()
+    return audited
 
 
 # Messages
@@ -126,12 +146,12 @@ def test_what_has_neither_is_not_a_message(value):
 def test_an_answer_that_is_a_call_is_neither_missing_nor_empty(streaming):
     rows = [
         {**CHAT, "chosen": [calling(call("f", a=1), content=None)]},
-        {**CHAT, "chosen": [calling(call("f", a=1), content="")]},
+        {**CHAT, "chosen": [calling(call("f", a=2), content="")]},
         {**CHAT, "rejected": [calling(call("g"))]},
         {**CHAT, "prompt": [user("Hello"), calling(call("f")), {"role": "tool", "content": "5"}]},
     ]
     kept = list(audit(load(rows, streaming), audit="error").train)
-    assert [{name: row[name] for name in CHAT} for row in kept] == rows
+    assert list(map(written, kept)) == rows
     with pytest.raises(DataError, match="`empty`"):
         audit(load([{**CHAT, "chosen": [calling(content="")]}], streaming), audit="error")
 
@@ -265,9 +285,7 @@ SHAPES = {
 def test_a_row_is_converted_and_a_line_says_so(row, expected, changes, streaming):
     found, done = converted([row], streaming)
     assert done == changes
-    assert [{name: pair[name] for name in pair if name not in (ROW_INDEX, STREAM_ROW_INDEX)} for pair in found] == (
-        expected or [row]
-    )
+    assert found == (expected or [row])
 
 
 def test_rows_of_a_known_shape_stay_the_object_that_they_are(streaming):
@@ -301,7 +319,7 @@ def test_text_is_json_only_if_that_of_all_first_rows_is(streaming):
 
 def test_pairs_of_a_row_have_numbers_that_are_unique_and_name_the_row(streaming):
     rows = [{**TEXT, "rejected": [f" r{n}{m}" for m in range(n)]} for n in (1, 3, 2)]
-    found, _ = converted(rows, streaming)
+    found, _ = convert(load(rows, streaming), TOKENIZER)
     column, step = (STREAM_ROW_INDEX, 10**9) if streaming else (ROW_INDEX, 3)
     assert [(pair["rejected"], pair[column]) for pair in found] == [
         (" r10", 0),
@@ -311,6 +329,8 @@ def test_pairs_of_a_row_have_numbers_that_are_unique_and_name_the_row(streaming)
         (" r20", 2),
         (" r21", 2 + step),
     ]
+    if not streaming:
+        assert list(found[FILE_ROW]) == [0, 1, 1, 1, 2, 2]
 
 
 def test_a_stream_of_pairs_resumes_between_two_pairs_of_a_row():
@@ -345,9 +365,9 @@ def test_nulls_that_parquet_adds_inside_calls_and_tools_do_not_reach_the_templat
     ]
     found, changes = converted(rows, name="rows.parquet")
     assert changes == [shapes.NULLS]
-    assert [tokenize_pair(row, TOKENIZER) for row in found] == [tokenize_pair(row, TOKENIZER) for row in rows]
+    assert list(map(tokens, found)) == list(map(tokens, rows))
     as_stored = load(rows, name="rows.parquet")
-    assert [tokenize_pair(row, TOKENIZER) for row in as_stored] != [tokenize_pair(row, TOKENIZER) for row in rows]
+    assert list(map(tokens, as_stored)) != list(map(tokens, rows))
 
 
 def test_keys_that_are_null_in_whole_messages_are_left_to_transformers():
@@ -355,7 +375,7 @@ def test_keys_that_are_null_in_whole_messages_are_left_to_transformers():
     found, changes = converted(rows, name="rows.parquet")
     assert changes == []
     assert found[1]["prompt"] == [user("Hello") | {"name": None}]
-    assert tokenize_pair(found[1], TOKENIZER) == tokenize_pair(CHAT, TOKENIZER)
+    assert tokens(found[1]) == tokens(CHAT)
 
 
 # What is said of other shapes
@@ -420,8 +440,13 @@ def test_every_example_on_the_page_can_be_trained_on(example, streaming):
     assert bool(changes) is (section == "Shapes that are converted")
     pairs = list(audit(rows, audit="error").train)
     assert len(pairs) == (2 if shapes.SEVERAL in changes else 1)
-    answers = [TOKENIZER.decode(tokenize_pair(pairs[0], TOKENIZER).chosen_ids)]
-    assert all("lue." in answer or '{"city": "Oslo"}' in answer for answer in answers)
+    answer = TOKENIZER.decode(pairs[0]["chosen_ids"])
+    assert "lue." in answer or '{"city": "Oslo"}' in answer
+
+
+def test_the_page_has_every_kind_of_the_audit():
+    table = PAGE.read_text(encoding="utf-8").partition("## Row audit")[2].partition("\n## ")[0]
+    assert re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE) == list(AUDIT_KINDS)
 
 
 # The whole way

@@ -132,7 +132,7 @@ def _tool() -> dict[str, Any]:
 
 
 def _call() -> dict[str, Any]:
-    call = {"id": "123456789", "type": "function", "function": {"name": PROBE, "arguments": {"x": "x"}}}
+    call = {"type": "function", "function": {"name": PROBE, "arguments": {"x": "x"}}}
     return {"role": "assistant", "content": "", "tool_calls": [call]}
 
 

@@ -3,23 +3,51 @@
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
-from ..columns import PREFERENCE_COLUMNS, TEMPLATE_COLUMNS
+from ..columns import PREFERENCE_COLUMNS, ROW_ID, TEMPLATE_COLUMNS
 
 
-AUDIT_KINDS = {
-    "missing": "an answer or the prompt is null or of the wrong type",
-    "empty": "an answer is empty or only whitespace",
-    "identical": "chosen and rejected are the same",
-    "duplicate": "the split already contains the same row",
-    "leaked": "the evaluation split contains the same row",
-    "lost": "the prompt alone fills `max_length`, so no answer is left",
-    "cut": "an answer is truncated to fit `max_length`",
-}
 AUDIT_POLICIES = ("drop", "keep", "error")
 
-KEPT_COLUMNS = (*PREFERENCE_COLUMNS, *TEMPLATE_COLUMNS)
+
+class AuditKind(NamedTuple):
+    """
+    A kind of row that the audit finds.
+
+    Args:
+        description (`str`):
+            What is found.
+        default (`str`, *optional*, defaults to `"drop"`):
+            Policy unless the recipe names this kind. `keep` for what harms little, or is in every row of some models.
+        trainable (`bool`, *optional*, defaults to `True`):
+            Whether such rows could be kept.
+    """
+
+    description: str
+    default: str = "drop"
+    trainable: bool = True
+
+
+# The gravest first: a dropped row counts as the first of its kinds that is not kept
+AUDIT_KINDS = {
+    "missing": AuditKind("an answer or the prompt is null or of the wrong type", trainable=False),
+    "refused": AuditKind("the chat template raises an error", trainable=False),
+    "empty": AuditKind("an answer is empty or only whitespace"),
+    "identical": AuditKind("chosen and rejected are the same to the model"),
+    "prompts": AuditKind("chosen and rejected answer different prompts"),
+    "user": AuditKind("an answer ends with a message by the user"),
+    "duplicate": AuditKind("the split already contains the same row"),
+    "leaked": AuditKind("the evaluation split contains the same row"),
+    "lost": AuditKind("the prompt alone fills `max_length`, so no answer is left"),
+    "cut": AuditKind("an answer is truncated to fit `max_length`"),
+    "roles": AuditKind("roles are out of order, or a user speaks within an answer", "keep"),
+    "boundary": AuditKind("the tokens of the prompt alone are not those in front of the answers", "keep"),
+    "doubled": AuditKind("two BOS or EOS tokens in a row", "keep"),
+    "thinking": AuditKind("only one answer has an empty `<think>` block", "keep"),
+}
+
+KEPT_COLUMNS = (*PREFERENCE_COLUMNS, *TEMPLATE_COLUMNS, ROW_ID)
 
 
 @dataclass
@@ -90,7 +118,8 @@ class DataConfig(DataSource):
         streaming (`bool`, *optional*, defaults to `False`):
             Read rows during training, without a copy on disk. Every stage then needs `max_steps`.
         audit (`str` or `dict[str, str]`, *optional*, defaults to `"drop"`):
-            `drop`, `keep` or `error`, either for all kinds of unusable rows or per kind.
+            `drop`, `keep` or `error`, either for all kinds of unusable rows or per kind. Rows of the kinds `roles`,
+            `boundary`, `doubled`, and `thinking` are usable: they are counted and kept unless the kind is named.
         min_rows_kept (`float`, *optional*, defaults to `0.5`):
             Minimum share of each split that must be left after the audit.
     """
@@ -177,11 +206,12 @@ class DataConfig(DataSource):
                     + (f" for {kind}" if isinstance(self.audit, dict) else "")
                     + ". Write for example `audit: drop`."
                 )
-        if policies.get("missing") == "keep" and isinstance(self.audit, dict):
-            raise ValueError(
-                "`audit` must be drop or error for missing, got 'keep'. Null answers cannot be trained on; remove the "
-                "key to drop them."
-            )
+        for kind, policy in policies.items():
+            if policy == "keep" and isinstance(self.audit, dict) and not AUDIT_KINDS[kind].trainable:
+                raise ValueError(
+                    f"`audit` must be drop or error for {kind}, got 'keep'. Such rows cannot be trained on; remove "
+                    "the key to drop them."
+                )
 
     @property
     def sources(self) -> list[DataSource]:
@@ -202,6 +232,9 @@ class DataConfig(DataSource):
 
     def policy(self, kind: str) -> str:
         """Policy for rows of one of the `AUDIT_KINDS`."""
+        default = AUDIT_KINDS[kind].default
         if isinstance(self.audit, dict):
-            return self.audit.get(kind, "drop")
-        return "drop" if (kind, self.audit) == ("missing", "keep") else self.audit
+            return self.audit.get(kind, default)
+        if default == "keep" or (self.audit == "keep" and not AUDIT_KINDS[kind].trainable):
+            return default
+        return self.audit

@@ -15,6 +15,7 @@ from datasets import (
     load_from_disk,
 )
 
+from ..columns import FILE_ROW, FILE_SOURCE, ROW_ID
 from .config import KEPT_COLUMNS, DataConfig, DataSource
 from .demo import demo_dataset
 from .errors import DataError, reading_rows
@@ -41,7 +42,7 @@ def load_preferences(config: DataConfig, seed: int) -> tuple[Rows, Rows | None]:
         DataError: If a source cannot be read, has no such split or column, or does not match the rest of a mixture.
     """
     sources = config.sources
-    train = [_load_split(source, source.train_split, config.streaming) for source in sources]
+    train = _numbered([_load_split(source, source.train_split, config.streaming) for source in sources])
     if len(sources) > 1:
         total = sum(source.weight for source in sources)
         weights = [source.weight / total for source in sources]
@@ -49,11 +50,21 @@ def load_preferences(config: DataConfig, seed: int) -> tuple[Rows, Rows | None]:
     else:
         rows = train[0]
     evaluated = [source for source in sources if source.eval_split is not None]
-    evaluation = [_load_split(source, str(source.eval_split), config.streaming) for source in evaluated]
+    evaluation = _numbered([_load_split(source, str(source.eval_split), config.streaming) for source in evaluated])
     eval_rows = _mixed(evaluated, evaluation, concatenate_datasets) if evaluation else None
     if config.eval_size is not None:
         rows, eval_rows = _hold_out(rows, config.eval_size, seed)
     return _first(rows, config.max_train_rows), _first(eval_rows, config.max_eval_rows)
+
+
+def _numbered(parts: list[Rows]) -> list[Rows]:
+    """Map-style rows with their number in their source, and that of the source, by which the audit names them."""
+    return [
+        part
+        if isinstance(part, IterableDataset)
+        else part.add_column(FILE_ROW, range(len(part))).add_column(FILE_SOURCE, [source] * len(part))
+        for source, part in enumerate(parts)
+    ]
 
 
 def _first(rows: Rows | None, count: int | None) -> Rows | None:
@@ -130,6 +141,8 @@ def _mixed(sources: list[DataSource], rows: list[Rows], mix: Callable[[list[Rows
             "Either all sources of `data.mixture` must have a column 'prompt' or none, got it only in "
             f"{', '.join(map(str, with_prompt))}. Add it to the others."
         )
+    if len(rows) > 1:  # ids of different types cannot be mixed, and source and number of a row name it as well
+        rows = [part.remove_columns([name for name in column_names(part) if name == ROW_ID]) for part in rows]
     try:
         return mix(rows)
     except (ValueError, TypeError) as error:

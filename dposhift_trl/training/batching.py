@@ -242,6 +242,13 @@ def with_lengths(dataset: Any, args: DPOShiftConfig, shares_prompts: bool) -> An
     return dataset.add_column(name, pair_lengths(dataset, args.max_length, args.truncation_mode, shares_prompts))
 
 
+def without_lost_rows(dataset: Any, max_length: int | None, truncation_mode: str) -> Any:
+    """Tokenized rows without those that TRL drops: their prompt fills `max_length`, so that no answer is left."""
+    if max_length is None or truncation_mode != "keep_start":
+        return dataset
+    return dataset.filter(lambda prompt_ids: len(prompt_ids) < max_length, input_columns="prompt_ids")
+
+
 def data_seed(args: DPOShiftConfig) -> int:
     """Seed for the order of the rows."""
     return args.seed if args.data_seed is None else args.data_seed

@@ -17,6 +17,7 @@ from transformers import (
 )
 from trl import SFTConfig, SFTTrainer, extract_prompt
 
+from ..columns import CHOSEN_START, TOKEN_COLUMNS
 from .callbacks import KeepFreedMemoryCallback
 
 
@@ -55,6 +56,8 @@ class ChosenSFTTrainer(SFTTrainer):
         formatting_func: Callable[[dict], str] | None = None,
     ):
         self._selects_chosen = formatting_func is None
+        # A mask of the assistant's tokens needs a chat template of its own, so TRL tokenizes the text
+        self._uses_tokens = not (args and args.assistant_only_loss)
         super().__init__(
             model=model,
             args=args,
@@ -81,19 +84,21 @@ class ChosenSFTTrainer(SFTTrainer):
         return super().evaluate(self._select_chosen(eval_dataset), ignore_keys, metric_key_prefix)
 
     def _select_chosen(self, dataset: Any) -> Any:
-        return select_chosen(dataset) if self._selects_chosen else dataset
+        return select_chosen(dataset, self._uses_tokens) if self._selects_chosen else dataset
 
 
-def select_chosen(dataset: Any) -> Any:
+def select_chosen(dataset: Any, use_tokens: bool = True) -> Any:
     """
-    Preference rows as `prompt` and `completion`, the chosen answer.
+    Preference rows as `prompt` and `completion`, the chosen answer, and its tokens if the rows are tokenized.
 
     Args:
         dataset (`Dataset`, `IterableDataset`, a dictionary of them, or anything else, which is returned unchanged):
             Rows; those without `chosen` and `rejected` are returned unchanged.
+        use_tokens (`bool`, *optional*, defaults to `True`):
+            Whether the tokens of rows that have them become `input_ids` and `completion_mask`.
     """
     if isinstance(dataset, dict):
-        return type(dataset)({name: select_chosen(rows) for name, rows in dataset.items()})
+        return type(dataset)({name: select_chosen(rows, use_tokens) for name, rows in dataset.items()})
     if not isinstance(dataset, (Dataset, IterableDataset)):
         return dataset
     first: dict[str, Any] = next(iter(dataset), {})
@@ -101,4 +106,17 @@ def select_chosen(dataset: Any) -> Any:
         return dataset
     if "prompt" not in first:
         dataset = dataset.map(extract_prompt)
-    return dataset.map(lambda row: {"completion": row["chosen"]}, remove_columns=["chosen", "rejected"])
+    tokens = [*TOKEN_COLUMNS, CHOSEN_START] if CHOSEN_START in first else []
+    return dataset.map(
+        _with_input_ids if tokens and use_tokens else _with_completion,
+        remove_columns=["chosen", "rejected", *tokens],
+    )
+
+
+def _with_completion(row: dict[str, Any]) -> dict[str, Any]:
+    return {"completion": row["chosen"]}
+
+
+def _with_input_ids(row: dict[str, Any]) -> dict[str, Any]:
+    ids, start = row["prompt_ids"] + row["chosen_ids"], row[CHOSEN_START]
+    return {"completion": row["chosen"], "input_ids": ids, "completion_mask": [0] * start + [1] * (len(ids) - start)}

@@ -28,10 +28,25 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.utils import get_config_model_id
 
 from .. import __version__
-from ..columns import BATCH_KEYS, REFERENCE_LOGPS, ROW_INDEX, SHARED_PROMPT, STREAM_ROW_INDEX, with_row_index
+from ..columns import (
+    BATCH_KEYS,
+    REFERENCE_LOGPS,
+    ROW_INDEX,
+    SHARED_PROMPT,
+    STREAM_ROW_INDEX,
+    TOKEN_COLUMNS,
+    with_row_index,
+)
 from ..config import DPOShiftConfig
 from ..scoring import PairLayout, shared_prompt_scores
-from .batching import SeededByEpoch, data_seed, make_token_sampler, token_budget_dataloader, with_lengths
+from .batching import (
+    SeededByEpoch,
+    data_seed,
+    make_token_sampler,
+    token_budget_dataloader,
+    with_lengths,
+    without_lost_rows,
+)
 from .callbacks import (
     KeepFreedMemoryCallback,
     LambdaScheduleCallback,
@@ -351,6 +366,18 @@ class DPOShiftTrainer(DPOTrainer):
         return self._references.score(dataset, name, batch_size)
 
     # Batches
+
+    def _prepare_dataset(
+        self, dataset: Any, processing_class: Any, args: DPOConfig, dataset_name: str
+    ) -> Dataset | IterableDataset:
+        """
+        Takes rows that are tokens already, as a run's audit leaves them, and drops those that TRL drops.
+
+        [`~trl.SFTTrainer`] does so by itself; [`~trl.DPOTrainer`] 1.16 would tokenize their text again.
+        """
+        if not set(TOKEN_COLUMNS) <= set(dataset.column_names or next(iter(dataset), {})):
+            return super()._prepare_dataset(dataset, processing_class, args, dataset_name)
+        return without_lost_rows(dataset, args.max_length, args.truncation_mode)
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> Any:
         """Counts the pairs of an optimizer step, whose batches hold different numbers under a token budget."""
