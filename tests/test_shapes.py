@@ -70,13 +70,14 @@ def streaming(request):
 
 
 def load(rows, streaming=False, name="rows.jsonl"):
-    """The rows as a run loads them from a file."""
+    """The rows as a run loads them from a file, in the order of the file."""
     path = Path(name)
     if path.suffix == ".parquet":
         Dataset.from_list(rows).to_parquet(path)
     else:
         path.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
-    return load_preferences(DataConfig(path=name, streaming=streaming), 0)[0]
+    found = load_preferences(DataConfig(path=name), 0)[0]
+    return found.to_iterable_dataset() if streaming else found
 
 
 def converted(rows, streaming=False, name="rows.jsonl"):
@@ -286,6 +287,12 @@ def test_a_row_is_converted_and_a_line_says_so(row, expected, changes, streaming
     found, done = converted([row], streaming)
     assert done == changes
     assert found == (expected or [row])
+
+
+def test_conversations_of_a_stream_are_its_prompts():
+    Path("rows.jsonl").write_text(json.dumps(SHAPES["LLaMA-Factory"][0]), encoding="utf-8")
+    stream, _ = load_preferences(DataConfig(path="rows.jsonl", streaming=True), 0)
+    assert [written(row) for row in convert(stream, TOKENIZER)[0]] == [CHAT]
 
 
 def test_rows_of_a_known_shape_stay_the_object_that_they_are(streaming):
