@@ -99,6 +99,33 @@ def _write(file: Any, content: str | bytes | pa.Table) -> None:
         file.write(content.encode("utf-8") if isinstance(content, str) else content)
 
 
+def read_rows(path: Path, limit: int | None = None) -> list[dict[str, Any]]:
+    """
+    Read rows from a Parquet file. Messages that do not all have the same keys are JSON there, and are decoded.
+
+    Args:
+        path (`Path`):
+            The file.
+        limit (`int`, *optional*):
+            Maximum number of rows.
+    """
+    table = pq.read_table(path).slice(0, limit)
+    rows: list[dict[str, Any]] = table.to_pylist()
+    return [{field.name: _decoded(row[field.name], field.type) for field in table.schema} for row in rows]
+
+
+def _decoded(value: Any, of_type: pa.DataType) -> Any:
+    if value is None:
+        return None
+    if isinstance(of_type, pa.JsonType):
+        return json.loads(value)
+    if pa.types.is_list(of_type):
+        return [_decoded(item, of_type.value_type) for item in value]
+    if pa.types.is_struct(of_type):
+        return {field.name: _decoded(value[field.name], field.type) for field in of_type}
+    return value
+
+
 def read_text(path: Path) -> str:
     """
     Read a text file.

@@ -51,6 +51,11 @@ def select_columns(rows: Dataset | IterableDataset, source: DataSource) -> Datas
             f"{source.path!r} must have a column {missing[0]!r}, got the columns {', '.join(names)}. Map the name, "
             f"for example `data.columns: {{{missing[0]}: {names[0]}}}`."
         )
+    if "prompt" not in source_names and "conversations" in names:
+        first: dict[str, Any] = next(iter(rows), {})
+        # ShareGPT's prompt. Answers that are lists of messages contain it themselves
+        if not isinstance(first.get(source_names["chosen"]), list):
+            source_names["prompt"] = "conversations"
     rows = _without_media(rows, [name for name in MEDIA_COLUMNS if name in names], source)
     _report_unread(rows, [name for name in names if name not in (*source_names.values(), *MEDIA_COLUMNS)], source)
     rows = rows.select_columns(list(source_names.values()))

@@ -59,7 +59,11 @@ def describe_settings(
     settings: GenerationSettings, prompts: str | Path | None, questions: list[Question]
 ) -> dict[str, Any]:
     """What the answers depend on, for comparison with a later call."""
-    text = json.dumps([dataclasses.asdict(question) for question in questions], default=str)
+    texts = [dataclasses.asdict(question) for question in questions]
+    for question in texts:
+        if not question["template_inputs"]:
+            del question["template_inputs"]
+    text = json.dumps(texts, default=str)
     described = {
         "prompts": None if prompts is None else Path(prompts).name,
         "questions": hashlib.blake2b(text.encode(), digest_size=16).hexdigest(),

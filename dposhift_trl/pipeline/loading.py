@@ -9,12 +9,14 @@ from trl import SFTConfig
 
 from ..artifacts import AUDIT, whole_folder
 from ..data.audit import AuditedRows, SplitAudit, audit_preferences
-from ..data.chat_template import use_plain_chat_template
+from ..data.chat_template import check_template, use_plain_chat_template
 from ..data.config import AUDIT_KINDS
 from ..data.demo import save_demo_model
+from ..data.shapes import convert
 from ..data.sources import load_preferences
 from ..recipe import Recipe
 from .errors import RunError
+from .processes import say
 
 
 def base_model(recipe: Recipe, demo_folder: Path) -> str:
@@ -66,7 +68,15 @@ def load_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> dict[str, A
         RunError: If the template or EOS token that the stage `sft` sets cannot be used.
     """
     train, evaluation = load_preferences(recipe.data, recipe.seed)
+    train, changes = convert(train, tokenizer)
+    if evaluation is not None:
+        evaluation, eval_changes = convert(evaluation, tokenizer)
+        changes += [change for change in eval_changes if change not in changes]
+    if changes:
+        say(f"Rows converted: {'; '.join(changes)}.")
     use_plain_chat_template(train, tokenizer)
+    for note in check_template(train, tokenizer):
+        say(note)
     audited = audit_preferences(
         train,
         evaluation,

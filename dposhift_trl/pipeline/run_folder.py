@@ -15,7 +15,7 @@ from datasets import Dataset
 from filelock import FileLock, Timeout
 
 from ..artifacts import AUDIT, EVAL_ROWS, FINISHED, LOCK, RECIPE, WANDB_ID, write_whole
-from ..columns import PREFERENCE_COLUMNS, ROW_INDEX, SAVED_ROW_INDEX, with_row_index
+from ..columns import PREFERENCE_COLUMNS, ROW_INDEX, SAVED_ROW_INDEX, TEMPLATE_COLUMNS, with_row_index
 from ..data.errors import one_line
 from ..data.sources import Rows
 from ..recipe import STAGES, Recipe, RecipeError, changed_keys, dump_yaml, read_yaml
@@ -144,9 +144,9 @@ def _check_shared(folder: Path) -> None:
 
 
 def save_evaluated_rows(rows: Rows | None, path: Path) -> None:
-    """Save the evaluation rows as text, with the `row_index` under which their scores are saved."""
+    """Save the evaluation rows before tokenization, with the `row_index` under which their scores are saved."""
     if isinstance(rows, Dataset):
         rows = with_row_index(rows)
-        names = [name for name in (*PREFERENCE_COLUMNS, ROW_INDEX) if name in rows.column_names]
+        names = [name for name in (*PREFERENCE_COLUMNS, *TEMPLATE_COLUMNS, ROW_INDEX) if name in rows.column_names]
         texts = rows.select_columns(names).rename_column(ROW_INDEX, SAVED_ROW_INDEX)
         write_whole(path, texts.with_format("arrow")[:])

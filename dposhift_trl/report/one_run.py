@@ -9,6 +9,7 @@ import numpy as np
 
 from ..artifacts import FINISHED, GENERATIONS, STATISTICS
 from ..columns import SAVED_ROW_INDEX
+from ..data.messages import message_as_text, tool_calls
 from .answers import STATISTICS_OF_ANSWERS, degeneration, read_examples
 from .drawing import Drawing
 from .figures import Line, curves, density, histogram, scatter
@@ -195,7 +196,8 @@ def as_text(content: Any) -> str:
     if isinstance(content, list):
         text = "\n".join(map(as_text, content))
     elif isinstance(content, dict) and "role" in content:
-        text = f"{content['role']}: {as_text(content.get('content'))}"
+        has_calls = bool(tool_calls(content))
+        text = f"{content['role']}: {message_as_text(content) if has_calls else as_text(content.get('content'))}"
     elif isinstance(content, dict) and isinstance(content.get("text"), str):
         text = content["text"]
     elif content is None:

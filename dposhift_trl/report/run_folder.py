@@ -6,8 +6,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
-
 from ..artifacts import (
     AUDIT,
     EVAL_ROWS,
@@ -18,6 +16,7 @@ from ..artifacts import (
     STATE,
     STATISTICS,
     read_mapping,
+    read_rows,
     read_text,
 )
 from ..columns import SAVED_ROW_INDEX
@@ -289,4 +288,4 @@ def _has_step(entry: Any) -> bool:
 
 
 def _read_rows(path: Path) -> dict[int, dict[str, Any]]:
-    return {row[SAVED_ROW_INDEX]: row for row in pq.read_table(path).to_pylist()}
+    return {row[SAVED_ROW_INDEX]: row for row in read_rows(path)}
