@@ -4,7 +4,6 @@ import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from numbers import Real
 from typing import Any, NamedTuple
 
 
@@ -144,9 +143,8 @@ def range_mistake(name: str, value: Any) -> str | None:
     ```
     """
     allowed = RANGES[name]
-    number: Any
     for number in value if isinstance(value, (list, tuple)) else [value]:
-        if isinstance(number, bool) or not isinstance(number, Real):
+        if isinstance(number, bool) or not isinstance(number, (int, float)):
             continue
         if not allowed.rule.holds(number):
             return f"must be {allowed.rule.words}, got {number!r}. {allowed.advice}"

@@ -88,9 +88,18 @@ def test_no_setting_is_without_bounds(name, value):
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("learning_rate", -1e-6, "must be finite and at least 0, got -1e-06. Write for example `learning_rate: 1e-06`."),
-        ("per_device_train_batch_size", 0, "must be at least 1, got 0. Write for example `per_device_train_batch_size: 8`."),
-        ("gradient_accumulation_steps", 0, "must be at least 1, got 0. Write for example `gradient_accumulation_steps: 1`."),
+        (
+            "learning_rate", -1e-6,
+            "must be finite and at least 0, got -1e-06. Write for example `learning_rate: 1e-06`.",
+        ),
+        (
+            "per_device_train_batch_size", 0,
+            "must be at least 1, got 0. Write for example `per_device_train_batch_size: 8`.",
+        ),
+        (
+            "gradient_accumulation_steps", 0,
+            "must be at least 1, got 0. Write for example `gradient_accumulation_steps: 1`.",
+        ),
         ("beta", 0, "must be finite and greater than 0, got 0. Write for example `beta: 0.1`."),
         (
             "beta", 1e-300,
@@ -112,7 +121,10 @@ def test_no_setting_is_without_bounds(name, value):
             "max_steps", 0,
             "must be at least 1, or -1 to train for `num_train_epochs`, got 0. Write for example `max_steps: 1000`.",
         ),
-        ("loss_weights", [1.0, -0.1], "must be finite and at least 0, got -0.1. Write for example `loss_weights: [1.0, 0.1]`."),
+        (
+            "loss_weights", [1.0, -0.1],
+            "must be finite and at least 0, got -0.1. Write for example `loss_weights: [1.0, 0.1]`.",
+        ),
     ],
 )  # fmt: skip
 def test_a_number_out_of_range_is_told_with_rule_value_and_remedy(name, value, message):
@@ -189,7 +201,7 @@ def test_the_loss_types_and_divergences_are_trl_s():
         ("dpo.save_strategy", "never", "must be one of no, steps, epoch, best, got 'never'."),
         ("dpo.report_to", "wand", "got 'wand'. Did you mean `wandb`?"),
         ("dpo.report_to", "[wandb, tensorbord]", "got 'tensorbord'. Did you mean `tensorboard`?"),
-        ("dpo.truncation_mode", "keep_ends", "must be one of keep_end, keep_start, got 'keep_ends'. Did you mean `keep_end`?"),
+        ("dpo.truncation_mode", "keep_ends", "one of keep_end, keep_start, got 'keep_ends'. Did you mean `keep_end`?"),
         ("dpo.ddp_backend", "glo", "got 'glo'. Did you mean `gloo`?"),
         ("dpo.log_level", "warn", "got 'warn'. Did you mean `warning`?"),
         ("dpo.train_sampling_strategy", "rand", "got 'rand'. Did you mean `random`?"),

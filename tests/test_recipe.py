@@ -295,7 +295,10 @@ def test_a_value_of_the_wrong_type_is_refused_with_what_the_key_takes(refuse, te
         ("seed: true", "`seed` must be an integer, got True."),
         ("seed:", "`seed` must be an integer, got None."),
         ("seed: -1", "`seed` must be at least 0 and less than 2**32, got -1. Write for example `seed: 42`."),
-        ("seed: 4294967296", "`seed` must be at least 0 and less than 2**32, got 4294967296. Write for example `seed: 42`."),
+        (
+            "seed: 4294967296",
+            "`seed` must be at least 0 and less than 2**32, got 4294967296. Write for example `seed: 42`.",
+        ),
         ("run_name: 7", "`run_name` must be a string, got 7."),
         ("run_name: 2026-01-01", "`run_name` must be a string, got datetime.date(2026, 1, 1)."),
         ("wandb: {mode: onlin}", "`wandb.mode` must be one of online, offline, disabled or null, got 'onlin'."),
