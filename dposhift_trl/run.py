@@ -19,6 +19,7 @@ from .pipeline.checkpoints import last_complete_checkpoint as last_complete_chec
 from .pipeline.dry_run import describe
 from .pipeline.errors import RUN_AGAIN, RunError, Terminated, WriteError
 from .pipeline.loading import base_model, findings, load_rows, load_tokenizer
+from .pipeline.preflight import check_lengths, check_model, check_settings
 from .pipeline.processes import complain, from_main, say
 from .pipeline.run_folder import claimed, save_evaluated_rows
 from .pipeline.sigterm import saving_on_sigterm
@@ -99,7 +100,10 @@ def run(recipe: Recipe, accept_changes: bool = False) -> None:
         set_seed(recipe.seed)
         start = base_model(recipe, recipe.output_dir / "base")
         tokenizer = load_tokenizer(recipe, start)
+        check_settings(recipe)
+        positions = check_model(recipe, start, tokenizer)
         rows = load_rows(recipe, tokenizer)
+        check_lengths(recipe, rows, tokenizer, positions)
         audits = findings(rows)
         if PartialState().is_main_process:
             found = {split: dataclasses.asdict(audit) for split, audit in audits.items()}

@@ -19,19 +19,29 @@ from ..training.batching import make_token_sampler
 from ..training.checks import check_rows_left
 from .errors import RunError
 from .loading import base_model, findings, load_rows, load_tokenizer
+from .preflight import check_lengths, check_model, check_settings
 from .processes import say
 
 
 def describe(recipe: Recipe) -> None:
     """Print the resolved recipe, the optimizer steps of each stage, and lambda at the start, middle and end."""
     say(dump_yaml(recipe.resolved))
+    check_settings(recipe)
     tokenizer, rows = None, {}
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            tokenizer = load_tokenizer(recipe, base_model(recipe, Path(folder)))
-            rows = load_rows(recipe, tokenizer)
-    except (DataError, RunError) as error:
-        say(f"The rows cannot be loaded: {error}")
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            base = base_model(recipe, Path(folder))
+            tokenizer = load_tokenizer(recipe, base)
+        except RunError as error:
+            say(f"The rows cannot be loaded: {error}")
+        else:
+            positions = check_model(recipe, base, tokenizer)
+            try:
+                rows = load_rows(recipe, tokenizer)
+            except DataError as error:
+                say(f"The rows cannot be loaded: {error}")
+            else:
+                check_lengths(recipe, rows, tokenizer, positions)
     for split, audit in findings(rows).items():
         say(f"{split}: {audit}")
     for name, args in recipe.stages.items():

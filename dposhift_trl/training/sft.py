@@ -18,6 +18,7 @@ from transformers import (
 from trl import SFTConfig, SFTTrainer, extract_prompt
 
 from .callbacks import KeepFreedMemoryCallback
+from .checks import check_not_empty
 
 
 class ChosenSFTTrainer(SFTTrainer):
@@ -54,6 +55,7 @@ class ChosenSFTTrainer(SFTTrainer):
         peft_config: PeftConfig | None = None,
         formatting_func: Callable[[dict], str] | None = None,
     ):
+        check_not_empty(train_dataset=train_dataset, eval_dataset=eval_dataset)
         self._selects_chosen = formatting_func is None
         super().__init__(
             model=model,
