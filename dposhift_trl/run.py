@@ -14,6 +14,7 @@ from transformers import set_seed
 
 from .artifacts import AUDIT, EVAL_ROWS, FINISHED, REPORT, write_whole
 from .data.errors import DataError, reading_rows
+from .launcher import launcher_mistakes
 from .pipeline.checkpoints import explaining_disk_errors
 from .pipeline.checkpoints import last_complete_checkpoint as last_complete_checkpoint
 from .pipeline.dry_run import describe
@@ -59,6 +60,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # the terminal may lack characters of the recipe
     options = parser.parse_intermixed_args(argv)
+    if mistakes := launcher_mistakes():
+        print(*mistakes, sep="\n", file=sys.stderr)
+        return 2
     # TRL 1.16 reads a name that transformers has deprecated in every forward pass; users cannot change that
     warnings.filterwarnings("ignore", message="`(is_)?gradient_checkpointing", category=FutureWarning)
     try:

@@ -10,13 +10,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
 import torch
 from accelerate import PartialState
 from accelerate.utils import is_bnb_available
 from datasets import Dataset
 from huggingface_hub import constants, get_token
-from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 from peft import LoraConfig, PeftConfig, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -28,15 +26,16 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    SchedulerType,
     Trainer,
     get_scheduler,
 )
-from transformers.integrations import get_reporting_integration_callbacks
+from transformers.integrations import get_available_reporting_integrations
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 )
-from transformers.training_args import ParallelMode
+from transformers.training_args import OptimizerNames, ParallelMode
 from transformers.utils import is_liger_kernel_available
 from trl import SFTConfig, get_peft_config
 
@@ -46,6 +45,7 @@ from ..data.audit import AuditedRows
 from ..data.errors import one_line
 from ..data.tokens import tokenize_pair
 from ..recipe import Recipe
+from ..reference.cache import ReferenceCacheError, default_folder
 from ..training.checks import vocabulary_mistake
 from .errors import RunError
 from .processes import from_main
@@ -142,8 +142,8 @@ def check_lengths(
             if packed or (dataset is not None and not isinstance(dataset, Dataset)):
                 setting = "`packing_strategy: wrapped`" if packed else "`data.streaming`"
                 mistakes.append(
-                    f"`{name}.max_length` must be at most {positions}, the positions of the model, with {setting}, got "
-                    f"{args.max_length}. {remedy}"
+                    f"`{name}.max_length` must be at most {positions}, the positions of the model, with {setting}, "
+                    f"got {args.max_length}. {remedy}"
                 )
                 break
             if dataset is None:
@@ -172,16 +172,16 @@ def _refuse(mistakes: list[str]) -> None:
         raise RunError("\n".join(map(one_line, dict.fromkeys(mistakes))))
 
 
+def _sentence(error: Exception) -> str:
+    return f"{str(error).strip().rstrip('.') or type(error).__name__}."
+
+
 # Settings. Each mistake goes on after "`stage."
 
 
 def _setting_mistakes(args: SFTConfig | DPOShiftConfig) -> Iterator[str]:
-    for tracker in args.report_to:
-        try:
-            for callback in get_reporting_integration_callbacks([tracker]):
-                callback()
-        except Exception as error:  # every integration checks for its package in its own way
-            yield f"report_to` cannot be {tracker!r} here: {error} Install it, or remove it from `report_to`."
+    for tracker in sorted(set(args.report_to) - {*get_available_reporting_integrations(), "flyte"}):
+        yield f"report_to` requires the package of {tracker!r}, which is not installed. Install it, or remove it."
     if args.use_liger_kernel and not is_liger_kernel_available():
         yield "use_liger_kernel` requires liger-kernel, got True. Run `pip install liger-kernel`, or remove it."
     if args.torch_compile_backend is not None and args.torch_compile_backend not in torch.compiler.list_backends(()):
@@ -198,6 +198,11 @@ def _setting_mistakes(args: SFTConfig | DPOShiftConfig) -> Iterator[str]:
             f"padding_free` without `packing` does not truncate, got `max_length: {args.max_length}`. Set it to null, "
             "or set `packing: true`."
         )
+    if isinstance(args, DPOShiftConfig) and args.precompute_ref_log_probs is not False:
+        try:
+            default_folder()
+        except ReferenceCacheError as error:
+            yield f"precompute_ref_log_probs` needs a folder: {error}"
     if args.push_to_hub and (fault := from_main(_hub_fault(args.hub_token))):
         yield f"push_to_hub` {fault}"
 
@@ -215,8 +220,9 @@ def _hub_fault(token: str | None) -> str | None:
         headers = build_hf_headers(token=token)
         url = f"{constants.ENDPOINT}/api/whoami-v2"
         hf_raise_for_status(get_session().get(url, headers=headers, timeout=HUB_TIMEOUT))
-    except (HfHubHTTPError, httpx.HTTPError) as error:
-        return f"cannot reach the Hub: {error}. Check the network and `hf auth whoami`, or remove `push_to_hub`."
+    except Exception as error:  # the HTTP library differs between versions of huggingface_hub
+        remedy = "Check the network and `hf auth whoami`, or remove `push_to_hub`."
+        return f"cannot reach the Hub: {_sentence(error)} {remedy}"
     return None
 
 
@@ -237,8 +243,8 @@ def _model_config(recipe: Recipe, base: str) -> tuple[PreTrainedConfig, bool]:
     except (OSError, ValueError, TypeError) as error:
         raise RunError(
             one_line(
-                f"`model.model_name_or_path` {base!r} is an adapter whose base model cannot be loaded: {error}. Write "
-                "the place of the base model as `base_model_name_or_path` into its `adapter_config.json`."
+                f"`model.model_name_or_path` {base!r} is an adapter whose base model cannot be loaded: "
+                f"{_sentence(error)} Write its place as `base_model_name_or_path` into the `adapter_config.json`."
             )
         ) from None
 
@@ -276,8 +282,8 @@ def _model_without_weights(recipe: Recipe, config: PreTrainedConfig) -> PreTrain
             raise RunError(one_line(f"The model cannot be created: {error}")) from None
         raise RunError(
             one_line(
-                f"`model.attn_implementation` cannot be {settings.attn_implementation!r} here: {error} Remove it to "
-                "use the default."
+                f"`model.attn_implementation` cannot be {settings.attn_implementation!r} here: {_sentence(error)} "
+                "Remove it to use the default."
             )
         ) from None
     except (RuntimeError, NotImplementedError):
@@ -301,7 +307,7 @@ def _file_mistakes(
     except ValueError as error:
         yield (
             f"`model.model_name_or_path` {base!r}: its `generation_config.json` cannot be saved with a checkpoint: "
-            f"{error} Correct the file."
+            f"{_sentence(error)} Correct the file."
         )
 
 
@@ -319,17 +325,21 @@ def _training_mistakes(
             "router_aux_loss_coef` requires a mixture of experts, which the model is not, got "
             f"{args.router_aux_loss_coef}. Remove it."
         )
+    optim = OptimizerNames(args.optim).value
     try:
         optimizer_class, options = Trainer.get_optimizer_cls_and_kwargs(args, model)
     except Exception as error:  # every optimizer checks for its package and its arguments in its own way
-        yield f"optim` cannot be {str(args.optim)!r} here: {error} Choose another, for example `optim: adamw_torch`."
+        yield (
+            f"optim` cannot be {optim!r} here: {_sentence(error)} "
+            + ("Check `optim_args`." if args.optim_args else "Choose another, for example `optim: adamw_torch`.")
+        )
         return
     if {"params", "model", "optimizer_dict"} & set(options):
         return  # made of the model's own parameters
     try:
         optimizer = optimizer_class([torch.nn.Parameter(torch.zeros(1))], **options)
     except Exception as error:
-        yield f"optim` {str(args.optim)!r} cannot be created: {error}. Check `optim_args`."
+        yield f"optim` cannot be {optim!r} here: {_sentence(error)} Check `optim_args`."
         return
     try:
         get_scheduler(
@@ -340,10 +350,8 @@ def _training_mistakes(
             scheduler_specific_kwargs=args.lr_scheduler_kwargs,
         )
     except Exception as error:
-        yield (
-            f"lr_scheduler_type` {str(args.lr_scheduler_type)!r} cannot be created: {error}. Check "
-            "`lr_scheduler_kwargs`."
-        )
+        scheduler = SchedulerType(args.lr_scheduler_type).value
+        yield f"lr_scheduler_type` cannot be {scheduler!r} here: {_sentence(error)} Check `lr_scheduler_kwargs`."
 
 
 def _positions(model: PreTrainedModel) -> int | None:
@@ -364,7 +372,7 @@ def _adapter_mistakes(model: PreTrainedModel, adapter: LoraConfig) -> Iterator[s
         with torch.device("meta"):
             adapted = get_peft_model(model, adapter)
     except (ValueError, TypeError, ImportError) as error:
-        yield f"`model.lora_target_modules` {targets!r} do not fit the model: {error}"
+        yield f"`model.lora_target_modules` {targets!r} do not fit the model: {_sentence(error)}"
         return
     if isinstance(adapted.get_output_embeddings(), BaseTunerLayer):
         yield (
