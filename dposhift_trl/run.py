@@ -14,11 +14,13 @@ from transformers import set_seed
 
 from .artifacts import AUDIT, EVAL_ROWS, FINISHED, REPORT, write_whole
 from .data.errors import DataError, reading_rows
+from .launcher import launcher_mistakes
 from .pipeline.checkpoints import explaining_disk_errors
 from .pipeline.checkpoints import last_complete_checkpoint as last_complete_checkpoint
 from .pipeline.dry_run import describe
 from .pipeline.errors import RUN_AGAIN, RunError, Terminated, WriteError
 from .pipeline.loading import base_model, check_rows, findings, legend, load_rows, load_tokenizer
+from .pipeline.preflight import check_lengths, check_model, check_settings
 from .pipeline.processes import complain, from_main, say
 from .pipeline.run_folder import claimed, save_evaluated_rows
 from .pipeline.sigterm import saving_on_sigterm
@@ -58,6 +60,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # the terminal may lack characters of the recipe
     options = parser.parse_intermixed_args(argv)
+    if mistakes := launcher_mistakes():
+        print(*mistakes, sep="\n", file=sys.stderr)
+        return 2
     # TRL 1.16 reads a name that transformers has deprecated in every forward pass; users cannot change that
     warnings.filterwarnings("ignore", message="`(is_)?gradient_checkpointing", category=FutureWarning)
     try:
@@ -99,12 +104,15 @@ def run(recipe: Recipe, accept_changes: bool = False) -> None:
         set_seed(recipe.seed)
         start = base_model(recipe, recipe.output_dir / "base")
         tokenizer = load_tokenizer(recipe, start)
+        check_settings(recipe)
+        positions = check_model(recipe, start, tokenizer)
         rows = load_rows(recipe, tokenizer)
         audits = findings(rows)
         if PartialState().is_main_process:
             found = {split: dataclasses.asdict(audit) for split, audit in audits.items()}
             write_whole(recipe.output_dir / AUDIT, json.dumps(found, indent=2, ensure_ascii=False))
         check_rows(rows)
+        check_lengths(recipe, rows, positions)
         if PartialState().is_main_process and not (recipe.output_dir / "dpo" / FINISHED).is_file():
             *_, last = rows.values()
             save_evaluated_rows(last.evaluation, recipe.output_dir / EVAL_ROWS)

@@ -1,11 +1,11 @@
 """The `data` section of a recipe."""
 
 import dataclasses
-import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from ..columns import PREFERENCE_COLUMNS, TEMPLATE_COLUMNS
+from ..ranges import check_ranges
 
 
 AUDIT_POLICIES = ("drop", "keep", "error")
@@ -89,10 +89,7 @@ class DataSource:
     weight: float = 1.0
 
     def __post_init__(self) -> None:
-        if not 0 < self.weight < math.inf:
-            raise ValueError(
-                f"`weight` must be finite and greater than 0, got {self.weight!r}. To exclude the source, remove it."
-            )
+        check_ranges(self)
         columns = self.columns or {}
         unknown = sorted(set(columns) - set(KEPT_COLUMNS))
         if unknown:
@@ -179,21 +176,11 @@ class DataConfig(DataSource):
                 raise ValueError(
                     f"`eval_size` is not supported with `eval_split`, got {self.eval_size!r}. Remove one of the two."
                 )
-            is_share = isinstance(self.eval_size, float)
-            if not self.eval_size > 0 or (is_share and self.eval_size >= 1):
-                raise ValueError(
-                    "`eval_size` must be a positive number of rows or a share between 0 and 1, got "
-                    f"{self.eval_size!r}. Write for example `eval_size: 0.05`."
-                )
-            if self.streaming and is_share:
+            if self.streaming and isinstance(self.eval_size, float):
                 raise ValueError(
                     f"`eval_size` must be a number of rows with `streaming`, got {self.eval_size!r}. Write for "
                     "example `eval_size: 500`."
                 )
-        for name in ("max_train_rows", "max_eval_rows"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {value!r}. Remove it to use all rows.")
         if self.max_eval_rows is not None and not self.has_eval:
             raise ValueError(
                 f"`max_eval_rows` needs evaluation rows, got {self.max_eval_rows} without any. Set `eval_split` or "
@@ -203,21 +190,6 @@ class DataConfig(DataSource):
             raise ValueError(
                 f"`shuffle_buffer` requires `streaming`, got {self.shuffle_buffer} without it: all rows are shuffled. "
                 "Remove it."
-            )
-        if self.shuffle_buffer is not None and self.shuffle_buffer < 0:
-            raise ValueError(
-                f"`shuffle_buffer` must be at least 0, got {self.shuffle_buffer}. Write for example 10000, or 0 to "
-                "train in the order of the files."
-            )
-        if not 0 < self.max_expanded_gib < math.inf:
-            raise ValueError(
-                f"`max_expanded_gib` must be finite and greater than 0, got {self.max_expanded_gib!r}. Write for "
-                "example 4."
-            )
-        if not 0 < self.min_rows_kept <= 1:
-            raise ValueError(
-                f"`min_rows_kept` must be greater than 0 and at most 1, got {self.min_rows_kept!r}. Write for example "
-                "0.5 to stop if the audit drops more than half of a split."
             )
 
     def _check_audit(self) -> None:

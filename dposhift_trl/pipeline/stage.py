@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import is_peft_model
 from peft import AutoPeftModelForCausalLM
 from transformers import PreTrainedTokenizerBase, TrainerState
@@ -93,6 +94,10 @@ def run_stage(
         write_whole(folder / FINISHED, json.dumps(_summary(trainer, time.monotonic() - began), indent=2))
     PartialState().wait_for_everyone()
     trainer.accelerator.free_memory()
+    # As transformers does between two arguments: what the stage set, such as its precision or DeepSpeed plugin, would
+    # otherwise hold for the next one. The processes stay connected
+    AcceleratorState._reset_state()
+    GradientState._reset_state()
 
 
 def _train(trainer: ChosenSFTTrainer | DPOShiftTrainer, checkpoint: Path | None) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import filelock
 
-from .cache import default_folder, entries, load_entry
+from .cache import ReferenceCacheError, default_folder, entries, load_entry
 
 
 def _row(folder: Path, key: str, files: list[re.Match[str]]) -> list[str]:
@@ -48,8 +48,12 @@ def _clear(folder: Path, keys: Sequence[str], days: float) -> list[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """List or clear the cache. Returns 0 on success and 1 on failure; exits with 2 if the command line is invalid."""
-    folder = default_folder()
+    """List or clear the cache. Returns 0 on success, 1 on failure, and 2 if no folder is known."""
+    try:
+        folder = default_folder()
+    except ReferenceCacheError as error:
+        print(error, file=sys.stderr)
+        return 2
     parser = argparse.ArgumentParser(
         prog="python -m dposhift_trl.reference", description=f"Reference log-probabilities stored in {folder}."
     )

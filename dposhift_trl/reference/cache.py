@@ -47,8 +47,20 @@ class ReferenceCacheError(OSError):
 
 
 def default_folder() -> Path:
-    """`DPOSHIFT_CACHE` if it is set, else `dposhift_trl/reference` in the Hugging Face home (`HF_HOME`)."""
-    return Path(os.environ.get("DPOSHIFT_CACHE") or Path(HF_HOME, "dposhift_trl", "reference")).expanduser()
+    """
+    `DPOSHIFT_CACHE` if it is set, else `dposhift_trl/reference` in the Hugging Face home (`HF_HOME`).
+
+    Raises:
+        ReferenceCacheError: If that is in the home of a user that has none.
+    """
+    folder = Path(os.environ.get("DPOSHIFT_CACHE") or Path(HF_HOME, "dposhift_trl", "reference"))
+    try:
+        return folder.expanduser()
+    except RuntimeError:
+        raise ReferenceCacheError(
+            f"The cache of reference scores, {folder}, needs a home directory, and this user has none. Set the "
+            "environment variable HOME, HF_HOME, or DPOSHIFT_CACHE."
+        ) from None
 
 
 def cached_reference_logps(

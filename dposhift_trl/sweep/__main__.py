@@ -7,6 +7,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 
+from ..launcher import launcher_mistakes
 from ..recipe import RecipeError
 from .launch import Stopped
 from .plan import Sweep, plan
@@ -51,6 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 "The sweep runs `accelerate launch` for each point. Write `python -m dposhift_trl.sweep ... -- "
                 "OPTIONS` instead of `accelerate launch OPTIONS -m dposhift_trl.sweep ...`."
             )
+        if mistakes := launcher_mistakes():
+            raise RecipeError(*mistakes)
         sweep = plan(options.recipe, options.overrides)
         if options.dry_run:
             print_points(sweep)

@@ -19,6 +19,7 @@ from trl import SFTConfig, SFTTrainer, extract_prompt
 
 from ..columns import CHOSEN_START, TOKEN_COLUMNS
 from .callbacks import KeepFreedMemoryCallback
+from .checks import check_not_empty
 from .streams import resume_position
 
 
@@ -56,6 +57,7 @@ class ChosenSFTTrainer(SFTTrainer):
         peft_config: PeftConfig | None = None,
         formatting_func: Callable[[dict], str] | None = None,
     ):
+        check_not_empty(train_dataset=train_dataset, eval_dataset=eval_dataset)
         self._selects_chosen = formatting_func is None
         # A mask of the assistant's tokens needs a chat template of its own, so TRL tokenizes the text
         self._uses_tokens = not (args and args.assistant_only_loss)

@@ -55,7 +55,7 @@ from .callbacks import (
     configured_schedule,
     is_schedule,
 )
-from .checks import TrainingStopped, check_starts_at_reference, stop_on_non_finite
+from .checks import TrainingStopped, check_not_empty, check_starts_at_reference, check_vocabularies, stop_on_non_finite
 from .collator import PairCollator
 from .deferred import GatherLater, read_from_device
 from .model_card import append_shift_section, log_until
@@ -139,6 +139,7 @@ class DPOShiftTrainer(DPOTrainer):
         if isinstance(data_collator, PairCollator):  # of another trainer
             data_collator = data_collator.collator
         check_schedules(args, callbacks or [])
+        check_not_empty(train_dataset=train_dataset, eval_dataset=eval_dataset)
         self._shifts = isinstance(args, DPOShiftConfig)
         if self._shifts:
             # With an iterable training dataset, TRL turns dispatching off
@@ -166,6 +167,7 @@ class DPOShiftTrainer(DPOTrainer):
         )
         if not self._shifts:
             return
+        check_vocabularies(self.processing_class, self.accelerator.unwrap_model(self.model), ref_model)
         if not self._schedules:
             super().add_callback(configured_schedule(args))
             self._schedule_is_configured = True
