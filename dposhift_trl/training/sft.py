@@ -17,7 +17,9 @@ from transformers import (
 )
 from trl import SFTConfig, SFTTrainer, extract_prompt
 
+from ..columns import as_python_values
 from .callbacks import KeepFreedMemoryCallback
+from .settings import name_best_metric
 
 
 class ChosenSFTTrainer(SFTTrainer):
@@ -55,6 +57,8 @@ class ChosenSFTTrainer(SFTTrainer):
         formatting_func: Callable[[dict], str] | None = None,
     ):
         self._selects_chosen = formatting_func is None
+        if args is not None:
+            name_best_metric(args, eval_dataset)
         super().__init__(
             model=model,
             args=args,
@@ -81,6 +85,7 @@ class ChosenSFTTrainer(SFTTrainer):
         return super().evaluate(self._select_chosen(eval_dataset), ignore_keys, metric_key_prefix)
 
     def _select_chosen(self, dataset: Any) -> Any:
+        dataset = as_python_values(dataset)
         return select_chosen(dataset) if self._selects_chosen else dataset
 
 
