@@ -24,6 +24,7 @@ from .config import DPOShiftConfig
 from .data.config import DataConfig, DataSource
 from .data.errors import one_line
 from .data.tokens import Truncation
+from .environment import wandb_settings
 
 
 MAX_NODES = 20_000  # far above any recipe, far below what nested YAML aliases can expand to
@@ -112,23 +113,23 @@ class WandbConfig:
     The `wandb` section of a recipe.
 
     Parameters:
-        project (`str`, *optional*, defaults to `"dposhift_trl"`):
-            W&B project.
+        project (`str`, *optional*):
+            W&B project. Defaults to `WANDB_PROJECT`, else `dposhift_trl`.
         entity (`str`, *optional*):
-            W&B user or team.
+            W&B user or team. Defaults to `WANDB_ENTITY`.
         mode (`str`, *optional*):
-            `online`, `offline` or `disabled`. Defaults to online if logged in to W&B, else offline.
+            `online`, `offline` or `disabled`. Defaults to `WANDB_MODE`, else online if logged in to W&B, else offline.
         tags (`list[str]`, *optional*):
-            Tags for the runs of both stages.
+            Tags for the runs of both stages. Defaults to `WANDB_TAGS`.
     """
 
-    project: str = "dposhift_trl"
+    project: str | None = None
     entity: str | None = None
     mode: Literal["online", "offline", "disabled"] | None = None
     tags: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        if len(self.project) > 128 or set(self.project) & set("/\\#?%:"):
+        if self.project is not None and (len(self.project) > 128 or set(self.project) & set("/\\#?%:")):
             raise ValueError(
                 f"`project` must be at most 128 characters without / \\ # ? % :, got {self.project!r}. Write for "
                 "example `dposhift_trl`."
@@ -149,7 +150,7 @@ class Recipe:
         output_dir (`Path`), seed (`int`), run_name (`str`), report (`bool`):
             Values of its top level.
         model ([`RecipeModelConfig`]), data ([`~data.DataConfig`]), wandb ([`WandbConfig`]):
-            Its sections.
+            Its sections; `wandb` with what it leaves open from the environment.
         stages (`dict[str, SFTConfig or DPOShiftConfig]`):
             Settings of the stages to run, in order, by name: `sft`, `dpo`.
         resolved (`dict[str, Any]`):
@@ -166,6 +167,11 @@ class Recipe:
     wandb: WandbConfig
     stages: dict[str, SFTConfig | DPOShiftConfig]
     resolved: dict[str, Any]
+
+    @property
+    def is_named(self) -> bool:
+        """Whether `run_name` is the recipe's own, and not the name of its folder."""
+        return self.run_name != self.output_dir.name
 
     @property
     def truncations(self) -> dict[str, Truncation]:
@@ -232,12 +238,31 @@ def load_recipe(path: str, overrides: Sequence[str] = ()) -> Recipe:
         report=resolved["report"],
         model=model,
         data=data,
-        wandb=wandb,
+        wandb=_wandb_in_force(wandb, stages),
         stages=stages,
         resolved=resolved,
     )
     _check_combinations(recipe)
     return recipe
+
+
+def _wandb_in_force(section: WandbConfig, stages: dict[str, Any]) -> WandbConfig:
+    """The section with what it leaves open from the environment. Stages do not report to W&B if it is disabled."""
+    if not any("wandb" in stage.report_to for stage in stages.values()):
+        return section
+    try:
+        settings = wandb_settings()
+    except ValueError as error:
+        raise RecipeError(str(error)) from None
+    for key, (variable, value) in settings.items():
+        try:
+            section = dataclasses.replace(section, **{key: getattr(section, key) or value})
+        except ValueError as error:
+            raise RecipeError(f"The environment variable {variable} sets a W&B `{key}`. {error}") from None
+    if section.mode == "disabled":
+        for stage in stages.values():
+            stage.report_to = [tracker for tracker in stage.report_to if tracker != "wandb"]
+    return section
 
 
 class _Representer(SafeRepresenter):
