@@ -25,6 +25,7 @@ from .data.config import DataConfig, DataSource
 from .data.errors import one_line
 from .data.tokens import Truncation
 from .environment import wandb_settings
+from .hub import hub_defaults, hub_id_fault
 
 
 MAX_NODES = 20_000  # far above any recipe, far below what nested YAML aliases can expand to
@@ -50,6 +51,7 @@ DECIDED_ELSEWHERE = {
     "model_init_kwargs": "use the section `model`",
     "trust_remote_code": "use `model.trust_remote_code`",
     "resume_from_checkpoint": "remove it; running the same command again resumes automatically",
+    "hub_token": "run `hf auth login` or set the environment variable HF_TOKEN; a recipe is copied to the model card",
     "enable_jit_checkpoint": "remove it; the command saves a checkpoint at SIGTERM itself",
 }
 # Names from older releases of TRL and transformers
@@ -225,7 +227,8 @@ def load_recipe(path: str, overrides: Sequence[str] = ()) -> Recipe:
             "trust_remote_code": model.trust_remote_code,
         }
         try:
-            stages[name] = _build(stage, {**resolved[name], **decided}, name, path)
+            hub = hub_defaults(decided["run_name"], resolved[name])
+            stages[name] = _build(stage, {**resolved[name], **decided, **hub}, name, path)
         except RecipeError as error:
             mistakes.append(str(error))
     if mistakes:
@@ -545,6 +548,18 @@ def _check_combinations(recipe: Recipe) -> None:
             mistakes.append(
                 f"{path}: `dpo.padding_free` is not supported, got True: `DPOTrainer` ignores it. Remove it."
             )
+    pushed = {name: stage.hub_model_id for name, stage in recipe.stages.items() if stage.push_to_hub}
+    for name, hub_model_id in pushed.items():
+        if (fault := hub_id_fault(hub_model_id)) is not None:
+            mistakes.append(
+                f"{path}: `{name}.hub_model_id` must be the name of a repository, got {hub_model_id!r}: {fault}. "
+                "Write for example `user/model`, or leave it out."
+            )
+    if len(set(pushed.values())) < len(pushed):
+        mistakes.append(
+            f"{path}: `hub_model_id` must differ in `sft` and `dpo`, got {recipe.stages['dpo'].hub_model_id!r} in "
+            "both, where the second stage would replace the first. Leave it out in one of them."
+        )
     dpo = recipe.stages.get("dpo")
     if isinstance(dpo, DPOShiftConfig) and dpo.precompute_ref_log_probs is True and recipe.data.streaming:
         mistakes.append(

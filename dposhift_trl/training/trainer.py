@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import shutil
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,6 +24,7 @@ from transformers import (
     TrainerCallback,
 )
 from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import DPOConfig, DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.utils import get_config_model_id
@@ -479,6 +481,14 @@ class DPOShiftTrainer(DPOTrainer):
         if self._shifts:
             self._stop_on_non_finite("train")
         super()._save_checkpoint(model, trial)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """Leaves the frozen copy of an adapter, the reference, out of everything but checkpoints."""
+        super()._save(output_dir, state_dict)
+        folder = Path(output_dir or self.args.output_dir)
+        copied = self.ref_model is None and is_peft_model(self.model) and "ref" in self.model.peft_config
+        if copied and not folder.name.startswith(PREFIX_CHECKPOINT_DIR):
+            shutil.rmtree(folder / "ref", ignore_errors=True)
 
     def create_model_card(
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
