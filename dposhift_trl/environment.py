@@ -1,13 +1,14 @@
 """Environment variables of W&B, which outrank the defaults of this package, and which a recipe outranks."""
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 
 # As transformers reads `WANDB_DISABLED` up to its version 4
 TRUE = ("1", "on", "yes", "true")
-MODES = ("online", "offline", "shared", "disabled")
 DEPRECATED_MODES = {"run": "online", "dryrun": "offline"}
 
 
@@ -17,27 +18,30 @@ def wandb_settings() -> dict[str, tuple[str, Any]]:
 
     Returns:
         `dict[str, tuple[str, Any]]`: Name and value of the variable, by key. Keys without a variable are left out.
-
-    Raises:
-        ValueError: If `WANDB_MODE` is none of W&B's modes.
     """
     found: dict[str, tuple[str, Any]] = {
         key: (variable, value)
-        for key, variable in (("project", "WANDB_PROJECT"), ("entity", "WANDB_ENTITY"))
+        for key, variable in (("project", "WANDB_PROJECT"), ("entity", "WANDB_ENTITY"), ("mode", "WANDB_MODE"))
         if (value := os.environ.get(variable))
     }
     if tags := [tag.strip() for tag in os.environ.get("WANDB_TAGS", "").split(",") if tag.strip()]:
         found["tags"] = "WANDB_TAGS", tags
     if os.environ.get("WANDB_DISABLED", "").lower() in TRUE:
         found["mode"] = "WANDB_DISABLED", "disabled"
-    elif mode := os.environ.get("WANDB_MODE"):
-        found["mode"] = "WANDB_MODE", DEPRECATED_MODES.get(mode, mode)
-        if found["mode"][1] not in MODES:
-            raise ValueError(
-                f"The environment variable WANDB_MODE must be one of {', '.join(MODES)}, got {mode!r}. Unset it, or "
-                "set `wandb.mode` in the recipe."
-            )
+    elif "mode" in found:
+        variable, mode = found["mode"]
+        found["mode"] = variable, DEPRECATED_MODES.get(mode, mode)
     return found
+
+
+@contextlib.contextmanager
+def hidden(*variables: str) -> Iterator[None]:
+    """Hide variables inside the `with` block. W&B does not start with an empty or unknown mode, or an empty tag."""
+    values = {variable: os.environ.pop(variable) for variable in variables if variable in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(values)
 
 
 def wandb_run_settings(stage: str, run_name: str, is_named: bool, folder: Path) -> dict[str, Any]:

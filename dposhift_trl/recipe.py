@@ -136,6 +136,11 @@ class WandbConfig:
                 f"`project` must be at most 128 characters without / \\ # ? % :, got {self.project!r}. Write for "
                 "example `dposhift_trl`."
             )
+        modes = ("online", "offline", "shared", "disabled")
+        if self.mode not in (*modes, None):
+            raise ValueError(
+                f"`mode` must be one of {', '.join(modes)}, got {self.mode!r}. Write for example `offline`."
+            )
         for tag in self.tags:
             if not 1 <= len(tag) <= 64:
                 raise ValueError(f"Each of `tags` must have 1 to 64 characters, got {tag!r}. Change or remove it.")
@@ -253,15 +258,12 @@ def _wandb_in_force(section: WandbConfig, stages: dict[str, Any]) -> WandbConfig
     """The section with what it leaves open from the environment. Stages do not report to W&B if it is disabled."""
     if not any("wandb" in stage.report_to for stage in stages.values()):
         return section
-    try:
-        settings = wandb_settings()
-    except ValueError as error:
-        raise RecipeError(str(error)) from None
-    for key, (variable, value) in settings.items():
-        try:
-            section = dataclasses.replace(section, **{key: getattr(section, key) or value})
-        except ValueError as error:
-            raise RecipeError(f"The environment variable {variable} sets a W&B `{key}`. {error}") from None
+    for key, (variable, value) in wandb_settings().items():
+        if not getattr(section, key):
+            try:
+                section = dataclasses.replace(section, **{key: value})
+            except ValueError as error:
+                raise RecipeError(f"The environment variable {variable} cannot be used: {error}") from None
     if section.mode == "disabled":
         for stage in stages.values():
             stage.report_to = [tracker for tracker in stage.report_to if tracker != "wandb"]

@@ -1,6 +1,7 @@
 """What the environment sets: it outranks our defaults, and a recipe outranks it."""
 
 import importlib.util
+import os
 import re
 from pathlib import Path
 
@@ -50,10 +51,17 @@ def init(tmp_path, monkeypatch):
         def finish(self):
             pass
 
+    calls = []
+
+    def start(**arguments):
+        wandb.Settings(mode=os.environ.get("WANDB_MODE", "online"))  # W&B reads the environment too, and is strict
+        calls.append(arguments)
+        return Run()
+
     def init(*overrides):
-        calls = []
+        calls.clear()
         monkeypatch.setattr(wandb, "login", lambda prompt: False)
-        monkeypatch.setattr(wandb, "init", lambda **arguments: calls.append(arguments) or Run())
+        monkeypatch.setattr(wandb, "init", start)
         recipe = load_recipe("x.yaml", overrides)
         with wandb_run("dpo", recipe):
             pass
@@ -109,21 +117,23 @@ def test_modes_under_their_old_names(value, mode, init, monkeypatch):
 @pytest.mark.parametrize(
     ("variable", "value", "message"),
     [
-        ("WANDB_MODE", "onlin", "The environment variable WANDB_MODE must be one of online, offline, shared, "
-         "disabled, got 'onlin'. Unset it, or set `wandb.mode` in the recipe."),
-        ("WANDB_PROJECT", "a/b", "The environment variable WANDB_PROJECT sets a W&B `project`. `project` must be at "
-         "most 128 characters without / \\ # ? % :, got 'a/b'. Write for example `dposhift_trl`."),
-        ("WANDB_TAGS", 65 * "x", "The environment variable WANDB_TAGS sets a W&B `tags`. Each of `tags` must have 1 "
-         f"to 64 characters, got {65 * 'x'!r}. Change or remove it."),
+        ("WANDB_MODE", "onlin", "`mode` must be one of online, offline, shared, disabled, got 'onlin'. Write for "
+         "example `offline`."),
+        ("WANDB_PROJECT", "a/b", "`project` must be at most 128 characters without / \\ # ? % :, got 'a/b'. Write for "
+         "example `dposhift_trl`."),
+        ("WANDB_TAGS", 65 * "x", f"Each of `tags` must have 1 to 64 characters, got {65 * 'x'!r}. Change or remove "
+         "it."),
     ],
 )  # fmt: skip
 def test_a_variable_that_makes_no_sense_is_one_line_unless_nothing_is_logged_to_wandb(
     variable, value, message, init, monkeypatch
 ):
     monkeypatch.setenv(variable, value)
+    message = f"The environment variable {variable} cannot be used: {message}"
     with pytest.raises(RecipeError, match=f"^{re.escape(message)}$"):
         init()
     assert init("dpo.report_to=none") is None
+    assert init("wandb={project: own, mode: offline, tags: [own]}")["mode"] == "offline"
 
 
 def test_the_environment_is_no_part_of_the_saved_recipe(init, monkeypatch):

@@ -9,7 +9,7 @@ import wandb
 from accelerate import PartialState
 
 from ..artifacts import WANDB_ID, write_whole
-from ..environment import wandb_run_settings
+from ..environment import hidden, wandb_run_settings
 from ..recipe import Recipe
 from .errors import RunError
 from .processes import say
@@ -24,31 +24,32 @@ def wandb_run(name: str, recipe: Recipe) -> Iterator[None]:
         return
     settings = recipe.wandb
     ours = wandb_run_settings(name, recipe.run_name, recipe.is_named, recipe.output_dir)
-    mode = settings.mode
-    if mode is None:
-        mode = "online" if wandb.login(prompt=False) else "offline"
-        if mode == "offline":
-            say(f"{name}: no W&B login, logging offline to {ours['dir']}/wandb (upload with `wandb sync`)")
     identity = recipe.output_dir / name / WANDB_ID
     if not identity.is_file():
         write_whole(identity, uuid.uuid4().hex[:8])
     Path(ours["dir"]).mkdir(parents=True, exist_ok=True)  # W&B would log to a temporary folder instead
-    try:
-        run = wandb.init(
-            project=settings.project or "dposhift_trl",
-            entity=settings.entity,
-            mode=mode,
-            tags=settings.tags or None,
-            id=identity.read_text(encoding="utf-8").strip(),
-            resume="allow",
-            config={"recipe": recipe.resolved},
-            **ours,
-        )
-    except wandb.Error as error:
-        raise RunError(
-            f"{name}: W&B cannot start: {' '.join(str(error).split()).rstrip('.')}. Run `wandb login`, or set "
-            "`wandb.mode: offline`."
-        ) from error
+    with hidden("WANDB_MODE", "WANDB_TAGS"):
+        mode = settings.mode
+        if mode is None:
+            mode = "online" if wandb.login(prompt=False) else "offline"
+            if mode == "offline":
+                say(f"{name}: no W&B login, logging offline to {ours['dir']}/wandb (upload with `wandb sync`)")
+        try:
+            run = wandb.init(
+                project=settings.project or "dposhift_trl",
+                entity=settings.entity,
+                mode=mode,
+                tags=settings.tags or None,
+                id=identity.read_text(encoding="utf-8").strip(),
+                resume="allow",
+                config={"recipe": recipe.resolved},
+                **ours,
+            )
+        except wandb.Error as error:
+            raise RunError(
+                f"{name}: W&B cannot start: {' '.join(str(error).split()).rstrip('.')}. Run `wandb login`, or set "
+                "`wandb.mode: offline`."
+            ) from error
     try:
         yield
     finally:
