@@ -59,6 +59,28 @@ def with_row_index(dataset: Any, dispatched: bool = False) -> Any:
     return dataset
 
 
+def as_python_values(dataset: Any) -> Any:
+    """
+    Undo a format such as `with_format("torch")`: training reads text and lists.
+
+    A transform of the user's own is applied to every row, once, as tokenization is.
+
+    Args:
+        dataset (`Dataset`, `IterableDataset` or a dictionary of them):
+            Preference rows. Any other object is returned unchanged.
+    """
+    from datasets import Dataset, IterableDataset
+
+    if isinstance(dataset, dict):
+        return type(dataset)({name: as_python_values(rows) for name, rows in dataset.items()})
+    if isinstance(dataset, IterableDataset):
+        return dataset.with_format(None)
+    if isinstance(dataset, Dataset) and dataset.format["type"] is not None:
+        visible = dataset.select_columns(dataset.format["columns"])
+        return (visible.map(dict) if dataset.format["type"] == "custom" else visible).with_format(None)
+    return dataset
+
+
 def _column_names(dataset: "IterableDataset") -> list[str]:
     return dataset.column_names or list(next(iter(dataset), {}))
 

@@ -169,6 +169,7 @@ class DPOShiftConfig(DPOConfig):
     )
 
     def __post_init__(self) -> None:
+        self.reported_lambda: dict[str, Any] = {}  # set by the trainer if a callback has replaced the lambda settings
         self._check_lambda()
         self._check_lambda_target()
         self._check_batches()
@@ -183,6 +184,10 @@ class DPOShiftConfig(DPOConfig):
         self._check_loss()
         if not self.always_dpo:
             self.validate_loss_supports_shift()
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as trackers log them: those of lambda as they are in force."""
+        return super().to_dict() | self.reported_lambda
 
     @property
     def lambda_plan(self) -> LambdaPlan:

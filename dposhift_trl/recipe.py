@@ -26,6 +26,8 @@ from .data.config import DataConfig, DataSource
 from .data.errors import one_line
 from .data.files import folder_conflict
 from .data.tokens import Truncation
+from .environment import wandb_settings
+from .hub import hub_defaults, hub_id_fault
 from .ranges import RANGES, range_mistake
 
 
@@ -52,6 +54,7 @@ DECIDED_ELSEWHERE = {
     "model_init_kwargs": "use the section `model`",
     "trust_remote_code": "use `model.trust_remote_code`",
     "resume_from_checkpoint": "remove it; running the same command again resumes automatically",
+    "hub_token": "run `hf auth login` or set the environment variable HF_TOKEN; a recipe is copied to the model card",
     "enable_jit_checkpoint": "remove it; the command saves a checkpoint at SIGTERM itself",
 }
 # Names from older releases of TRL and transformers
@@ -110,26 +113,31 @@ class WandbConfig:
     The `wandb` section of a recipe.
 
     Parameters:
-        project (`str`, *optional*, defaults to `"dposhift_trl"`):
-            W&B project.
+        project (`str`, *optional*):
+            W&B project. Defaults to `WANDB_PROJECT`, else `dposhift_trl`.
         entity (`str`, *optional*):
-            W&B user or team.
+            W&B user or team. Defaults to `WANDB_ENTITY`.
         mode (`str`, *optional*):
-            `online`, `offline` or `disabled`. Defaults to online if logged in to W&B, else offline.
+            `online`, `offline` or `disabled`. Defaults to `WANDB_MODE`, else online if logged in to W&B, else offline.
         tags (`list[str]`, *optional*):
-            Tags for the runs of both stages.
+            Tags for the runs of both stages. Defaults to `WANDB_TAGS`.
     """
 
-    project: str = "dposhift_trl"
+    project: str | None = None
     entity: str | None = None
     mode: Literal["online", "offline", "disabled"] | None = None
     tags: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        if len(self.project) > 128 or set(self.project) & set("/\\#?%:"):
+        if self.project is not None and (len(self.project) > 128 or set(self.project) & set("/\\#?%:")):
             raise ValueError(
                 f"`project` must be at most 128 characters without / \\ # ? % :, got {self.project!r}. Write for "
                 "example `dposhift_trl`."
+            )
+        modes = ("online", "offline", "shared", "disabled")
+        if self.mode not in (*modes, None):
+            raise ValueError(
+                f"`mode` must be one of {', '.join(modes)}, got {self.mode!r}. Write for example `offline`."
             )
         for tag in self.tags:
             if not 1 <= len(tag) <= 64:
@@ -147,7 +155,7 @@ class Recipe:
         output_dir (`Path`), seed (`int`), run_name (`str`), report (`bool`):
             Values of its top level.
         model ([`RecipeModelConfig`]), data ([`~data.DataConfig`]), wandb ([`WandbConfig`]):
-            Its sections.
+            Its sections; `wandb` with what it leaves open from the environment.
         stages (`dict[str, SFTConfig or DPOShiftConfig]`):
             Settings of the stages to run, in order, by name: `sft`, `dpo`.
         resolved (`dict[str, Any]`):
@@ -164,6 +172,11 @@ class Recipe:
     wandb: WandbConfig
     stages: dict[str, SFTConfig | DPOShiftConfig]
     resolved: dict[str, Any]
+
+    @property
+    def is_named(self) -> bool:
+        """Whether `run_name` is the recipe's own, and not the name of its folder."""
+        return self.run_name != self.output_dir.name
 
     @property
     def truncations(self) -> dict[str, Truncation]:
@@ -217,7 +230,8 @@ def load_recipe(path: str, overrides: Sequence[str] = ()) -> Recipe:
             "trust_remote_code": model.trust_remote_code,
         }
         try:
-            stages[name] = _build(stage, {**resolved[name], **decided}, name, path)
+            hub = hub_defaults(decided["run_name"], resolved[name])
+            stages[name] = _build(stage, {**resolved[name], **decided, **hub}, name, path)
         except RecipeError as error:
             mistakes.append(str(error))
     if mistakes:
@@ -230,12 +244,28 @@ def load_recipe(path: str, overrides: Sequence[str] = ()) -> Recipe:
         report=resolved["report"],
         model=model,
         data=data,
-        wandb=wandb,
+        wandb=_wandb_in_force(wandb, stages),
         stages=stages,
         resolved=resolved,
     )
     _check_combinations(recipe)
     return recipe
+
+
+def _wandb_in_force(section: WandbConfig, stages: dict[str, Any]) -> WandbConfig:
+    """The section with what it leaves open from the environment. Stages do not report to W&B if it is disabled."""
+    if not any("wandb" in stage.report_to for stage in stages.values()):
+        return section
+    for key, (variable, value) in wandb_settings().items():
+        if not getattr(section, key):
+            try:
+                section = dataclasses.replace(section, **{key: value})
+            except ValueError as error:
+                raise RecipeError(f"The environment variable {variable} cannot be used: {error}") from None
+    if section.mode == "disabled":
+        for stage in stages.values():
+            stage.report_to = [tracker for tracker in stage.report_to if tracker != "wandb"]
+    return section
 
 
 class _Representer(SafeRepresenter):
@@ -528,6 +558,18 @@ def _check_combinations(recipe: Recipe) -> None:
             mistakes.append(
                 f"{path}: `dpo.padding_free` is not supported, got True: `DPOTrainer` ignores it. Remove it."
             )
+    pushed = {name: stage.hub_model_id for name, stage in recipe.stages.items() if stage.push_to_hub}
+    for name, hub_model_id in pushed.items():
+        if (fault := hub_id_fault(hub_model_id)) is not None:
+            mistakes.append(
+                f"{path}: `{name}.hub_model_id` must be the name of a repository, got {hub_model_id!r}: {fault}. "
+                "Write for example `user/model`, or leave it out."
+            )
+    if len(set(pushed.values())) < len(pushed):
+        mistakes.append(
+            f"{path}: `hub_model_id` must differ in `sft` and `dpo`, got {recipe.stages['dpo'].hub_model_id!r} in "
+            "both, where the second stage would replace the first. Leave it out in one of them."
+        )
     dpo = recipe.stages.get("dpo")
     if isinstance(dpo, DPOShiftConfig) and dpo.precompute_ref_log_probs is True and recipe.data.streaming:
         mistakes.append(

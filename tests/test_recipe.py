@@ -93,12 +93,13 @@ def test_the_header_of_a_recipe_ends_with_the_command_that_runs_it(path):
 # What a recipe becomes
 
 
-def test_a_recipe_becomes_typed_sections_with_the_command_s_own_defaults(load):
+def test_a_recipe_becomes_typed_sections_with_the_command_s_own_defaults(load, monkeypatch):
+    monkeypatch.delenv("WANDB_MODE")
     recipe = load(HEAD + "data: {path: demo, eval_split: test}\n" + SFT + DPO)
     assert (recipe.source, recipe.output_dir, recipe.seed, recipe.run_name) == ("x.yaml", Path("runs/x"), 42, "x")
     assert recipe.model.model_name_or_path == "demo"
     assert (recipe.data.path, recipe.data.eval_split) == ("demo", "test")
-    assert (recipe.wandb.project, recipe.wandb.mode, recipe.wandb.tags) == ("dposhift_trl", None, [])
+    assert (recipe.wandb.project, recipe.wandb.mode, recipe.wandb.tags) == (None, None, [])
     assert list(recipe.stages) == ["sft", "dpo"]
     for name, stage in recipe.stages.items():
         assert (stage.output_dir, stage.seed, stage.run_name) == (f"runs/x/{name}", 42, f"x-{name}")

@@ -8,7 +8,7 @@ class RunError(RuntimeError):
 
 
 class WriteError(RuntimeError):
-    """The disk is full or cannot be written."""
+    """The disk is full or cannot be written, or a model cannot be pushed to the Hub."""
 
 
 class Terminated(BaseException):

@@ -3,16 +3,17 @@
 import json
 import os
 import platform
-import shutil
 import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import httpx
 import torch
 from accelerate import PartialState
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import is_peft_model
+from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from peft import AutoPeftModelForCausalLM
 from transformers import PreTrainedTokenizerBase, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
@@ -22,17 +23,16 @@ from .. import __version__
 from ..artifacts import FINISHED, MERGED, write_whole
 from ..config import DPOShiftConfig
 from ..data.audit import AuditedRows
-from ..recipe import Recipe, dump_yaml
+from ..recipe import Recipe
 from ..report.verdict import verdict_of
 from ..training.checks import check_rows_left
-from ..training.model_card import append_recipe_section, log_until
-from ..training.sft import ChosenSFTTrainer
-from ..training.trainer import DPOShiftTrainer
+from ..training.model_card import log_until
 from .checkpoints import last_complete_checkpoint
-from .errors import RUN_AGAIN, RunError, Terminated
+from .errors import RUN_AGAIN, RunError, Terminated, WriteError
 from .processes import from_main, say
 from .sigterm import SaveOnSigterm
 from .tracking import wandb_run
+from .trainers import RunDPOShiftTrainer, RunSFTTrainer
 
 
 PACKAGES = ("trl", "transformers", "torch", "peft", "accelerate", "datasets")
@@ -67,6 +67,7 @@ def run_stage(
         RunError: If the trainer cannot be created.
         TrainingStopped: If training stops itself.
         Terminated: If SIGTERM stopped it.
+        WriteError: If the model cannot be pushed to the Hub.
     """
     folder = recipe.output_dir / name
     folder.mkdir(parents=True, exist_ok=True)
@@ -77,7 +78,7 @@ def run_stage(
     began = time.monotonic()
     trainer = _make_trainer(name, recipe, start, tokenizer, rows)
     trainer.add_callback(sigterm)
-    if isinstance(trainer, DPOShiftTrainer):
+    if isinstance(trainer, RunDPOShiftTrainer):
         say(
             f"{name}: "
             + ("reading shared tokens once" if trainer.shares_prompts else "reading both rows of each pair")
@@ -89,8 +90,8 @@ def run_stage(
             raise Terminated(f"{name}: stopped by SIGTERM, saved at step {sigterm.stopped_at}. {RUN_AGAIN}")
         _save(trainer, recipe, name)
     if PartialState().is_main_process:
-        if is_peft_model(trainer.model):
-            _finish_adapter(trainer, folder, recipe.model.merge_adapter)
+        if recipe.model.merge_adapter and is_peft_model(trainer.model):
+            _merge_adapter(trainer, folder)
         write_whole(folder / FINISHED, json.dumps(_summary(trainer, time.monotonic() - began), indent=2))
     PartialState().wait_for_everyone()
     trainer.accelerator.free_memory()
@@ -100,7 +101,7 @@ def run_stage(
     GradientState._reset_state()
 
 
-def _train(trainer: ChosenSFTTrainer | DPOShiftTrainer, checkpoint: Path | None) -> None:
+def _train(trainer: RunSFTTrainer | RunDPOShiftTrainer, checkpoint: Path | None) -> None:
     """Train from a checkpoint, or if it is the last one only load what training would have ended with."""
     args = trainer.args
     state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME)) if checkpoint else None
@@ -121,13 +122,18 @@ def _train(trainer: ChosenSFTTrainer | DPOShiftTrainer, checkpoint: Path | None)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
 
 
-def _save(trainer: ChosenSFTTrainer | DPOShiftTrainer, recipe: Recipe, name: str) -> None:
+def _save(trainer: RunSFTTrainer | RunDPOShiftTrainer, recipe: Recipe, name: str) -> None:
     args = trainer.args
     trainer.save_state()
-    trainer.save_model()
-    trainer.create_model_card(model_name=f"{recipe.run_name}-{name}", dataset_name=_hub_name(recipe))
-    if PartialState().is_main_process:
-        append_recipe_section(recipe.output_dir / name, dump_yaml(recipe.resolved))
+    try:
+        trainer.save_model()  # and pushes it with its card, if that was asked for
+    except (HfHubHTTPError, OfflineModeIsEnabled, httpx.HTTPError) as error:
+        raise WriteError(
+            f"{name}: the model is saved in {args.output_dir}, but not pushed to the Hub: "
+            f"{' '.join(str(error).split()).rstrip('.')}. Run the same command again to push it."
+        ) from error
+    if not args.push_to_hub:
+        trainer.create_model_card()
     if isinstance(args, DPOShiftConfig):
         best = trainer.state.best_model_checkpoint if args.load_best_model_at_end else None
         verdict = verdict_of(log_until(trainer.state.log_history, best), args.lambda_plan)
@@ -137,7 +143,7 @@ def _save(trainer: ChosenSFTTrainer | DPOShiftTrainer, recipe: Recipe, name: str
 
 def _make_trainer(
     name: str, recipe: Recipe, start: str, tokenizer: PreTrainedTokenizerBase, rows: AuditedRows
-) -> ChosenSFTTrainer | DPOShiftTrainer:
+) -> RunSFTTrainer | RunDPOShiftTrainer:
     args, model = recipe.stages[name], recipe.model
     init_kwargs = {
         "revision": model.model_revision,
@@ -164,7 +170,8 @@ def _make_trainer(
         else:
             options |= {"model": start, "peft_config": get_peft_config(model), "quantization_config": quantization}
             args.model_init_kwargs = init_kwargs
-        trainer = (ChosenSFTTrainer if name == "sft" else DPOShiftTrainer)(**options)
+        trainer = (RunSFTTrainer if name == "sft" else RunDPOShiftTrainer)(**options)
+        trainer.recipe, trainer.stage = recipe, name
         for split, dataset in (("train", trainer.train_dataset), ("eval", trainer.eval_dataset)):
             if dataset is not None:
                 check_rows_left(dataset, split, args.max_length)
@@ -173,16 +180,13 @@ def _make_trainer(
         raise RunError(f"Stage `{name}` cannot start: {' '.join(str(error).split())}") from error
 
 
-def _finish_adapter(trainer: ChosenSFTTrainer | DPOShiftTrainer, folder: Path, merge: bool) -> None:
-    # The frozen reference adapter is only needed for training; checkpoints keep it
-    shutil.rmtree(folder / "ref", ignore_errors=True)
-    if merge:
-        merged = trainer.accelerator.unwrap_model(trainer.model).merge_and_unload()
-        merged.save_pretrained(folder / MERGED)
-        trainer.processing_class.save_pretrained(folder / MERGED)
+def _merge_adapter(trainer: RunSFTTrainer | RunDPOShiftTrainer, folder: Path) -> None:
+    merged = trainer.accelerator.unwrap_model(trainer.model).merge_and_unload()
+    merged.save_pretrained(folder / MERGED)
+    trainer.processing_class.save_pretrained(folder / MERGED)
 
 
-def _summary(trainer: ChosenSFTTrainer | DPOShiftTrainer, seconds: float) -> dict[str, Any]:
+def _summary(trainer: RunSFTTrainer | RunDPOShiftTrainer, seconds: float) -> dict[str, Any]:
     """What `finished.json` records, with the last value of each logged metric."""
     args, metrics = trainer.args, {}
     for entry in trainer.state.log_history:
@@ -203,8 +207,3 @@ def _hardware(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{platform.machine()}, {os.cpu_count()} cores"
-
-
-def _hub_name(recipe: Recipe) -> str | None:
-    path = recipe.data.path
-    return path if path and path != "demo" and not Path(path).exists() else None

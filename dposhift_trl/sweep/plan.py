@@ -196,6 +196,11 @@ def _mistakes(recipe: Recipe, varied: set[str]) -> Iterator[str]:
     path = recipe.source
     if "dpo" not in recipe.stages:
         yield f"{path}: `dpo` is missing. A sweep compares runs of it. Write `dpo: {{}}` for the default settings."
+    elif recipe.stages["dpo"].push_to_hub and recipe.resolved["dpo"].get("hub_model_id"):
+        yield (
+            f"{path}: `dpo.hub_model_id` is not supported in a sweep, whose points would replace each other there, "
+            f"got {recipe.resolved['dpo']['hub_model_id']!r}. Leave it out; each point is pushed under its own name."
+        )
     for key in sorted(varied):
         if key in ("output_dir", "run_name"):
             yield f"{path}: `{key}` must have one value in a sweep. Each point gets its own folder and name below it."

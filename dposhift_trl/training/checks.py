@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 import torch
 from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
+from peft.utils.other import TrainableTokensWrapper
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase, ProcessorMixin
 
 from ..artifacts import write_whole
@@ -90,6 +91,36 @@ def check_vocabularies(tokenizer: PreTrainedTokenizerBase | ProcessorMixin, mode
         raise ValueError(
             f"`ref_model` must have the vocabulary of `model`, {sizes[0]} tokens, got one with {sizes[1]}. Pass a "
             "reference that was trained with the same tokenizer."
+        )
+
+
+def check_reference(ref_model: Any) -> None:
+    """
+    Check that the reference that is passed to the trainer is a model.
+
+    Raises:
+        TypeError: If it is anything else, such as the name of one.
+    """
+    if ref_model is not None and not isinstance(ref_model, torch.nn.Module):
+        name = repr(ref_model) if isinstance(ref_model, (str, Path)) else "..."
+        raise TypeError(
+            f"`ref_model` must be a model, got {ref_model!r}. Pass `AutoModelForCausalLM.from_pretrained({name})`, or "
+            "leave it out to take the model that training starts from."
+        )
+
+
+def check_embeddings(model: Any) -> None:
+    """
+    Refuse single trainable tokens in embeddings that are tied to the LM head, which TRL's loss reads as one matrix.
+
+    Raises:
+        ValueError: If the adapter has `trainable_token_indices` and the embeddings are tied.
+    """
+    if is_peft_model(model) and isinstance(model.get_output_embeddings(), TrainableTokensWrapper):
+        raise ValueError(
+            "`trainable_token_indices` is not supported with embeddings that are tied to the LM head, got "
+            f"{model.active_peft_config.trainable_token_indices!r}. Train all tokens with `modules_to_save` instead, "
+            "or remove it."
         )
 
 

@@ -17,9 +17,10 @@ from transformers import (
 )
 from trl import SFTConfig, SFTTrainer, extract_prompt
 
-from ..columns import CHOSEN_START, TOKEN_COLUMNS
+from ..columns import CHOSEN_START, TOKEN_COLUMNS, as_python_values
 from .callbacks import KeepFreedMemoryCallback
 from .checks import check_not_empty
+from .settings import name_best_metric
 from .streams import resume_position
 
 
@@ -61,6 +62,8 @@ class ChosenSFTTrainer(SFTTrainer):
         self._selects_chosen = formatting_func is None
         # A mask of the assistant's tokens needs a chat template of its own, so TRL tokenizes the text
         self._uses_tokens = not (args and args.assistant_only_loss)
+        if args is not None:
+            name_best_metric(args, eval_dataset)
         super().__init__(
             model=model,
             args=args,
@@ -101,6 +104,7 @@ class ChosenSFTTrainer(SFTTrainer):
         return super().evaluate(self._select_chosen(eval_dataset), ignore_keys, metric_key_prefix)
 
     def _select_chosen(self, dataset: Any) -> Any:
+        dataset = as_python_values(dataset)
         return select_chosen(dataset, self._uses_tokens) if self._selects_chosen else dataset
 
 
