@@ -9,12 +9,18 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
+from transformers import TrainingArguments
 
 from ..artifacts import write_whole
 from ..columns import PREFERENCE_COLUMNS, ROW_INDEX
+from ..integrity import training_state_fault
 from .metrics import PairScores
+
+
+logger = get_logger(__name__)
 
 
 class TrainingStopped(ValueError):
@@ -32,6 +38,18 @@ def check_rows_left(rows: Dataset | IterableDataset, split: str, max_length: int
         raise ValueError(
             f"No {split} examples left: every prompt is at least as long as `max_length` ({max_length}). Raise "
             "`max_length`."
+        )
+
+
+def warn_of_inexact_resume(checkpoint: str | None, args: TrainingArguments) -> None:
+    """Warn if a checkpoint lacks state that training needs to go on exactly; [`~transformers.Trainer`] does not."""
+    if checkpoint is None:
+        return
+    fault = training_state_fault(Path(checkpoint), processes=args.world_size, scales_loss=args.fp16)
+    if fault is not None:
+        logger.warning(
+            f"Training does not go on from {checkpoint} as if it had not been interrupted: {fault}. Without these "
+            "files it goes on with a new optimizer, the learning rate of the first step, or other random numbers."
         )
 
 

@@ -18,6 +18,7 @@ from transformers import (
 from trl import SFTConfig, SFTTrainer, extract_prompt
 
 from .callbacks import KeepFreedMemoryCallback
+from .checks import warn_of_inexact_resume
 
 
 class ChosenSFTTrainer(SFTTrainer):
@@ -79,6 +80,11 @@ class ChosenSFTTrainer(SFTTrainer):
     ) -> dict[str, float]:
         """Evaluates on the chosen answers of the rows that are passed, too."""
         return super().evaluate(self._select_chosen(eval_dataset), ignore_keys, metric_key_prefix)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Warns if the checkpoint lacks state, which transformers passes over silently."""
+        warn_of_inexact_resume(checkpoint, self.args)
+        super()._load_optimizer_and_scheduler(checkpoint)
 
     def _select_chosen(self, dataset: Any) -> Any:
         return select_chosen(dataset) if self._selects_chosen else dataset

@@ -40,7 +40,7 @@ from .callbacks import (
     configured_schedule,
     is_schedule,
 )
-from .checks import TrainingStopped, check_starts_at_reference, stop_on_non_finite
+from .checks import TrainingStopped, check_starts_at_reference, stop_on_non_finite, warn_of_inexact_resume
 from .collator import PairCollator
 from .deferred import GatherLater, read_from_device
 from .model_card import append_shift_section, log_until
@@ -451,6 +451,11 @@ class DPOShiftTrainer(DPOTrainer):
         if self._shifts:
             self._stop_on_non_finite("train")
         super()._save_checkpoint(model, trial)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Warns if the checkpoint lacks state, which transformers passes over silently."""
+        warn_of_inexact_resume(checkpoint, self.args)
+        super()._load_optimizer_and_scheduler(checkpoint)
 
     def create_model_card(
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
