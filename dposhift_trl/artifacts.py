@@ -14,6 +14,7 @@ from ruamel.yaml import YAML
 
 # In the run folder
 RECIPE = "recipe.yaml"
+EARLIER_RECIPE = "recipe.{}.yaml"  # a number for each recipe that was replaced
 AUDIT = "audit.json"
 EVAL_ROWS = "eval_rows.parquet"
 REPORT = "report"
@@ -21,6 +22,7 @@ GENERATIONS = "generations"
 LOCK = ".lock"
 
 # In the folder of a stage
+START = "start.json"
 FINISHED = "finished.json"
 STATE = "trainer_state.json"
 PAIRS = "pairs"  # <prefix>-<step>.parquet, the scores that an evaluation gave each pair
@@ -90,6 +92,14 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     unfinished = folder.with_name(folder.name + ".tmp")
     yield unfinished
     unfinished.replace(folder)
+
+
+def set_aside(path: Path) -> Path:
+    """Rename a damaged file or folder, so that nothing reads, replaces or deletes it. Returns its new place."""
+    names = [f"damaged-{path.name}", *(f"damaged-{path.name}-{number}" for number in range(2, 1000))]
+    place = next(place for name in names if not (place := path.with_name(name)).exists())
+    path.rename(place)
+    return place
 
 
 def _write(file: Any, content: str | bytes | pa.Table) -> None:

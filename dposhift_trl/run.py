@@ -21,10 +21,12 @@ from .pipeline.dry_run import describe
 from .pipeline.errors import RUN_AGAIN, RunError, Terminated, WriteError
 from .pipeline.loading import base_model, check_rows, findings, legend, load_rows, load_tokenizer
 from .pipeline.preflight import check_lengths, check_model, check_settings
-from .pipeline.processes import complain, from_main, say
+from .pipeline.processes import complain, say
+from .pipeline.resume import is_finished, resume_point
 from .pipeline.run_folder import claimed, save_evaluated_rows
 from .pipeline.sigterm import saving_on_sigterm
 from .pipeline.stage import run_stage
+from .pipeline.start import row_fingerprints, stage_start
 from .recipe import Recipe, RecipeError, load_recipe
 from .report.run_folder import ReportError
 from .training.checks import TrainingStopped
@@ -100,7 +102,8 @@ def run(recipe: Recipe, accept_changes: bool = False) -> None:
         WriteError: If the disk is full.
         Terminated: If SIGTERM arrived.
     """
-    with claimed(recipe, accept_changes), saving_on_sigterm() as sigterm:
+    claim = claimed(recipe, accept_changes)
+    with claim, saving_on_sigterm() as sigterm, explaining_disk_errors(recipe.output_dir):
         set_seed(recipe.seed)
         start = base_model(recipe, recipe.output_dir / "base")
         tokenizer = load_tokenizer(recipe, start)
@@ -120,16 +123,19 @@ def run(recipe: Recipe, accept_changes: bool = False) -> None:
             say(f"{split}: {audit}")
         if (meaning := legend(audits)) is not None:
             say(meaning)
+        # Before a trainer changes the tokenizer
+        hashes = row_fingerprints(rows, tokenizer) if PartialState().is_main_process else {}
         *_, last_stage = recipe.stages
         for name, args in recipe.stages.items():
             folder = recipe.output_dir / name
-            if from_main((folder / FINISHED).is_file()):
-                say(f"{name}: finished before, skipped ({folder})")
+            origin = stage_start(start, recipe.model.model_revision, hashes.get(name, {}))
+            if is_finished(name, folder, origin):
                 if name != last_stage:
                     tokenizer = load_tokenizer(recipe, str(folder))  # which the stage may have changed
             else:
-                with explaining_disk_errors(name, folder), reading_rows():
-                    run_stage(name, recipe, start, tokenizer, rows[name], sigterm)
+                checkpoint = resume_point(name, folder, args, origin, accept_changes)
+                with explaining_disk_errors(folder, name), reading_rows():
+                    run_stage(name, recipe, start, tokenizer, rows[name], sigterm, checkpoint)
                 if name != last_stage and sigterm.received_anywhere(args):
                     raise Terminated(f"{name}: finished, then stopped by SIGTERM. {RUN_AGAIN}")
             start = str(folder)

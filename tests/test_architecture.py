@@ -24,6 +24,7 @@ PACKAGE = Path(__file__).parent.parent / "dposhift_trl"
 # Modules and sub-packages, lowest first. Each may import those below its line, not those beside or above it.
 LAYERS = (
     ("schedules", "losses", "columns", "artifacts", "ranges", "choices", "launcher"),
+    ("integrity",),
     ("config", "environment", "hub"),
     ("scoring",),
     ("reference", "data"),
@@ -187,6 +188,7 @@ HEAVY = {"torch", "transformers", "trl", "accelerate", "datasets", "peft", "scip
         ("dposhift_trl.columns", set()),
         ("dposhift_trl.losses", {"torch", "numpy"}),
         ("dposhift_trl.artifacts", {"pyarrow", "numpy"}),
+        ("dposhift_trl.integrity", {"pyarrow", "numpy"}),
         ("dposhift_trl.report.__main__", {"matplotlib", "pyarrow", "numpy", "scipy"}),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

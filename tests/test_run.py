@@ -152,7 +152,7 @@ def interrupt(recipe, stage, *overrides):
     )  # fmt: skip
     folder = Path(load_recipe(str(recipe), overrides).output_dir) / stage
     deadline = time.monotonic() + 120
-    while last_complete_checkpoint(folder)[0] is None:
+    while last_complete_checkpoint(folder).newest is None:
         assert process.poll() is None, "finished before it was killed"
         assert time.monotonic() < deadline
         time.sleep(0.002)
@@ -584,10 +584,14 @@ FOLDER = None  # a folder in place of the file
         ("recipe.yaml", FOLDER, "must be a file, got a folder", "Move it away."),
         ("audit.json", FOLDER, "must be a file, got a folder", "Move it away."),
         ("eval_rows.parquet", FOLDER, "must be a file, got a folder", "Move it away."),
-        ("dpo/finished.json", b"", "cannot be used: Expecting value", "Delete it to finish the stage"),
-        ("dpo/finished.json", b'{"step": ', "cannot be used: Expecting value", "Delete it to finish the stage"),
-        ("dpo/finished.json", b"[]", "cannot be used: not a JSON object", "Delete it to finish the stage"),
-        ("dpo/finished.json", b"\xff", "cannot be used: 'utf-8' codec", "Delete it to finish the stage"),
+        ("dpo/finished.json", b"", "is empty", "Delete it to finish the stage from checkpoint-1"),
+        ("dpo/finished.json", b'{"step": ', "is not valid JSON: Expecting value", "Delete it to finish the stage"),
+        ("dpo/finished.json", b"[]", "must contain a mapping, got list", "Delete it to finish the stage"),
+        ("dpo/finished.json", b"[" * 100_000, "is not valid JSON: ", "Delete it to finish the stage"),
+        ("dpo/finished.json", b"\xff", "is not UTF-8 text", "Delete it to finish the stage"),
+        ("dpo/start.json", b"", "is empty", "Delete it to resume the stage without comparing its rows and model."),
+        ("dpo/start.json", FOLDER, "must be a file, got a folder", "Move it away."),
+        ("dpo/trainer_state.json", FOLDER, "must be a file, got a folder", "Move it away."),
         ("dpo/finished.json", FOLDER, "must be a file, got a folder", "Move it away."),
         ("dpo/wandb_id", b"", "cannot be used: not the id of a W&B run, ''", "Delete it to start a new W&B run"),
         ("dpo/wandb_id", b"a/b", "cannot be used: not the id of a W&B run, 'a/b'", "Delete it to start a new W&B run"),
@@ -637,19 +641,6 @@ def test_a_command_killed_while_it_saved_the_recipe_can_be_run_again(recipe, tmp
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "recipe.yaml.tmp").write_text("output_d")
     here(recipe, "sft=null", "dpo.max_steps=1")
-
-
-def test_a_half_written_checkpoint_is_passed_over(tmp_path):
-    for step, text in ((2, '{"global_step": 2}'), (10, '{"global_step": 10, "log_'), (4, '{"global_step": 4}')):
-        (tmp_path / f"checkpoint-{step}").mkdir()
-        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(text)
-    (tmp_path / "checkpoint-12").mkdir()
-    (tmp_path / "checkpoint-old").mkdir()
-    assert last_complete_checkpoint(tmp_path) == (
-        tmp_path / "checkpoint-4",
-        [tmp_path / "checkpoint-12", tmp_path / "checkpoint-10"],
-    )
-    assert last_complete_checkpoint(tmp_path / "checkpoint-old") == (None, [])
 
 
 @pytest.mark.parametrize("name", ["gpt2_shift", "gpt2_shift_lora"])

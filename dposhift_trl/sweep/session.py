@@ -101,7 +101,13 @@ class _Session:
         while queue:
             point, number = queue.popleft()
             later = [other for other, _ in queue]
-            if not self._run_one(point, number, later, wait=point.name in postponed):
+            try:
+                done = self._run_one(point, number, later, wait=point.name in postponed)
+            except OSError as error:  # the files of one point do not end the sweep
+                done = True
+                self.failed.append(point.name)
+                print(f"{number} {point.name}: failed: {error}", file=sys.stderr, flush=True)
+            if not done:
                 postponed.add(point.name)
                 queue.append((point, number))
         return self.failed

@@ -9,15 +9,19 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
 from peft.utils.other import TrainableTokensWrapper
-from transformers import PreTrainedConfig, PreTrainedTokenizerBase, ProcessorMixin
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase, ProcessorMixin, TrainingArguments
 
 from ..artifacts import write_whole
 from ..columns import PREFERENCE_COLUMNS, ROW_INDEX
+from ..integrity import training_state_fault
 from .metrics import PairScores
 
+
+logger = get_logger(__name__)
 
 # Models of one family pad their embeddings to different sizes; Qwen2.5's differ by 128, tokenizers by thousands
 VOCABULARY_PADDING = 1024
@@ -121,6 +125,18 @@ def check_embeddings(model: Any) -> None:
             "`trainable_token_indices` is not supported with embeddings that are tied to the LM head, got "
             f"{model.active_peft_config.trainable_token_indices!r}. Train all tokens with `modules_to_save` instead, "
             "or remove it."
+        )
+
+
+def warn_of_inexact_resume(checkpoint: str | None, args: TrainingArguments) -> None:
+    """Warn if a checkpoint lacks state that training needs to go on exactly; [`~transformers.Trainer`] does not."""
+    if checkpoint is None:
+        return
+    fault = training_state_fault(Path(checkpoint), processes=args.world_size, scales_loss=args.fp16)
+    if fault is not None:
+        logger.warning(
+            f"Training does not go on from {checkpoint} as if it had not been interrupted: {fault}. Without these "
+            "files it goes on with a new optimizer, the learning rate of the first step, or other random numbers."
         )
 
 

@@ -19,7 +19,7 @@ from trl import SFTConfig, SFTTrainer, extract_prompt
 
 from ..columns import CHOSEN_START, TOKEN_COLUMNS, as_python_values
 from .callbacks import KeepFreedMemoryCallback
-from .checks import check_not_empty
+from .checks import check_not_empty, warn_of_inexact_resume
 from .settings import name_best_metric
 from .streams import resume_position
 
@@ -102,6 +102,11 @@ class ChosenSFTTrainer(SFTTrainer):
     ) -> dict[str, float]:
         """Evaluates on the chosen answers of the rows that are passed, too."""
         return super().evaluate(self._select_chosen(eval_dataset), ignore_keys, metric_key_prefix)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Warns if the checkpoint lacks state, which transformers passes over silently."""
+        warn_of_inexact_resume(checkpoint, self.args)
+        super()._load_optimizer_and_scheduler(checkpoint)
 
     def _select_chosen(self, dataset: Any) -> Any:
         dataset = as_python_values(dataset)

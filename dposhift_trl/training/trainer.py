@@ -66,6 +66,7 @@ from .checks import (
     check_starts_at_reference,
     check_vocabularies,
     stop_on_non_finite,
+    warn_of_inexact_resume,
 )
 from .collator import PairCollator
 from .deferred import GatherLater, read_from_device
@@ -534,6 +535,11 @@ class DPOShiftTrainer(DPOTrainer):
         copied = self.ref_model is None and is_peft_model(self.model) and "ref" in self.model.peft_config
         if copied and not folder.name.startswith(PREFIX_CHECKPOINT_DIR):
             shutil.rmtree(folder / "ref", ignore_errors=True)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Warns if the checkpoint lacks state, which transformers passes over silently."""
+        warn_of_inexact_resume(checkpoint, self.args)
+        super()._load_optimizer_and_scheduler(checkpoint)
 
     def create_model_card(
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
