@@ -9,7 +9,3 @@ class RunError(RuntimeError):
 
 class WriteError(RuntimeError):
     """The disk is full or cannot be written."""
-
-
-class Terminated(BaseException):
-    """SIGTERM arrived and everything is saved. Not an `Exception`, so that no library handles it."""

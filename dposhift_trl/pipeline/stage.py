@@ -19,6 +19,7 @@ from trl import get_peft_config, get_quantization_config
 
 from .. import __version__
 from ..artifacts import FINISHED, MERGED, write_whole
+from ..command import Terminated
 from ..config import DPOShiftConfig
 from ..data.audit import AuditedRows
 from ..recipe import Recipe, dump_yaml
@@ -28,9 +29,9 @@ from ..training.model_card import append_recipe_section, log_until
 from ..training.sft import ChosenSFTTrainer
 from ..training.trainer import DPOShiftTrainer
 from .checkpoints import last_complete_checkpoint
-from .errors import RUN_AGAIN, RunError, Terminated
+from .errors import RunError
 from .processes import from_main, say
-from .sigterm import SaveOnSigterm
+from .signals import SaveOnSignal
 from .tracking import wandb_run
 
 
@@ -43,7 +44,7 @@ def run_stage(
     start: str,
     tokenizer: PreTrainedTokenizerBase,
     rows: AuditedRows,
-    sigterm: SaveOnSigterm,
+    signals: SaveOnSignal,
 ) -> None:
     """
     Train a stage, from its last complete checkpoint if there is one, and save the model in the folder of the stage.
@@ -59,13 +60,13 @@ def run_stage(
             Tokenizer, saved with the model.
         rows ([`~data.audit.AuditedRows`]):
             Rows to train and evaluate on.
-        sigterm ([`SaveOnSigterm`]):
-            Stops the stage after SIGTERM.
+        signals ([`SaveOnSignal`]):
+            Stops the stage after a signal.
 
     Raises:
         RunError: If the trainer cannot be created.
         TrainingStopped: If training stops itself.
-        Terminated: If SIGTERM stopped it.
+        Terminated: If a signal stopped it.
     """
     folder = recipe.output_dir / name
     folder.mkdir(parents=True, exist_ok=True)
@@ -75,7 +76,7 @@ def run_stage(
     say(f"{name}: " + (f"resuming from {checkpoint}" if checkpoint else f"starting from {start}"))
     began = time.monotonic()
     trainer = _make_trainer(name, recipe, start, tokenizer, rows)
-    trainer.add_callback(sigterm)
+    trainer.add_callback(signals)
     if isinstance(trainer, DPOShiftTrainer):
         say(
             f"{name}: "
@@ -84,8 +85,6 @@ def run_stage(
         )
     with wandb_run(name, recipe):
         _train(trainer, checkpoint)
-        if sigterm.stopped_at is not None:
-            raise Terminated(f"{name}: stopped by SIGTERM, saved at step {sigterm.stopped_at}. {RUN_AGAIN}")
         _save(trainer, recipe, name)
     if PartialState().is_main_process:
         if is_peft_model(trainer.model):
@@ -113,7 +112,11 @@ def _train(trainer: ChosenSFTTrainer | DPOShiftTrainer, checkpoint: Path | None)
         trainer.state = state
         return
     args.eval_on_start = args.eval_on_start and not checkpoint  # it has been logged already
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except Terminated:
+        trainer.callback_handler.on_train_end(args, trainer.state, trainer.control)  # closes the progress bar
+        raise
 
 
 def _save(trainer: ChosenSFTTrainer | DPOShiftTrainer, recipe: Recipe, name: str) -> None:
