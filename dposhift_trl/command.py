@@ -65,6 +65,12 @@ def begin() -> None:
     parent = os.getppid()
     if _is_launcher(parent):
         end_with_parent(parent)
+        if parent == 1 and "TORCHELASTIC_RUN_ID" not in os.environ:  # torchrun handles the signal
+            print(
+                "`accelerate launch` is process 1 of this container, which ignores SIGTERM, so `docker stop` kills "
+                "the run without saving. To run one process, write `python -m` instead of `accelerate launch -m`.",
+                file=sys.stderr,
+            )
 
 
 def call(main: Callable[[], int]) -> int:

@@ -68,16 +68,15 @@ class SaveOnSignal(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        # What is due at the end of an epoch follows its last step
-        if state.epoch is None or state.epoch % 1:
+        if _within_epoch(state):  # what is due at the end of an epoch follows its last step
             self._stop_if_received(args, state, control)
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._stop_if_received(args, state, control)
-        if self.stopping and state.epoch is not None and state.epoch % 1:
-            control.should_log = control.should_evaluate = False  # the epoch has not ended
+        if self.stopping and _within_epoch(state):  # what is due at its end is not due yet
+            control.should_log = control.should_evaluate = False
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -87,6 +86,8 @@ class SaveOnSignal(TrainerCallback):
             self._stop_if_received(args, state, control)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if _within_epoch(state):
+            self._stop_if_received(args, state, control)
         if self.stopping:
             PartialState().wait_for_everyone()  # each process saves its own random state
             stage, name = Path(args.output_dir).name, _name(self.received)
@@ -104,6 +105,10 @@ class SaveOnSignal(TrainerCallback):
         if state.global_step < state.max_steps and (received := self.received_anywhere(args)):
             self.received = received
             self.stopping = control.should_save = control.should_training_stop = True
+
+
+def _within_epoch(state: TrainerState) -> bool:
+    return state.epoch is None or state.epoch % 1 != 0
 
 
 def _name(number: int) -> str:
