@@ -327,7 +327,10 @@ class Soak:
             attempt = attempt if goes_on else None
         wrong = wrong or differences(run, expected)
         self.wrong += [f"{run.name}: {text}" for text in wrong]
-        print(f"{run.name}: " + ("WRONG" if wrong else "ended, equal to the undisturbed run"), flush=True)
+        print(
+            f"{run.name}: " + ("equal to the undisturbed run" if not wrong else "\n".join(["WRONG", *wrong])),
+            flush=True,
+        )
         if not wrong:
             shutil.rmtree(run)
 
