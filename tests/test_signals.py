@@ -197,6 +197,14 @@ def test_a_stopped_run_logs_and_evaluates_at_the_same_steps(options, step, saved
     assert logged(tmp_path / "run" / "dpo") == logged(tmp_path / "whole" / "dpo")
 
 
+def test_a_signal_while_the_checkpoint_is_loaded_stops_at_once(recipe, here, once):
+    once(DPOShiftTrainer, "training_step", lambda self: self.state.global_step == 3)
+    here(recipe, "sft=null", code=143)
+    once(DPOShiftTrainer, "_load_from_checkpoint")
+    assert "Stopped by SIGTERM outside of training." in here(recipe, "sft=null", code=143).err
+    assert "The model is in" in here(recipe, "sft=null").out
+
+
 def test_a_signal_while_stage_1_saves_its_model_stops_before_stage_2(recipe, tmp_path, here, once):
     once(ChosenSFTTrainer, "save_state", number=signal.SIGINT)
     done = here(recipe, code=130)

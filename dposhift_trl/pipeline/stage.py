@@ -84,7 +84,7 @@ def run_stage(
             + (", reference scores precomputed" if trainer.precompute_ref_logps else ", reference scored at each step")
         )
     with wandb_run(name, recipe):
-        _train(trainer, checkpoint)
+        _train(trainer, checkpoint, signals)
         _save(trainer, recipe, name)
     if PartialState().is_main_process:
         if is_peft_model(trainer.model):
@@ -94,7 +94,7 @@ def run_stage(
     trainer.accelerator.free_memory()
 
 
-def _train(trainer: ChosenSFTTrainer | DPOShiftTrainer, checkpoint: Path | None) -> None:
+def _train(trainer: ChosenSFTTrainer | DPOShiftTrainer, checkpoint: Path | None, signals: SaveOnSignal) -> None:
     """Train from a checkpoint, or if it is the last one only load what training would have ended with."""
     args = trainer.args
     state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME)) if checkpoint else None
@@ -115,7 +115,8 @@ def _train(trainer: ChosenSFTTrainer | DPOShiftTrainer, checkpoint: Path | None)
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except Terminated:
-        trainer.callback_handler.on_train_end(args, trainer.state, trainer.control)  # closes the progress bar
+        if signals.in_training:
+            trainer.callback_handler.on_train_end(args, trainer.state, trainer.control)  # closes the progress bar
         raise
 
 
