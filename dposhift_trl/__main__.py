@@ -7,6 +7,7 @@ from importlib import import_module
 from importlib.util import find_spec
 
 from . import __version__
+from .command import begin, call
 
 
 # Their modules are imported only when a command runs, so that the list appears at once
@@ -45,6 +46,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     return import_module(module_of(name)).main(arguments)
 
 
+def console() -> int:
+    """The process of `dposhift` and `python -m dposhift_trl`."""
+    begin()
+    return call(main)
+
+
 def module_of(name: str) -> str:
     """Module whose `main` is a command: the one of this name, or `__main__` if that is a package."""
     spec = find_spec(f"{__package__}.{name}")
@@ -73,4 +80,4 @@ def usage() -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(console())

@@ -1,8 +1,12 @@
 """`python -m dposhift_trl.run RECIPE [key=value ...]`: train the stages of a recipe."""
 
+if __name__ == "__main__":
+    from .command import begin
+
+    begin()  # before the imports, which take seconds
+
 import argparse
 import dataclasses
-import io
 import json
 import signal
 import sys
@@ -13,18 +17,19 @@ from accelerate import PartialState
 from transformers import set_seed
 
 from .artifacts import AUDIT, EVAL_ROWS, FINISHED, REPORT, write_whole
+from .command import Terminated, call
 from .data.errors import DataError, reading_rows
 from .launcher import launcher_mistakes
 from .pipeline.checkpoints import explaining_disk_errors
 from .pipeline.checkpoints import last_complete_checkpoint as last_complete_checkpoint
 from .pipeline.dry_run import describe
-from .pipeline.errors import RUN_AGAIN, RunError, Terminated, WriteError
+from .pipeline.errors import RUN_AGAIN, RunError, WriteError
 from .pipeline.loading import base_model, check_rows, findings, legend, load_rows, load_tokenizer
 from .pipeline.preflight import check_lengths, check_model, check_settings
 from .pipeline.processes import complain, say
 from .pipeline.resume import is_finished, resume_point
 from .pipeline.run_folder import claimed, save_evaluated_rows
-from .pipeline.sigterm import saving_on_sigterm
+from .pipeline.signals import saving_on_signals
 from .pipeline.stage import run_stage
 from .pipeline.start import row_fingerprints, stage_start
 from .recipe import Recipe, RecipeError, load_recipe
@@ -41,8 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             Command-line arguments; by default those of the process.
 
     Returns:
-        `int`: Exit code: 0 finished, 1 stopped during training, 2 invalid recipe, data or run folder, 143 stopped by
-        SIGTERM.
+        `int`: Exit code: 0 finished, 1 stopped during training, 2 invalid recipe, data or run folder, 128 + n stopped
+        by signal n: 130 by Ctrl-C, 143 by SIGTERM.
     """
     parser = argparse.ArgumentParser(
         prog="python -m dposhift_trl.run",
@@ -58,9 +63,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         action="store_true",
         help="continue in a run folder that was started with a different recipe",
     )
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # the terminal may lack characters of the recipe
     options = parser.parse_intermixed_args(argv)
     if mistakes := launcher_mistakes():
         print(*mistakes, sep="\n", file=sys.stderr)
@@ -81,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except Terminated as error:
         complain(error)
-        return 128 + signal.SIGTERM
+        return error.code
     return 0
 
 
@@ -100,10 +102,10 @@ def run(recipe: Recipe, accept_changes: bool = False) -> None:
         DataError: If the data cannot be read or trained on.
         TrainingStopped: If training stops itself.
         WriteError: If the disk is full.
-        Terminated: If SIGTERM arrived.
+        Terminated: If a signal stopped it.
     """
     claim = claimed(recipe, accept_changes)
-    with claim, saving_on_sigterm() as sigterm, explaining_disk_errors(recipe.output_dir):
+    with claim, saving_on_signals() as signals, explaining_disk_errors(recipe.output_dir):
         set_seed(recipe.seed)
         start = base_model(recipe, recipe.output_dir / "base")
         tokenizer = load_tokenizer(recipe, start)
@@ -135,9 +137,10 @@ def run(recipe: Recipe, accept_changes: bool = False) -> None:
             else:
                 checkpoint = resume_point(name, folder, args, origin, accept_changes)
                 with explaining_disk_errors(folder, name), reading_rows():
-                    run_stage(name, recipe, start, tokenizer, rows[name], sigterm, checkpoint)
-                if name != last_stage and sigterm.received_anywhere(args):
-                    raise Terminated(f"{name}: finished, then stopped by SIGTERM. {RUN_AGAIN}")
+                    run_stage(name, recipe, start, tokenizer, rows[name], signals, checkpoint)
+                if name != last_stage and (received := signals.received_anywhere(args)):
+                    stopped = f"stopped by {signal.Signals(received).name}"
+                    raise Terminated(received, f"{name}: finished, then {stopped}. {RUN_AGAIN}")
             start = str(folder)
         if recipe.report and PartialState().is_main_process:
             from .report.page import write_report  # imports matplotlib, which takes seconds
@@ -147,4 +150,4 @@ def run(recipe: Recipe, accept_changes: bool = False) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(call(main))

@@ -23,7 +23,7 @@ PACKAGE = Path(__file__).parent.parent / "dposhift_trl"
 
 # Modules and sub-packages, lowest first. Each may import those below its line, not those beside or above it.
 LAYERS = (
-    ("schedules", "losses", "columns", "artifacts", "ranges", "choices", "launcher"),
+    ("schedules", "losses", "columns", "artifacts", "ranges", "choices", "launcher", "command"),
     ("integrity",),
     ("config", "environment", "hub"),
     ("scoring",),
@@ -184,6 +184,7 @@ HEAVY = {"torch", "transformers", "trl", "accelerate", "datasets", "peft", "scip
     [
         ("dposhift_trl", set()),
         ("dposhift_trl.__main__", set()),
+        ("dposhift_trl.command", set()),
         ("dposhift_trl.schedules", set()),
         ("dposhift_trl.columns", set()),
         ("dposhift_trl.losses", {"torch", "numpy"}),

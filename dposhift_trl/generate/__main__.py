@@ -1,5 +1,10 @@
 """`python -m dposhift_trl.generate RUN_DIR`: answers of a run's first and final model, for reading and for a judge."""
 
+if __name__ == "__main__":
+    from ..command import begin
+
+    begin()  # before the imports, which take seconds
+
 import argparse
 import dataclasses
 import sys
@@ -8,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..artifacts import GENERATIONS, PAGE, REPORT
+from ..command import call
 from ..report.run_folder import ReportError
 from .answers import generate_answers
 from .settings import GenerateError, GenerationSettings
@@ -114,4 +120,4 @@ def format_table(report: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(call(main))

@@ -9,7 +9,3 @@ class RunError(RuntimeError):
 
 class WriteError(RuntimeError):
     """The disk is full or cannot be written, or a model cannot be pushed to the Hub."""
-
-
-class Terminated(BaseException):
-    """SIGTERM arrived and everything is saved. Not an `Exception`, so that no library handles it."""

@@ -20,6 +20,7 @@ from trl import get_peft_config, get_quantization_config
 
 from .. import __version__
 from ..artifacts import FINISHED, MERGED, STATE, write_whole
+from ..command import Terminated
 from ..config import DPOShiftConfig
 from ..data.audit import AuditedRows
 from ..integrity import model_files, weights_fault
@@ -28,9 +29,9 @@ from ..report.verdict import verdict_of
 from ..training.checks import check_rows_left
 from ..training.model_card import log_until
 from .checkpoints import explaining_load_errors
-from .errors import RUN_AGAIN, RunError, Terminated, WriteError
+from .errors import RunError, WriteError
 from .processes import say
-from .sigterm import SaveOnSigterm
+from .signals import SaveOnSignal
 from .tracking import wandb_run
 from .trainers import RunDPOShiftTrainer, RunSFTTrainer
 
@@ -44,7 +45,7 @@ def run_stage(
     start: str,
     tokenizer: PreTrainedTokenizerBase,
     rows: AuditedRows,
-    sigterm: SaveOnSigterm,
+    signals: SaveOnSignal,
     checkpoint: Path | None,
 ) -> None:
     """
@@ -61,22 +62,22 @@ def run_stage(
             Tokenizer, saved with the model.
         rows ([`~data.audit.AuditedRows`]):
             Rows to train and evaluate on.
-        sigterm ([`SaveOnSigterm`]):
-            Stops the stage after SIGTERM.
+        signals ([`SaveOnSignal`]):
+            Stops the stage after a signal.
         checkpoint (`Path` or `None`):
             Checkpoint to resume from, from [`~pipeline.resume.resume_point`].
 
     Raises:
         RunError: If the trainer cannot be created, or the checkpoint cannot be loaded.
         TrainingStopped: If training stops itself.
-        Terminated: If SIGTERM stopped it.
+        Terminated: If a signal stopped it.
         WriteError: If the model cannot be pushed to the Hub.
     """
     folder = recipe.output_dir / name
     say(f"{name}: " + (f"resuming from {checkpoint}" if checkpoint else f"starting from {start}"))
     began = time.monotonic()
     trainer = _make_trainer(name, recipe, start, tokenizer, rows)
-    trainer.add_callback(sigterm)
+    trainer.add_callback(signals)
     if isinstance(trainer, RunDPOShiftTrainer):
         say(
             f"{name}: "
@@ -85,9 +86,7 @@ def run_stage(
         )
     with wandb_run(name, recipe):
         with explaining_load_errors(name, checkpoint):
-            _train(trainer, checkpoint)
-        if sigterm.stopped_at is not None:
-            raise Terminated(f"{name}: stopped by SIGTERM, saved at step {sigterm.stopped_at}. {RUN_AGAIN}")
+            _train(trainer, checkpoint, signals)
         _save(trainer, recipe, name)
     if PartialState().is_main_process:
         if recipe.model.merge_adapter and is_peft_model(trainer.model):
@@ -101,7 +100,7 @@ def run_stage(
     GradientState._reset_state()
 
 
-def _train(trainer: RunSFTTrainer | RunDPOShiftTrainer, checkpoint: Path | None) -> None:
+def _train(trainer: RunSFTTrainer | RunDPOShiftTrainer, checkpoint: Path | None, signals: SaveOnSignal) -> None:
     """Train from a checkpoint, or if it is the last one only load what training would have ended with."""
     args = trainer.args
     state = TrainerState.load_from_json(str(checkpoint / STATE)) if checkpoint else None
@@ -122,7 +121,12 @@ def _train(trainer: RunSFTTrainer | RunDPOShiftTrainer, checkpoint: Path | None)
         trainer.state = state
         return
     args.eval_on_start = args.eval_on_start and not checkpoint  # it has been logged already
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except Terminated:
+        if signals.in_training:
+            trainer.callback_handler.on_train_end(args, trainer.state, trainer.control)  # closes the progress bar
+        raise
 
 
 def _save(trainer: RunSFTTrainer | RunDPOShiftTrainer, recipe: Recipe, name: str) -> None:

@@ -1,5 +1,10 @@
 """Command line of the cache of reference log-probabilities: `python -m dposhift_trl.reference list` and `clear`."""
 
+if __name__ == "__main__":
+    from ..command import begin
+
+    begin()  # before the imports, which take seconds
+
 import argparse
 import contextlib
 import re
@@ -10,6 +15,7 @@ from pathlib import Path
 
 import filelock
 
+from ..command import call
 from .cache import ReferenceCacheError, default_folder, entries, load_entry
 
 
@@ -82,4 +88,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(call(main))

@@ -1,11 +1,17 @@
 """`python -m dposhift_trl.report RUN_DIR [RUN_DIR ...]`: write one self-contained HTML page and its figures."""
 
+if __name__ == "__main__":
+    from ..command import begin
+
+    begin()  # before the imports, which take seconds
+
 import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from ..artifacts import REPORT
+from ..command import call
 from .page import write_report
 from .run_folder import ReportError
 
@@ -43,4 +49,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(call(main))

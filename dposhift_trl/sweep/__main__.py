@@ -1,12 +1,17 @@
 """`python -m dposhift_trl.sweep RECIPE key=value,value ... [-- accelerate options]`: many runs from one stage 1."""
 
+if __name__ == "__main__":
+    from ..command import begin
+
+    begin()  # before the imports, which take seconds
+
 import argparse
 import os
-import signal
 import sys
 import warnings
 from collections.abc import Sequence
 
+from ..command import call
 from ..launcher import launcher_mistakes
 from ..recipe import RecipeError
 from .launch import Stopped
@@ -68,8 +73,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Stopped as error:
         print(error, file=sys.stderr)
         return error.code
-    except KeyboardInterrupt:
-        return 128 + signal.SIGINT
 
 
 def print_points(sweep: Sweep) -> None:
@@ -85,4 +88,4 @@ def print_points(sweep: Sweep) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(call(main))

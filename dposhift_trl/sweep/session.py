@@ -9,9 +9,10 @@ from collections.abc import Sequence
 from filelock import FileLock
 
 from ..artifacts import FINISHED, LOCK, write_whole
+from ..command import handling
 from ..recipe import dump_yaml
 from ..report.run_folder import ReportError
-from .launch import POLL, Stopped, catch_signals, command_of, last_error, launch, try_lock
+from .launch import POLL, Stopped, command_of, last_error, launch, try_lock
 from .plan import BASE, RECIPES, Sweep, SweepRun
 from .table import make_table
 
@@ -44,7 +45,8 @@ def run_sweep(sweep: Sweep, launch_options: Sequence[str] = ()) -> int:
             # Atomically, since another command may be reading it
             write_whole(run.file, header + dump_yaml(run.values))
     print(f"One run per point: {command_of(sweep.folder / RECIPES / 'NAME.yaml', launch_options)}", flush=True)
-    with catch_signals() as received:
+    received: list[int] = []
+    with handling(received.append):  # the current run must end in order
         failed = _Session(sweep, launch_options, received).run()
     if sweep.base is not None and sweep.base.name in failed:
         print("Stage 1 failed, so no point could run.", file=sys.stderr)

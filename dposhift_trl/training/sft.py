@@ -18,7 +18,7 @@ from transformers import (
 from trl import SFTConfig, SFTTrainer, extract_prompt
 
 from ..columns import CHOSEN_START, TOKEN_COLUMNS, as_python_values
-from .callbacks import KeepFreedMemoryCallback
+from .callbacks import KeepFreedMemoryCallback, TokenCountCallback
 from .checks import check_not_empty, warn_of_inexact_resume
 from .settings import name_best_metric
 from .streams import resume_position
@@ -82,6 +82,17 @@ class ChosenSFTTrainer(SFTTrainer):
             formatting_func=formatting_func,
         )
         self.add_callback(KeepFreedMemoryCallback())
+        self.add_callback(TokenCountCallback())
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Counts tokens from where the checkpoint ended that training was resumed from."""
+        tokens = next(cb for cb in self.callback_handler.callbacks if isinstance(cb, TokenCountCallback))
+        self._total_train_tokens = tokens.num_tokens
+        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        tokens.num_tokens = self._total_train_tokens
+        return result
 
     def _init_training_state(
         self,
