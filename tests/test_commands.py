@@ -40,7 +40,10 @@ def test_listing_imports_nothing_heavy():
     assert {name.split(".")[0] for name in imported}.isdisjoint(
         {"torch", "transformers", "trl", "datasets", "accelerate", "numpy", "pyarrow", "matplotlib"}
     )
-    assert [name for name in imported if name.startswith("dposhift_trl")] == ["dposhift_trl"]
+    assert [name for name in imported if name.startswith("dposhift_trl")] == [
+        "dposhift_trl",
+        "dposhift_trl.console",
+    ]
 
 
 @pytest.mark.parametrize(

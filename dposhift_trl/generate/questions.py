@@ -12,8 +12,9 @@ from pyarrow import ArrowException
 from transformers import PreTrainedTokenizerBase
 from trl import maybe_extract_prompt
 
-from ..artifacts import EVAL_ROWS
+from ..artifacts import EVAL_ROWS, ArtifactError, check_file
 from ..columns import SAVED_ROW_INDEX
+from ..console import say
 from .settings import GenerateError
 
 
@@ -139,16 +140,19 @@ def select_questions(
         )
     if sum(left_out.values()):
         reasons = ", ".join(f"{count} {reason}" for reason, count in left_out.items() if count)
-        print(f"Prompts left out: {reasons.replace('_', ' ')}", flush=True)
+        say(f"Prompts left out: {reasons.replace('_', ' ')}")
     return kept, left_out
 
 
 def _evaluation_rows(folder: Path, limit: int) -> list[dict[str, Any]]:
     path = folder / EVAL_ROWS
-    if not path.is_file():
+    if not path.exists():
         return []
     try:
+        check_file(path)
         rows: list[dict[str, Any]] = pq.read_table(path).slice(0, limit).to_pylist()
+    except ArtifactError as error:
+        raise GenerateError(str(error)) from error
     except (OSError, ArrowException) as error:
         raise GenerateError(f"{path} cannot be read: {error}") from error
     if rows and not {"chosen", "rejected"} <= set(rows[0]):

@@ -4,20 +4,27 @@ from pathlib import Path
 
 from accelerate import PartialState
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils import ADAPTER_CONFIG_NAME
 
-from ..artifacts import whole_folder
+from ..artifacts import read_mapping, whole_folder
 from ..data.audit import AuditedRows, SplitAudit, audit_preferences
 from ..data.chat_template import use_plain_chat_template
 from ..data.demo import save_demo_model
 from ..data.sources import load_preferences
 from ..recipe import Recipe
 from .errors import RunError
+from .processes import say
 
 
 def base_model(recipe: Recipe, demo_folder: Path) -> str:
     """Name or folder of the model that the first stage starts from; the demo model is created in `demo_folder`."""
-    if recipe.model.model_name_or_path != "demo":
-        return str(recipe.model.model_name_or_path)
+    name = str(recipe.model.model_name_or_path)
+    if name != "demo":
+        if (Path(name) / ADAPTER_CONFIG_NAME).is_file():
+            # Another model is loaded than the recipe names, with the consent that it gives
+            start = read_mapping(Path(name) / ADAPTER_CONFIG_NAME).get("base_model_name_or_path")
+            say(f"{name} is an adapter of {start}, which its {ADAPTER_CONFIG_NAME} names")
+        return name
     if PartialState().is_main_process and not (demo_folder / "config.json").is_file():
         with whole_folder(demo_folder) as unfinished:
             save_demo_model(str(unfinished))

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import filelock
 
+from ..console import complain, say
 from .cache import default_folder, entries, load_entry
 
 
@@ -41,7 +42,7 @@ def _clear(folder: Path, keys: Sequence[str], days: float) -> list[str]:
                 for file in files:
                     (folder / file.string).unlink(missing_ok=True)
                 Path(lock.lock_file).unlink()
-            print(f"removed {key}: {row[2]} bytes, {row[4]}")
+            say(f"removed {key}: {row[2]} bytes, {row[4]}")
         except filelock.Timeout:
             problems.append(f"{key}: in use by a run, not removed")
     return problems
@@ -64,16 +65,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if options.command == "clear":
             problems = _clear(folder, options.keys, options.older_than)
-            for problem in problems:
-                print(problem, file=sys.stderr)
+            complain(*problems)
             return 1 if problems else 0
         rows = [_row(folder, key, files) for key, files in entries(folder).items()]
     except OSError as error:
-        print(error, file=sys.stderr)
+        complain(error)
         return 1
     for key, count, size, written, about in [["KEY", "ROWS", "BYTES", "WRITTEN (UTC)", "REFERENCE"], *rows]:
-        print(f"{key:32}  {count:>18}  {size:>13}  {written:16}  {about}")
-    print(f"{len(rows)} entries in {folder}")
+        say(f"{key:32}  {count:>18}  {size:>13}  {written:16}  {about}")
+    say(f"{len(rows)} entries in {folder}")
     return 0
 
 

@@ -21,6 +21,7 @@ from ..artifacts import (
     read_text,
 )
 from ..columns import SAVED_ROW_INDEX
+from ..console import one_line
 from ..schedules import ADAPTIVE, LambdaPlan, lambda_path
 from .answers import Answers, read_answers
 from .files import number, read_file
@@ -30,6 +31,9 @@ from .verdict import verdict
 
 class ReportError(ValueError):
     """A report that cannot be written. The message is one line."""
+
+    def __init__(self, message: str):
+        super().__init__(one_line(message))
 
 
 @dataclass
