@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from test_generate import SHORT, load, save_run
+from test_generate import SHORT, save_run
 
 from dposhift_trl.data.chat_template import PLAIN_CHAT_TEMPLATE
 from dposhift_trl.generate.__main__ import main as generate

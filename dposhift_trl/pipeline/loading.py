@@ -6,7 +6,7 @@ from accelerate import PartialState
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import ADAPTER_CONFIG_NAME
 
-from ..artifacts import read_mapping, whole_folder
+from ..artifacts import ArtifactError, read_mapping, whole_folder
 from ..data.audit import AuditedRows, SplitAudit, audit_preferences
 from ..data.chat_template import use_plain_chat_template
 from ..data.demo import save_demo_model
@@ -22,7 +22,10 @@ def base_model(recipe: Recipe, demo_folder: Path) -> str:
     if name != "demo":
         if (Path(name) / ADAPTER_CONFIG_NAME).is_file():
             # Another model is loaded than the recipe names, with the consent that it gives
-            start = read_mapping(Path(name) / ADAPTER_CONFIG_NAME).get("base_model_name_or_path")
+            try:
+                start = read_mapping(Path(name) / ADAPTER_CONFIG_NAME).get("base_model_name_or_path")
+            except ArtifactError as error:
+                raise RunError(f"`model.model_name_or_path` {name!r} cannot be loaded: {error}") from error
             say(f"{name} is an adapter of {start}, which its {ADAPTER_CONFIG_NAME} names")
         return name
     if PartialState().is_main_process and not (demo_folder / "config.json").is_file():
