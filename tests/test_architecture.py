@@ -25,6 +25,7 @@ PACKAGE = Path(__file__).parent.parent / "dposhift_trl"
 LAYERS = (
     ("console",),
     ("schedules", "losses", "columns", "artifacts"),
+    ("identity",),
     ("config",),
     ("scoring",),
     ("reference", "data"),

@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from dposhift_trl.identity import weights_identity
 from dposhift_trl.report import ReportError, figures, write_report
 from dposhift_trl.report.__main__ import main
 from dposhift_trl.report.answers import difference
@@ -85,6 +86,7 @@ def make_run(folder: Path, shift_lambda=0.75, pairs=40, fall=1.0, steps=(0, 10, 
         versions = {"dposhift_trl": "0.1.0", "trl": "1.16.0"}
         finished = {"step": 20, "seconds": 12.5, "device": "cpu", "processes": 1, "versions": versions}
         (folder / stage / "finished.json").write_text(json.dumps(finished))
+        (folder / stage / "model.safetensors").write_text(f"{stage} {shift_lambda}")
     findings = {
         "empty": {"policy": "drop", "count": 2, "examples": [{"row": 4}, {"row": 9}]},
         "cut": {"policy": "keep", "count": 0, "examples": []},
@@ -105,6 +107,7 @@ def add_answers(folder: Path, texts=(), **changes) -> Path:
     report = {
         "settings": {"prompts": None, "limit": 64, "max_new_tokens": 256},
         "models": ["sft", "dpo"],
+        "weights": {name: weights_identity(folder / name) for name in ("sft", "dpo")},
         "modes": ["greedy", "sampled"],
         "questions": len(texts),
         "left_out": {},
@@ -304,6 +307,52 @@ def test_broken_lines_of_answers_are_counted_and_the_others_shown(tmp_path, undr
     text = Page(write_report([folder], tmp_path / "out")).text
     assert "side_by_side.jsonl is missing" in text
     assert "It occurs in dpo greedy" in text
+
+
+def text_of(folder: Path) -> str:
+    return Page(write_report([folder], folder / "report")).text
+
+
+def test_answers_of_a_model_that_was_trained_again_are_left_out(tmp_path, undrawn):
+    folder = add_answers(make_run(tmp_path / "run", pairs=3), ANSWERS)
+    assert "Greedy answers that differ most" in text_of(folder)
+    (folder / "dpo" / "model.safetensors").write_text("trained again")
+    text = text_of(folder)
+    assert "The generated answers are not of the weights that dpo/ now holds, so they are left out." in text
+    assert "Greedy answers that differ most" not in text
+    assert "nothing alike" not in text
+
+
+def test_answers_that_do_not_say_what_they_are_of_are_left_out(tmp_path, undrawn):
+    folder = add_answers(make_run(tmp_path / "run", pairs=3), ANSWERS, weights=None)
+    assert "nothing alike" not in text_of(folder)
+
+
+def test_answers_of_a_run_without_its_weights_are_shown_with_a_note(tmp_path, undrawn):
+    folder = add_answers(make_run(tmp_path / "run", pairs=3), ANSWERS)
+    (folder / "dpo" / "model.safetensors").unlink()
+    text = text_of(folder)
+    assert "nothing alike" in text
+    assert "it is unknown whether the generated answers are of this run" in text
+
+
+def test_scores_of_pairs_after_the_last_logged_evaluation_are_left_out(tmp_path, undrawn):
+    folder = make_run(tmp_path / "run", pairs=3)
+    pairs = folder / "dpo" / "pairs"
+    table = pq.read_table(pairs / "eval-000020.parquet")
+    pq.write_table(table.set_column(1, "chosen_logps", [[-999.0] * 3]), pairs / "eval-000030.parquet")
+    text = text_of(folder)
+    assert "The scores of pairs of step 30 are left out, since the log has no evaluation there" in text
+    assert "-999" not in text
+    assert "Row 0: chosen" in text
+
+
+def test_scores_of_pairs_of_another_training_are_left_out(tmp_path, undrawn):
+    folder, other = make_run(tmp_path / "run", pairs=5), make_run(tmp_path / "other", pairs=5, fall=2.0)
+    shutil.copy(other / "dpo" / "pairs" / "eval-000020.parquet", folder / "dpo" / "pairs")
+    text = text_of(folder)
+    assert "eval-000020.parquet is left out, since its means are not those that the log has for step 20" in text
+    assert "Row 0: chosen" not in text
 
 
 def test_every_turn_of_a_conversation_is_shown(tmp_path, undrawn):

@@ -60,7 +60,8 @@ def generate_answers(
     questions = load_questions(run.folder, prompts, settings.limit, tokenizer)
     destination = Path(output) if output is not None else run.folder / GENERATIONS
     described = describe_settings(settings, prompts, questions)
-    prepare_destination(destination, run.models, described, overwrite)
+    weights = run.weights
+    prepare_destination(destination, weights, described, overwrite)
     torch_device = select_device(device)
     questions, left_out = select_questions(questions, tokenizer, None)
     answers: Answers = {}
@@ -81,6 +82,7 @@ def generate_answers(
     report = {
         "settings": described,
         "models": list(run.models),
+        "weights": weights,
         "modes": list(MODES),
         "questions": len(questions),
         "left_out": left_out,

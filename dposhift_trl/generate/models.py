@@ -12,6 +12,7 @@ from trl import get_quantization_config
 
 from ..artifacts import FINISHED, RECIPE, ArtifactError, read_mapping
 from ..console import say
+from ..identity import weights_identity
 from ..recipe import STAGES, RecipeModelConfig
 from .settings import GenerateError
 
@@ -45,6 +46,18 @@ class FinishedRun:
             return str(self.folder / name)
         start = str(self.model.model_name_or_path)
         return str(self.folder / BASE) if start == "demo" else start
+
+    @property
+    def weights(self) -> dict[str, str]:
+        """Which weights the models have, by name; of a model from the Hub its name and revision."""
+        return {name: self._weights(Path(self.path(name))) for name in self.models}
+
+    def _weights(self, path: Path) -> str:
+        try:
+            found = weights_identity(path)
+        except OSError as error:
+            raise GenerateError(f"The weights in {path} cannot be read: {error}") from error
+        return found or f"{path}@{self.model.model_revision}"
 
 
 def read_finished_run(folder: Path, trust_remote_code: bool = False) -> FinishedRun:

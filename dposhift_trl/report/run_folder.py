@@ -23,7 +23,7 @@ from ..artifacts import (
 from ..columns import SAVED_ROW_INDEX
 from ..console import one_line
 from ..schedules import ADAPTIVE, LambdaPlan, lambda_path
-from .answers import Answers, read_answers
+from .answers import Answers, of_these_weights, read_answers
 from .files import number, read_file
 from .recommendation import Outcome
 from .verdict import verdict
@@ -221,6 +221,7 @@ def read_run(folder: Path) -> Run:
     answers = None
     if (folder / GENERATIONS / STATISTICS).exists():
         answers = read_file(folder / GENERATIONS / STATISTICS, read_answers, None, notes, "the table of answers")
+        answers = None if answers is None else of_these_weights(answers, folder, notes)
     recipe = None if settings is None else read_text(folder / RECIPE)
     return Run(folder, folder.resolve().name, stages, recipe, audit, rows, notes, plan, answers)
 
