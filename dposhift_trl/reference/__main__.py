@@ -19,7 +19,7 @@ def _row(folder: Path, key: str, files: list[re.Match[str]]) -> list[str]:
     paths = [path for file in files if (path := folder / file.string).exists()]
     row = [key, "?", f"{sum(path.stat().st_size for path in paths):,}", "", "unreadable, scored again when needed"]
     for path in paths:
-        with contextlib.suppress(ValueError, FileNotFoundError):
+        with contextlib.suppress(ValueError, OSError, TypeError, AttributeError, LookupError):
             header = load_entry(path)[0]
             row[3:] = header["date"][:16], ", ".join(f"{name} {x}" for name, x in header["description"].items())
             row[1] = str(header["rows"][2])
@@ -33,7 +33,7 @@ def _clear(folder: Path, keys: Sequence[str], days: float) -> list[str]:
     found = entries(folder)
     problems = [f"{key}: no entry with this key in {folder}" for key in keys if key not in found]
     for key, files in found.items():
-        row, written = _row(folder, key, files), max((folder / file.string).stat().st_mtime for file in files)
+        row, written = _row(folder, key, files), max((folder / file.string).lstat().st_mtime for file in files)
         if (key not in keys if keys else not row[3]) or time.time() - written < days * 86400:
             continue
         lock = filelock.FileLock(folder / f"{key}.lock", timeout=0)
