@@ -3,6 +3,7 @@
 import html.parser
 import json
 import math
+import os
 import re
 import shutil
 import subprocess
@@ -15,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from dposhift_trl.artifacts import write_whole
 from dposhift_trl.identity import weights_identity
 from dposhift_trl.report import ReportError, figures, write_report
 from dposhift_trl.report.__main__ import main
@@ -22,6 +24,7 @@ from dposhift_trl.report.answers import difference
 from dposhift_trl.report.drawing import Drawing, color_variables
 from dposhift_trl.report.figures import curves, pareto_front, spread
 from dposhift_trl.report.one_run import as_text
+from dposhift_trl.report.page import DRAWN
 from dposhift_trl.report.run_folder import read_run
 
 
@@ -681,6 +684,112 @@ def test_an_earlier_report_is_replaced_and_other_files_are_kept(tmp_path, capsys
     assert main([str(folder), "--output", str(folder)]) == 2
     assert main([str(folder), "--output", str(foreign / "report.html")]) == 2
     assert "is a file" in capsys.readouterr().err
+
+
+def report_files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), KeyboardInterrupt()], ids=["full", "killed"]
+)
+@pytest.mark.parametrize("count", [0, 1, 8])
+def test_a_report_that_cannot_be_written_leaves_the_earlier_one_and_is_written_by_the_next_call(
+    error, count, tmp_path, undrawn, monkeypatch
+):
+    folder = make_run(tmp_path / "run", pairs=3)
+    calls = []
+
+    def write_some(path, content):
+        calls.append(path)
+        if len(calls) > count:
+            raise error
+        write_whole(path, content)
+
+    def stop():
+        with monkeypatch.context() as patch, pytest.raises((ReportError, KeyboardInterrupt)):
+            patch.setattr("dposhift_trl.report.page.write_whole", write_some)
+            write_report([folder], folder / "report")
+        calls.clear()
+
+    stop()
+    assert not (folder / "report").exists()
+    write_report([folder], folder / "report")
+    earlier = report_files(folder / "report")
+    (folder / "audit.json").unlink()
+    stop()
+    assert report_files(folder / "report") == earlier
+    assert main([str(folder)]) == 0
+    assert report_files(folder / "report").keys() == earlier.keys()
+    assert report_files(folder / "report")["report.html"] != earlier["report.html"]
+
+
+LEFT = {
+    "figures without a page": ["figures/logps.png", "figures/curves_margin.svg.tmp"],
+    "a page on its way": ["report.html.tmp"],
+    "an unfinished report": [".unfinished.tmp/report.html", ".unfinished.tmp/figures/loss.svg"],
+}
+
+
+@pytest.mark.parametrize("left", LEFT.values(), ids=LEFT)
+def test_what_a_kill_left_of_a_report_is_no_reason_to_refuse(left, tmp_path, undrawn, capsys):
+    folders = [make_run(tmp_path / name, pairs=3) for name in "ab"]
+    for names, destination in ((folders[:1], folders[0] / "report"), (folders, tmp_path / "comparison")):
+        for name in left:
+            (destination / name).parent.mkdir(parents=True, exist_ok=True)
+            (destination / name).write_text("left by a kill")
+        assert main([*map(str, names), "--output", str(destination)]) == 0, capsys.readouterr().err
+        assert (destination / "report.html").is_file()
+        assert not (destination / ".unfinished.tmp").exists()
+
+
+@pytest.mark.parametrize("name", ["figures/mine.png", "figures/logps/mine", "mine.tmp/x", "mine"])
+def test_a_folder_with_files_of_another_kind_is_refused(name, tmp_path, undrawn):
+    path = tmp_path / "out" / name
+    path.parent.mkdir(parents=True)
+    path.write_text("mine")
+    kept = name in ("figures/logps/mine", "mine.tmp/x")  # in folders that no report writes
+    folder = make_run(tmp_path / "run", pairs=3)
+    assert main([str(folder), "--output", str(tmp_path / "out")]) == (0 if kept else 2)
+    assert path.read_text() == "mine"
+
+
+def test_figures_of_an_earlier_report_are_gone_and_files_of_others_kept(tmp_path, undrawn):
+    folder = make_run(tmp_path / "run", pairs=3)
+    write_report([folder], folder / "report")
+    (folder / "report" / "figures" / "mine.png").write_text("mine")
+    (folder / "report" / "notes.txt").write_text("mine")
+    shutil.rmtree(folder / "dpo" / "pairs")
+    write_report([folder], folder / "report")
+    names = {path.name for path in (folder / "report" / "figures").iterdir()}
+    assert {"mine.png", "logps.png"} <= names
+    assert "scatter.png" not in names
+    assert (folder / "report" / "notes.txt").read_text() == "mine"
+
+
+def test_figures_are_not_written_through_a_link(tmp_path, undrawn, capsys):
+    folder, elsewhere = make_run(tmp_path / "run", pairs=3), tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (folder / "report").mkdir()
+    (folder / "report" / "figures").symlink_to(elsewhere)
+    assert main([str(folder)]) == 2
+    assert "figures must be a folder, got a file or a link" in capsys.readouterr().err
+    assert not list(elsewhere.iterdir())
+
+
+def test_every_figure_has_a_name_that_a_later_report_knows(one, several):
+    for page in (one, several):
+        assert {path.stem for path in (page.parent / "figures").iterdir()} <= DRAWN
+
+
+@pytest.mark.parametrize("name", ["audit.json", "recipe.yaml", "eval_rows.parquet", "dpo/pairs/eval-000020.parquet"])
+@pytest.mark.parametrize("kind", [os.mkfifo, lambda path: path.symlink_to("/dev/zero")], ids=["FIFO", "device"])
+def test_a_pipe_or_device_in_place_of_a_file_is_noted_and_not_waited_for(kind, name, tmp_path, undrawn):
+    folder = make_run(tmp_path / "run", pairs=3)
+    (folder / name).unlink()
+    kind(folder / name)
+    text = Page(write_report([folder], folder / "report")).text
+    assert re.search(rf"{Path(name).name} must be a file, got a (FIFO|device)", text)
 
 
 def test_a_folder_without_a_run_is_refused_in_one_line(tmp_path, capsys):
