@@ -707,9 +707,10 @@ def test_a_report_that_cannot_be_written_leaves_the_earlier_one_and_is_written_b
         write_whole(path, content)
 
     def stop():
-        with monkeypatch.context() as patch, pytest.raises((ReportError, KeyboardInterrupt)):
+        with monkeypatch.context() as patch:
             patch.setattr("dposhift_trl.report.page.write_whole", write_some)
-            write_report([folder], folder / "report")
+            with pytest.raises((ReportError, KeyboardInterrupt)):
+                write_report([folder], folder / "report")
         calls.clear()
 
     stop()

@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import re
 import shutil
 from pathlib import Path
 
@@ -128,6 +129,24 @@ def test_generate_runs_no_code_of_a_run_folder(attack, answer, run, tmp_path, ca
     assert not (tmp_path / "canary").exists()
     error = capfd.readouterr().err.strip().splitlines()
     assert (answer or "") in (error or [""])[-1]
+
+
+@pytest.mark.parametrize("name", ["recipe.yaml", "eval_rows.parquet", "dpo/finished.json", "sft/adapter_config.json"])
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero")], ids=["FIFO", "device"])
+def test_generate_waits_for_no_pipe_in_a_run_folder(make, name, run, capfd):
+    (run / name).unlink(missing_ok=True)
+    make(run / name)
+    assert generate([str(run), *SHORT]) == 2
+    assert re.search("must be a file, got a (FIFO|device)|is not finished", capfd.readouterr().err.splitlines()[-1])
+
+
+def test_generate_writes_through_no_link_in_a_run_folder(run, tmp_path):
+    (tmp_path / "mine").write_text("mine")
+    (run / "generations").mkdir()
+    for name in ("statistics.json", "statistics.json.tmp", "dpo-greedy.jsonl", "dpo-greedy.jsonl.tmp"):
+        (run / "generations" / name).symlink_to(tmp_path / "mine")
+    assert generate([str(run), *SHORT, "--overwrite"]) == 0
+    assert (tmp_path / "mine").read_text() == "mine"
 
 
 @pytest.mark.parametrize("attack", [model_code, tokenizer_code])
