@@ -1,5 +1,6 @@
 """Code of strangers: a run folder, a model, a template or a cache from elsewhere runs nothing without consent."""
 
+import contextlib
 import json
 import os
 import pickle
@@ -8,11 +9,14 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from conftest import make_rows
 from test_generate import SHORT, save_run
 
 from dposhift_trl.data.chat_template import PLAIN_CHAT_TEMPLATE
 from dposhift_trl.generate.__main__ import main as generate
 from dposhift_trl.recipe import dump_yaml, parse_yaml
+from dposhift_trl.run import main as train
 
 
 class Evil:
@@ -147,6 +151,54 @@ def test_generate_writes_through_no_link_in_a_run_folder(run, tmp_path):
         (run / "generations" / name).symlink_to(tmp_path / "mine")
     assert generate([str(run), *SHORT, "--overwrite"]) == 0
     assert (tmp_path / "mine").read_text() == "mine"
+
+
+# Models and run folders that a recipe names
+
+
+def write_recipe(path: Path, **model) -> Path:
+    stage = {
+        "bf16": False, "use_cpu": True, "gradient_checkpointing": False, "per_device_train_batch_size": 2,
+        "max_steps": 2, "save_steps": 1, "save_total_limit": None, "eval_strategy": "no", "max_length": 32,
+        "report_to": "none", "disable_tqdm": True,
+    }  # fmt: skip
+    rows = path.with_name("rows.jsonl")
+    rows.write_text("".join(json.dumps(row) + "\n" for row in make_rows(4)))
+    recipe = {
+        "output_dir": str(path.with_name("out")), "model": model, "data": {"path": str(rows)}, "report": False,
+        "dpo": stage,
+    }  # fmt: skip
+    path.write_text(dump_yaml(recipe))
+    return path
+
+
+@pytest.mark.parametrize("attack", [model_code, pickled_weights, pickled_adapter])
+def test_run_runs_no_code_of_a_model_unless_its_own_recipe_says_so(attack, run, tmp_path, capfd):
+    attack(run, tmp_path / "canary")
+    recipe = write_recipe(tmp_path / "x.yaml", model_name_or_path=str(run / "sft"))
+    assert train([str(recipe)]) == 2
+    assert not (tmp_path / "canary").exists()
+    streams = capfd.readouterr()
+    assert "Traceback" not in streams.err
+    named = f"{run / 'sft'} is an adapter of {run / 'base'}, which its adapter_config.json names"
+    assert (named in streams.out) == (attack is pickled_adapter)
+    if attack is model_code:
+        recipe = write_recipe(tmp_path / "x.yaml", model_name_or_path=str(run / "sft"), trust_remote_code=True)
+        train([str(recipe), "--dry-run"]), train([str(recipe)])
+        assert (tmp_path / "canary").exists()
+
+
+def test_a_resumed_run_runs_no_code_of_its_checkpoint(run, tmp_path):
+    recipe = write_recipe(tmp_path / "x.yaml", model_name_or_path=str(run / "base"))
+    assert train([str(recipe)]) == 0
+    (tmp_path / "out" / "dpo" / "finished.json").unlink()
+    shutil.rmtree(tmp_path / "out" / "dpo" / "checkpoint-2")
+    for path in (*tmp_path.glob("out/dpo/checkpoint-1/*.p*"), *tmp_path.glob("out/dpo/**/training_args.bin")):
+        assert path.suffix in (".pt", ".pth", ".bin")
+        torch.save(Evil(tmp_path / f"canary of {path.name}"), path)
+    with contextlib.suppress(pickle.UnpicklingError):
+        train([str(recipe)])
+    assert not list(tmp_path.glob("canary*"))
 
 
 @pytest.mark.parametrize("attack", [model_code, tokenizer_code])

@@ -7,6 +7,7 @@ import shutil
 import time
 from importlib.metadata import version
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -164,6 +165,11 @@ def _make_trainer(
             if dataset is not None:
                 check_rows_left(dataset, split, args.max_length)
         return trainer
+    except UnpicklingError as error:
+        raise RunError(
+            f"`model.model_name_or_path` must hold weights alone, got pickles with code in {start}, which is not run. "
+            "Use a model that is saved as safetensors."
+        ) from error
     except (OSError, ValueError, ImportError) as error:
         raise RunError(f"Stage `{name}` cannot start: {' '.join(str(error).split())}") from error
 
