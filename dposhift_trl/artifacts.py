@@ -1,6 +1,7 @@
 """Files of a run folder: their names, writing them atomically, and reading the mappings in them."""
 
 import contextlib
+import itertools
 import json
 import os
 import shutil
@@ -30,6 +31,7 @@ STATE = "trainer_state.json"
 PAIRS = "pairs"  # <prefix>-<step>.parquet, the scores that an evaluation gave each pair
 WANDB_ID = "wandb_id"
 MERGED = "merged"
+EARLIER = "earlier"  # <n>: log and scores of an earlier training
 
 # In the folders `generations` and `report`
 STATISTICS = "statistics.json"
@@ -125,6 +127,28 @@ def whole_files(folder: Path) -> Iterator[Path]:
             _remove(unfinished)
             if is_new:
                 folder.rmdir()  # if nothing was written
+
+
+def set_earlier_aside(folder: Path) -> Path | None:
+    """
+    Move the log and the scores of an earlier training away, so that they are not taken for those of a new one.
+
+    Args:
+        folder (`Path`):
+            Folder of a stage that starts anew.
+
+    Returns:
+        `Path` or `None`: The folder in it where they are now, or `None` if there is no such log.
+    """
+    if not (folder / STATE).exists():
+        return None
+    places = (folder / f"{EARLIER}-{number}" for number in itertools.count(1))
+    place = next(place for place in places if not place.exists())
+    place.mkdir()
+    for name in (PAIRS, STATE):  # the log last, so that a kill leaves it for the next call
+        if (folder / name).exists():
+            (folder / name).replace(place / name)
+    return place
 
 
 def _remove(folder: Path) -> None:

@@ -12,6 +12,7 @@ from dposhift_trl.artifacts import (
     ArtifactError,
     check_file,
     read_mapping,
+    set_earlier_aside,
     whole_files,
     whole_folder,
     write_whole,
@@ -103,6 +104,18 @@ def test_what_a_kill_left_of_files_that_belong_together_is_written_over(tmp_path
     write_two(tmp_path)
     assert tree(tmp_path) == {"inner/a": "new", "b": "new"}
     assert not (tmp_path / UNFINISHED).exists()
+
+
+def test_the_log_and_scores_of_an_earlier_training_are_kept_aside(tmp_path):
+    assert set_earlier_aside(tmp_path) is None
+    for number in (1, 2):
+        (tmp_path / "pairs").mkdir()
+        (tmp_path / "pairs" / "eval-000000.parquet").write_text(str(number))
+        assert set_earlier_aside(tmp_path) is None, "no training has ended"
+        (tmp_path / "trainer_state.json").write_text(str(number))
+        assert set_earlier_aside(tmp_path) == tmp_path / f"earlier-{number}"
+    names = ("trainer_state.json", "pairs/eval-000000.parquet")
+    assert tree(tmp_path) == {f"earlier-{number}/{name}": str(number) for number in (1, 2) for name in names}
 
 
 @pytest.mark.parametrize("left", ["link", "FIFO", "file"])

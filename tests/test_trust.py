@@ -15,7 +15,7 @@ from test_generate import SHORT, save_run
 
 from dposhift_trl.data.chat_template import PLAIN_CHAT_TEMPLATE
 from dposhift_trl.generate.__main__ import main as generate
-from dposhift_trl.recipe import dump_yaml, parse_yaml
+from dposhift_trl.recipe import dump_yaml, load_recipe, parse_yaml
 from dposhift_trl.run import main as train
 
 
@@ -186,6 +186,18 @@ def test_run_runs_no_code_of_a_model_unless_its_own_recipe_says_so(attack, run, 
         recipe = write_recipe(tmp_path / "x.yaml", model_name_or_path=str(run / "sft"), trust_remote_code=True)
         train([str(recipe), "--dry-run"]), train([str(recipe)])
         assert (tmp_path / "canary").exists()
+
+
+def test_a_stage_that_starts_anew_does_not_show_the_log_of_the_training_before(run, tmp_path, capfd):
+    recipe = write_recipe(tmp_path / "x.yaml", model_name_or_path=str(run / "base"))
+    stage, only_now = tmp_path / "out" / "dpo", ["dpo.save_strategy=no", "dpo.max_steps=1"]
+    stage.mkdir(parents=True)
+    (tmp_path / "out" / "recipe.yaml").write_text(dump_yaml(load_recipe(str(recipe), only_now).resolved))
+    (stage / "trainer_state.json").write_text("of the training before")
+    assert train([str(recipe), *only_now]) == 0
+    assert (stage / "earlier-1" / "trainer_state.json").read_text() == "of the training before"
+    assert json.loads((stage / "trainer_state.json").read_text())["global_step"] == 1
+    assert f"of an earlier training are now in {stage}/earlier-1" in capfd.readouterr().out
 
 
 def test_a_resumed_run_runs_no_code_of_its_checkpoint(run, tmp_path):

@@ -19,7 +19,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from trl import get_peft_config, get_quantization_config
 
 from .. import __version__
-from ..artifacts import FINISHED, MERGED, write_whole
+from ..artifacts import FINISHED, MERGED, set_earlier_aside, write_whole
 from ..config import DPOShiftConfig
 from ..data.audit import AuditedRows
 from ..recipe import Recipe, dump_yaml
@@ -74,6 +74,8 @@ def run_stage(
     for path in incomplete:
         say(f"{name}: {path} is incomplete, skipped")
     say(f"{name}: " + (f"resuming from {checkpoint}" if checkpoint else f"starting from {start}"))
+    if checkpoint is None and PartialState().is_main_process and (place := set_earlier_aside(folder)):
+        say(f"{name}: the log and the scores of an earlier training are now in {place}")
     began = time.monotonic()
     trainer = _make_trainer(name, recipe, start, tokenizer, rows)
     trainer.add_callback(sigterm)
