@@ -12,6 +12,7 @@ from dposhift_trl.console import complain, one_line, printable, rewrite, say
 from dposhift_trl.generate.__main__ import main as generate
 from dposhift_trl.pipeline import processes
 from dposhift_trl.pipeline.errors import RunError, WriteError
+from dposhift_trl.report import figures
 from dposhift_trl.report.__main__ import main as report
 from dposhift_trl.report.run_folder import ReportError
 from dposhift_trl.run import main as run
@@ -70,7 +71,8 @@ def quiet(capfd):
     return streams
 
 
-def test_a_folder_with_escapes_in_its_name_is_reported_on(tmp_path, capfd):
+def test_a_folder_with_escapes_in_its_name_is_reported_on(tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(figures, "draw", lambda *parts: None)  # which takes most of the time
     folder = make_run(tmp_path / NAME, pairs=3)
     (folder / "recipe.yaml").write_text(json.dumps({"run_name": NAME, NAME: 1}))
     assert report([str(folder)]) == 0
@@ -79,11 +81,21 @@ def test_a_folder_with_escapes_in_its_name_is_reported_on(tmp_path, capfd):
     assert NAME_SHOWN.split(r"\r")[0] in quiet(capfd).err
 
 
-def test_a_run_folder_with_escapes_in_its_name_is_refused_in_one_line(tmp_path, capfd):
-    (tmp_path / NAME).mkdir()
-    (tmp_path / NAME / NAME).write_text("")
+@pytest.mark.parametrize("key", ["output_dir", "run_name"])
+@pytest.mark.parametrize("name", [*filter(None, NAME.split("red")), "a\tb", "a\nb"], ids=ascii)
+def test_a_run_has_no_name_that_acts_on_a_terminal(key, name, tmp_path, capfd):
+    recipe = {"output_dir": "a", "model": {"model_name_or_path": "demo"}, "data": {"path": "demo"}, "dpo": {}}
+    (tmp_path / "x.yaml").write_text(json.dumps({**recipe, key: name}))
+    assert run([str(tmp_path / "x.yaml")]) == 2
+    error = quiet(capfd).err
+    assert error == f"{tmp_path}/x.yaml: `{key}` must not contain control characters, got {name!r}. Remove them.\n"
+
+
+def test_names_of_strangers_do_not_act_on_a_terminal(tmp_path, capfd):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / NAME).write_text("")
     recipe = {
-        "output_dir": str(tmp_path / NAME), "run_name": NAME, "model": {"model_name_or_path": NAME},
+        "output_dir": str(tmp_path / "out"), "run_name": "größer", "model": {"model_name_or_path": NAME},
         "data": {"path": "demo"}, "dpo": {"bf16": False, "use_cpu": True, "report_to": "none"},
     }  # fmt: skip
     (tmp_path / "x.yaml").write_text(json.dumps(recipe))
@@ -92,4 +104,4 @@ def test_a_run_folder_with_escapes_in_its_name_is_refused_in_one_line(tmp_path, 
     assert run([str(tmp_path / "x.yaml"), "--dry-run"]) == 0
     assert "The rows cannot be loaded" in quiet(capfd).out
     assert generate([str(tmp_path / NAME)]) == 2
-    assert "contains no recipe.yaml" in quiet(capfd).err
+    assert "which does not exist" in quiet(capfd).err

@@ -188,9 +188,12 @@ class ReferenceScorer:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         # A separate generator, so that training draws the same numbers whether or not the scores are cached
         loader = DataLoader(dataset.select(rows), batch_size, collate_fn=self.collator, generator=torch.Generator())
+        place = f"{name}, rows {rows.start} to {rows.stop} of {len(dataset)}"
         progress = tqdm(
             prepare_data_loader(loader, self.accelerator.device, put_on_device=True),
-            desc=f"Reference log-probabilities ({name}, rows {rows.start} to {rows.stop} of {len(dataset)})",
+            desc=printable(
+                f"Reference log-probabilities ({name}, rows {rows.start} to {rows.stop} of {len(dataset)})"
+            ),
             disable=len(rows) <= SPOT_ROWS or not (self.show_progress and self.accelerator.is_main_process),
         )
         gather = self.accelerator.gather_for_metrics
