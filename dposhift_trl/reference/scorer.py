@@ -191,9 +191,7 @@ class ReferenceScorer:
         place = f"{name}, rows {rows.start} to {rows.stop} of {len(dataset)}"
         progress = tqdm(
             prepare_data_loader(loader, self.accelerator.device, put_on_device=True),
-            desc=printable(
-                f"Reference log-probabilities ({name}, rows {rows.start} to {rows.stop} of {len(dataset)})"
-            ),
+            desc=f"Reference log-probabilities ({printable(place)})",
             disable=len(rows) <= SPOT_ROWS or not (self.show_progress and self.accelerator.is_main_process),
         )
         gather = self.accelerator.gather_for_metrics
