@@ -8,6 +8,7 @@ from importlib.util import find_spec
 
 from . import __version__
 from .command import begin, call
+from .console import complain, say
 
 
 # Their modules are imported only when a command runs, so that the list appears at once
@@ -33,15 +34,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     name, *arguments = (sys.argv[1:] if argv is None else argv) or ["--help"]
     if name in ("-h", "--help"):
-        print(usage())
+        say(*usage().split("\n"))
         return 0
     if name == "--version":
-        print(f"dposhift_trl {__version__}")
+        say(f"dposhift_trl {__version__}")
         return 0
     if name not in COMMANDS:
         nearest = difflib.get_close_matches(name, COMMANDS, n=1)
         hint = f" Did you mean `{nearest[0]}`?" if nearest else ""
-        print(f"The command must be one of {', '.join(COMMANDS)}, got {name!r}.{hint}", file=sys.stderr)
+        complain(f"The command must be one of {', '.join(COMMANDS)}, got {name!r}.{hint}")
         return 2
     return import_module(module_of(name)).main(arguments)
 

@@ -11,6 +11,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, TextIO
 
+from .console import complain
+
 
 # What asks a command to stop: Ctrl-C, a cluster or `kill`, a closed terminal. Windows has no SIGHUP.
 SIGNALS = [number for number in signal.Signals if number.name in ("SIGINT", "SIGTERM", "SIGHUP")]
@@ -66,10 +68,9 @@ def begin() -> None:
     if _is_launcher(parent):
         end_with_parent(parent)
         if parent == 1 and "TORCHELASTIC_RUN_ID" not in os.environ:  # torchrun handles the signal
-            print(
+            complain(
                 "`accelerate launch` is process 1 of this container, which ignores SIGTERM, so `docker stop` kills "
-                "the run without saving. To run one process, write `python -m` instead of `accelerate launch -m`.",
-                file=sys.stderr,
+                "the run without saving. To run one process, write `python -m` instead of `accelerate launch -m`."
             )
 
 
@@ -79,7 +80,7 @@ def call(main: Callable[[], int]) -> int:
         with handling(_terminate):
             return main()
     except Terminated as error:
-        print(error, file=sys.stderr)
+        complain(error)
         return error.code
 
 

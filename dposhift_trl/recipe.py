@@ -34,6 +34,8 @@ from .ranges import RANGES, range_mistake
 MAX_NODES = 20_000  # far above any recipe, far below what nested YAML aliases can expand to
 MAX_DEPTH = 50  # far below Python's recursion limit
 UNWRITABLE = re.compile("[\0\ud800-\udfff]")  # cannot be written to files, file names or logs
+# Acts on a terminal, on which W&B and other libraries print the names of a run
+CONTROL = re.compile("[\0-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
 
 # Defaults of the command that differ from TRL's: checkpoints, a limit on their number, and W&B
 STAGE_DEFAULTS: dict[str, Any] = {"save_steps": 0.1, "save_total_limit": 2, "report_to": "wandb"}
@@ -370,6 +372,8 @@ def _unwritable(value: Any, key: str = "") -> Iterator[str]:
             yield from _unwritable(inner, f"{key}[{index}]")
     elif isinstance(value, str) and UNWRITABLE.search(value):
         yield f"`{key}` must not contain NUL characters or lone surrogates, got {value!r}. Remove them."
+    elif isinstance(value, str) and key in ("output_dir", "run_name") and CONTROL.search(value):
+        yield f"`{key}` must not contain control characters, got {value!r}. Remove them."
     elif isinstance(value, (bytes, set, tuple)):
         yield f"`{key}` must consist of mappings, lists, strings and numbers, got {value!r}."
     elif isinstance(value, int) and abs(value) >= 2**63:

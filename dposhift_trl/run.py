@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from accelerate import PartialState
 from transformers import set_seed
 
+from . import console
 from .artifacts import AUDIT, EVAL_ROWS, FINISHED, REPORT, write_whole
 from .command import Terminated, call
 from .data.errors import DataError, reading_rows
@@ -65,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     options = parser.parse_intermixed_args(argv)
     if mistakes := launcher_mistakes():
-        print(*mistakes, sep="\n", file=sys.stderr)
+        console.complain(*mistakes)
         return 2
     # TRL 1.16 reads a name that transformers has deprecated in every forward pass; users cannot change that
     warnings.filterwarnings("ignore", message="`(is_)?gradient_checkpointing", category=FutureWarning)

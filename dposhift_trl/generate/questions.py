@@ -11,8 +11,9 @@ from pyarrow import ArrowException
 from transformers import PreTrainedTokenizerBase
 from trl import maybe_extract_prompt
 
-from ..artifacts import EVAL_ROWS, read_rows
+from ..artifacts import EVAL_ROWS, ArtifactError, check_file, read_rows
 from ..columns import SAVED_ROW_INDEX
+from ..console import say
 from ..data.messages import message_as_text, template_inputs
 from .settings import GenerateError
 
@@ -148,16 +149,19 @@ def select_questions(
         )
     if sum(left_out.values()):
         reasons = ", ".join(f"{count} {reason}" for reason, count in left_out.items() if count)
-        print(f"Prompts left out: {reasons.replace('_', ' ')}", flush=True)
+        say(f"Prompts left out: {reasons.replace('_', ' ')}")
     return kept, left_out
 
 
 def _evaluation_rows(folder: Path, limit: int) -> list[dict[str, Any]]:
     path = folder / EVAL_ROWS
-    if not path.is_file():
+    if not path.exists():
         return []
     try:
+        check_file(path)
         rows = read_rows(path, limit)
+    except ArtifactError as error:
+        raise GenerateError(str(error)) from error
     except (OSError, ValueError, ArrowException) as error:
         raise GenerateError(f"{path} cannot be read: {error}") from error
     if rows and not {"chosen", "rejected"} <= set(rows[0]):

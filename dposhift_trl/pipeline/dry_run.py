@@ -22,7 +22,7 @@ from .processes import say
 
 def describe(recipe: Recipe) -> None:
     """Print the resolved recipe, the optimizer steps of each stage, and lambda at the start, middle and end."""
-    say(dump_yaml(recipe.resolved))
+    say(*dump_yaml(recipe.resolved).split("\n"))
     check_settings(recipe)
     rows = {}
     with tempfile.TemporaryDirectory() as folder:

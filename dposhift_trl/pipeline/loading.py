@@ -5,9 +5,10 @@ from pathlib import Path
 
 from accelerate import PartialState
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils import ADAPTER_CONFIG_NAME
 from trl import SFTConfig
 
-from ..artifacts import AUDIT, whole_folder
+from ..artifacts import AUDIT, ArtifactError, read_mapping, whole_folder
 from ..data.audit import AuditedRows, SplitAudit, audit_preferences
 from ..data.chat_template import check_template, use_plain_chat_template
 from ..data.config import AUDIT_KINDS
@@ -21,8 +22,16 @@ from .processes import say
 
 def base_model(recipe: Recipe, demo_folder: Path) -> str:
     """Name or folder of the model that the first stage starts from; the demo model is created in `demo_folder`."""
-    if recipe.model.model_name_or_path != "demo":
-        return str(recipe.model.model_name_or_path)
+    name = str(recipe.model.model_name_or_path)
+    if name != "demo":
+        if (Path(name) / ADAPTER_CONFIG_NAME).is_file():
+            # Another model is loaded than the recipe names, with the consent that it gives
+            try:
+                start = read_mapping(Path(name) / ADAPTER_CONFIG_NAME).get("base_model_name_or_path")
+            except ArtifactError as error:
+                raise RunError(f"`model.model_name_or_path` {name!r} cannot be loaded: {error}") from error
+            say(f"{name} is an adapter of {start}, which its {ADAPTER_CONFIG_NAME} names")
+        return name
     if PartialState().is_main_process and not (demo_folder / "config.json").is_file():
         with whole_folder(demo_folder) as unfinished:
             save_demo_model(str(unfinished))

@@ -167,7 +167,7 @@ def _stages_left(recipe: Recipe) -> dict[str, SFTConfig | DPOShiftConfig]:
 
 def _refuse(mistakes: list[str]) -> None:
     if mistakes:
-        raise RunError("\n".join(map(one_line, dict.fromkeys(mistakes))))
+        raise RunError(*dict.fromkeys(mistakes))
 
 
 def _sentence(error: Exception) -> str:
@@ -234,7 +234,7 @@ def _model_config(recipe: Recipe, base: str) -> tuple[PreTrainedConfig, bool]:
         try:
             return AutoConfig.from_pretrained(base, revision=recipe.model.model_revision, **options), False
         except (OSError, ValueError) as error:
-            raise RunError(one_line(f"`model.model_name_or_path` {base!r} cannot be loaded: {error}")) from None
+            raise RunError(f"`model.model_name_or_path` {base!r} cannot be loaded: {error}") from None
     try:
         of = PeftConfig.from_pretrained(base).base_model_name_or_path
         return AutoConfig.from_pretrained(of, **options), True
@@ -277,7 +277,7 @@ def _model_without_weights(recipe: Recipe, config: PreTrainedConfig) -> PreTrain
             )
     except (ImportError, ValueError) as error:
         if settings.attn_implementation is None:
-            raise RunError(one_line(f"The model cannot be created: {error}")) from None
+            raise RunError(f"The model cannot be created: {error}") from None
         raise RunError(
             one_line(
                 f"`model.attn_implementation` cannot be {settings.attn_implementation!r} here: {_sentence(error)} "

@@ -146,8 +146,10 @@ def _broken_file(folder: Path) -> str | None:
     """The first file in the folder that the run would read or replace and cannot, with what to do about it."""
     in_stages = [f"{stage}/{name}" for stage in STAGES for name in (FINISHED, START, STATE, WANDB_ID)]
     for name in (RECIPE, AUDIT, EVAL_ROWS, *in_stages):
-        if (folder / name).is_dir():
-            return f"{folder / name} must be a file, got a folder. Move it away."
+        path = folder / name
+        if path.exists() and not path.is_file():
+            found = "folder" if path.is_dir() else "pipe or a device"
+            return f"{path} must be a file, got a {found}. Move it away."
     for stage in STAGES:
         problem = _broken_stage(folder / stage)
         if problem is not None:

@@ -6,6 +6,7 @@ import platform
 import time
 from importlib.metadata import version
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import httpx
@@ -19,7 +20,7 @@ from transformers import PreTrainedTokenizerBase, TrainerState
 from trl import get_peft_config, get_quantization_config
 
 from .. import __version__
-from ..artifacts import FINISHED, MERGED, STATE, write_whole
+from ..artifacts import FINISHED, MERGED, STATE, set_earlier_aside, write_whole
 from ..command import Terminated
 from ..config import DPOShiftConfig
 from ..data.audit import AuditedRows
@@ -75,6 +76,8 @@ def run_stage(
     """
     folder = recipe.output_dir / name
     say(f"{name}: " + (f"resuming from {checkpoint}" if checkpoint else f"starting from {start}"))
+    if checkpoint is None and PartialState().is_main_process and (place := set_earlier_aside(folder)):
+        say(f"{name}: the log and the scores of an earlier training are now in {place}")
     began = time.monotonic()
     trainer = _make_trainer(name, recipe, start, tokenizer, rows)
     trainer.add_callback(signals)
@@ -183,6 +186,11 @@ def _make_trainer(
             if dataset is not None:
                 check_rows_left(dataset, split, args.max_length)
         return trainer
+    except UnpicklingError as error:
+        raise RunError(
+            f"`model.model_name_or_path` must hold weights alone, got pickles with code in {start}, which is not run. "
+            "Use a model that is saved as safetensors."
+        ) from error
     except (OSError, ValueError, ImportError) as error:
         raise RunError(f"Stage `{name}` cannot start: {' '.join(str(error).split())}") from error
 

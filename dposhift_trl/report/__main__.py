@@ -12,6 +12,7 @@ from pathlib import Path
 
 from ..artifacts import REPORT
 from ..command import call
+from ..console import complain, say
 from .page import write_report
 from .run_folder import ReportError
 
@@ -42,9 +43,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         page = write_report(folders, Path(options.output) if options.output else default)
     except ReportError as error:
-        print(error, file=sys.stderr)
+        complain(error)
         return 2
-    print(f"The report is {page}")
+    say(f"The report is {page}")
     return 0
 
 

@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Sequence
 
 from ..command import call
+from ..console import complain, say
 from ..launcher import launcher_mistakes
 from ..recipe import RecipeError
 from .launch import Stopped
@@ -65,26 +66,26 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         return run_sweep(sweep, words[end + 1 :])
     except RecipeError as error:
-        print(error, file=sys.stderr)
+        complain(*str(error).split("\n"))
         return 2
     except OSError as error:
-        print(f"The sweep folder cannot be written: {error}", file=sys.stderr)
+        complain(f"The sweep folder cannot be written: {error}")
         return 2
     except Stopped as error:
-        print(error, file=sys.stderr)
+        complain(error)
         return error.code
 
 
 def print_points(sweep: Sweep) -> None:
     """Print each point with lambda at the start, middle and end, and its number of steps or epochs."""
-    print(sweep.summary)
+    say(sweep.summary)
     for point, dpo in zip(sweep.points, sweep.settings, strict=True):
         lambdas = dpo.lambda_plan.text
         if not dpo.lambda_plan.adaptive:
             values = ", ".join(f"{dpo.lambda_plan.at(progress):.4g}" for progress in (0, 0.5, 1))
             lambdas = f"{values} (start, middle, end)"
         length = f"steps: {dpo.max_steps}" if dpo.max_steps > 0 else f"epochs: {dpo.num_train_epochs:g}"
-        print(f"{point.name}: lambda {lambdas}, {length}{', finished' if point.finished else ''}")
+        say(f"{point.name}: lambda {lambdas}, {length}{', finished' if point.finished else ''}")
 
 
 if __name__ == "__main__":

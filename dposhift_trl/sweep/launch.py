@@ -17,6 +17,7 @@ from filelock import FileLock, Timeout
 
 from ..artifacts import LOCK
 from ..command import end_with_parent
+from ..console import complain, rewrite
 from .plan import BASE, SweepRun
 
 
@@ -77,14 +78,12 @@ def launch(run: SweepRun, launch_options: Sequence[str], received: list[int], he
             time.sleep(POLL)
             if live and time.monotonic() > shown + 2:
                 shown = time.monotonic()
-                print(f"\r\033[K{head} {_progress(run.log)}", end="", flush=True)
+                rewrite(f"{head} {_progress(run.log)}")
         if live:
-            print("\r\033[K", end="", flush=True)
+            rewrite("")
         if not received or process.poll() == 0:
             return process.returncode
-    print(
-        f"{head} stopping after it has saved a checkpoint; repeat the signal to kill it", file=sys.stderr, flush=True
-    )
+    complain(f"{head} stopping after it has saved a checkpoint; repeat the signal to kill it")
     _stop(process, run, received)
     raise Stopped(received[0], f"during {run.name}")
 
