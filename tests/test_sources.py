@@ -2,6 +2,7 @@
 
 import bz2
 import gzip
+import io
 import json
 import logging
 import lzma
@@ -9,6 +10,7 @@ import os
 from pathlib import Path
 
 import datasets
+import PIL.Image
 import pyarrow as pa
 import pytest
 import torch
@@ -366,11 +368,14 @@ def test_rows_with_images_are_refused(name, value, streaming):
     )
 
 
-def test_stored_images_are_refused_without_being_decoded(monkeypatch):
+def test_stored_images_are_refused_and_not_decoded_to_find_them(streaming):
+    image = io.BytesIO()
+    PIL.Image.new("RGB", (2, 2)).save(image, "PNG")
+    content = image.getvalue() if streaming else b"no image"
     features = Features({**dict.fromkeys(("prompt", "chosen", "rejected"), Value("string")), "images": List(Image())})
-    stored = [{**row, "images": [{"bytes": b"no image", "path": None}]} for row in rows("r")]
+    stored = [{**row, "images": [{"bytes": content, "path": None}]} for row in rows("r")]
     Dataset.from_list(stored, features=features).save_to_disk("saved")
-    assert "got the column 'images', which is not empty" in refusal(path="saved")
+    assert "got the column 'images', which is not empty" in refusal(path="saved", streaming=streaming)
 
 
 @pytest.mark.parametrize("value", [None, [], "", [None], {"bytes": None}], ids=str)
