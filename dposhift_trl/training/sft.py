@@ -17,7 +17,7 @@ from transformers import (
 )
 from trl import SFTConfig, SFTTrainer, extract_prompt
 
-from ..columns import CHOSEN_START, TOKEN_COLUMNS
+from ..columns import CHOSEN_IDS, CHOSEN_START, PROMPT_IDS, TOKEN_COLUMNS
 from .callbacks import KeepFreedMemoryCallback
 
 
@@ -118,5 +118,5 @@ def _with_completion(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _with_input_ids(row: dict[str, Any]) -> dict[str, Any]:
-    ids, start = row["prompt_ids"] + row["chosen_ids"], row[CHOSEN_START]
+    ids, start = row[PROMPT_IDS] + row[CHOSEN_IDS], row[CHOSEN_START]
     return {"completion": row["chosen"], "input_ids": ids, "completion_mask": [0] * start + [1] * (len(ids) - start)}
