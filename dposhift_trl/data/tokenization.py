@@ -153,8 +153,8 @@ class PairTokenizer:
             return error
         number = next((row[name] for name in (FILE_ROW, ROW_INDEX, STREAM_ROW_INDEX) if name in row), "?")
         return DataError(
-            f"The chat template must write little more than a row contains, got one that {error} for row {number} of "
-            f"the {self.split} split. Use a model with another chat template, or shorten the row: "
+            f"The chat template must write little more than what a row contains, within seconds, got one that {error} "
+            f"for row {number} of the {self.split} split. Use a model with another chat template, or shorten the row: "
             f"{shorten(row['prompt'])}"
         )
 
