@@ -10,6 +10,7 @@ from datasets import Dataset, Features, List, Value
 from datasets.fingerprint import Hasher
 from transformers import PreTrainedTokenizerBase
 
+from .. import __version__
 from ..columns import CHOSEN_START, FILE_ROW, REFUSAL, ROW_INDEX, ROW_KINDS, STREAM_ROW_INDEX, TOKEN_COLUMNS
 from .errors import DataError
 from .kinds import Vocabulary, row_kinds
@@ -73,7 +74,15 @@ def _fingerprint(rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> str | Non
     template = json.dumps(tokenizer.chat_template)
     # gpt-oss and Llama 3 write the date
     today = str(datetime.date.today()) if "strftime_now" in template else None
-    known = [FORMAT, rows._fingerprint, transformers.__version__, type(tokenizer).__qualname__, template, today]
+    known = [
+        __version__,
+        FORMAT,
+        rows._fingerprint,
+        transformers.__version__,
+        type(tokenizer).__qualname__,
+        template,
+        today,
+    ]
     fingerprint: str = Hasher.hash([*known, backend.to_str(), json.dumps(tokenizer.special_tokens_map, default=str)])
     return fingerprint
 
