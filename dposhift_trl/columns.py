@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 # Columns that TRL reads, columns that its tokenization adds, and the keys of its batches
 PREFERENCE_COLUMNS = ("prompt", "chosen", "rejected")
 TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")
-TOKEN_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
+PROMPT_IDS, CHOSEN_IDS, REJECTED_IDS = TOKEN_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 BATCH_KEYS = ("input_ids", "attention_mask", "completion_mask")
 
 # Reference log-probabilities, named as in TRL

@@ -1,6 +1,7 @@
 """The row audit on the tokens that training reads: made once, as TRL makes them, and judged by kind."""
 
 import json
+import shutil
 import signal
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,7 +11,7 @@ import pytest
 from datasets import Dataset
 from ruamel.yaml import YAML
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 from trl import DPOConfig, DPOTrainer, SFTConfig
 
 from dposhift_trl import ChosenSFTTrainer, DPOShiftConfig, DPOShiftTrainer
@@ -511,7 +512,7 @@ def test_a_dry_run_shows_what_was_found_and_what_it_means(bytes_model, tmp_path,
     assert main([path, "--dry-run"]) == 0
     out = capsys.readouterr().out
     assert "train: 4 of 4 rows kept: 4 identical (keep)" in out
-    assert "identical: chosen and rejected are the same to the model." in out
+    assert "identical: chosen and rejected are the same to the model\n" in out
     assert main([path, "--dry-run", "data.audit=drop"]) == 0
     assert "train: 0 of 4 rows kept: 4 identical (drop)" in capsys.readouterr().out
 
@@ -526,6 +527,17 @@ def test_rows_are_judged_by_the_template_and_eos_token_that_stage_1_sets(bytes_m
     assert next(iter(loaded["dpo"].train))["chosen_ids"][-1] == SPECIAL.index("</think>")
     assert tokenizer.eos_token == "</s>"
     assert tokenizer.chat_template == PLAIN
+
+
+def test_stage_2_saves_the_template_that_stage_1_has_set_in_a_later_run_too(bytes_model, tmp_path):
+    Path("drop.jinja").write_text(TEMPLATES["reasoning dropped"])
+    path, run = recipe(bytes_model, tmp_path / "run", sft={"chat_template_path": "drop.jinja"}), tmp_path / "run"
+    Path("rows.jsonl").write_text("\n".join(json.dumps(chat(f"{n}?")) for n in range(4)))
+    for again in (False, True):
+        assert main([path]) == 0
+        saved = AutoTokenizer.from_pretrained(run / "dpo")
+        assert saved.chat_template == TEMPLATES["reasoning dropped"], again
+        shutil.rmtree(run / "dpo")
 
 
 def test_the_template_of_another_tokenizer_comes_with_its_tokens(bytes_model, tmp_path, tokenizer):

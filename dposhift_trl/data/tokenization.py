@@ -10,6 +10,7 @@ from datasets import Dataset, Features, List, Value
 from datasets.fingerprint import Hasher
 from transformers import PreTrainedTokenizerBase
 
+from .. import __version__
 from ..columns import CHOSEN_START, FILE_ROW, REFUSAL, ROW_INDEX, ROW_KINDS, STREAM_ROW_INDEX, TOKEN_COLUMNS
 from .errors import DataError
 from .kinds import Vocabulary, row_kinds
@@ -74,7 +75,15 @@ def _fingerprint(rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> str | Non
     template = json.dumps(tokenizer.chat_template)
     # gpt-oss and Llama 3 write the date
     today = str(datetime.date.today()) if "strftime_now" in template else None
-    known = [FORMAT, rows._fingerprint, transformers.__version__, type(tokenizer).__qualname__, template, today]
+    known = [
+        __version__,
+        FORMAT,
+        rows._fingerprint,
+        transformers.__version__,
+        type(tokenizer).__qualname__,
+        template,
+        today,
+    ]
     fingerprint: str = Hasher.hash([*known, backend.to_str(), json.dumps(tokenizer.special_tokens_map, default=str)])
     return fingerprint
 
@@ -149,8 +158,8 @@ class PairTokenizer:
             return error
         number = next((row[name] for name in (FILE_ROW, ROW_INDEX, STREAM_ROW_INDEX) if name in row), "?")
         return DataError(
-            f"The chat template must write little more than a row contains, got one that {error} for row {number} of "
-            f"the {self.split} split. Use a model with another chat template, or shorten the row: "
+            f"The chat template must write little more than what a row contains, within seconds, got one that {error} "
+            f"for row {number} of the {self.split} split. Use a model with another chat template, or shorten the row: "
             f"{shorten(row['prompt'])}"
         )
 

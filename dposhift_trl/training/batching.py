@@ -11,7 +11,7 @@ from accelerate.data_loader import prepare_data_loader
 from datasets import Dataset
 from torch.utils.data import DataLoader, Sampler
 
-from ..columns import TOKEN_COLUMNS
+from ..columns import PROMPT_IDS, TOKEN_COLUMNS
 from ..config import DPOShiftConfig
 from .checks import check_rows_left
 
@@ -246,7 +246,7 @@ def without_lost_rows(dataset: Any, max_length: int | None, truncation_mode: str
     """Tokenized rows without those that TRL drops: their prompt fills `max_length`, so that no answer is left."""
     if max_length is None or truncation_mode != "keep_start":
         return dataset
-    return dataset.filter(lambda prompt_ids: len(prompt_ids) < max_length, input_columns="prompt_ids")
+    return dataset.filter(lambda prompt_ids: len(prompt_ids) < max_length, input_columns=PROMPT_IDS)
 
 
 def data_seed(args: DPOShiftConfig) -> int:

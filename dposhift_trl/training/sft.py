@@ -17,7 +17,7 @@ from transformers import (
 )
 from trl import SFTConfig, SFTTrainer, extract_prompt
 
-from ..columns import CHOSEN_START, TOKEN_COLUMNS, as_python_values
+from ..columns import CHOSEN_IDS, CHOSEN_START, PROMPT_IDS, TOKEN_COLUMNS, as_python_values
 from .callbacks import KeepFreedMemoryCallback, TokenCountCallback
 from .checks import check_not_empty, warn_of_inexact_resume
 from .settings import name_best_metric
@@ -155,5 +155,5 @@ def _with_completion(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _with_input_ids(row: dict[str, Any]) -> dict[str, Any]:
-    ids, start = row["prompt_ids"] + row["chosen_ids"], row[CHOSEN_START]
+    ids, start = row[PROMPT_IDS] + row[CHOSEN_IDS], row[CHOSEN_START]
     return {"completion": row["chosen"], "input_ids": ids, "completion_mask": [0] * start + [1] * (len(ids) - start)}
