@@ -1,5 +1,6 @@
 """The shapes that rows come in: which are messages, which are converted, and what is said of the others."""
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -20,8 +21,9 @@ from dposhift_trl.columns import (
     TEMPLATE_COLUMNS,
     TOKEN_COLUMNS,
 )
-from dposhift_trl.data import shapes
+from dposhift_trl.data import rendering, shapes
 from dposhift_trl.data.audit import audit_preferences
+from dposhift_trl.data.chat_template import reads_parts, use_plain_chat_template
 from dposhift_trl.data.config import AUDIT_KINDS, DataConfig
 from dposhift_trl.data.errors import DataError
 from dposhift_trl.data.messages import is_conversation, is_empty, message_as_text
@@ -383,6 +385,20 @@ def test_keys_that_are_null_in_whole_messages_are_left_to_transformers():
     assert changes == []
     assert found[1]["prompt"] == [user("Hello") | {"name": None}]
     assert tokens(found[1]) == tokens(CHAT)
+
+
+def test_without_a_chat_template_parts_become_text_and_the_plain_template_is_set(streaming):
+    tokenizer = dataclasses.replace(TEMPLATES["qwen-3"], source=None).tokenizer()
+    tokenizer.chat_template = None  # the other test of the two may have set it
+    rows, changes = convert(load([SHAPES["content parts"][0]], streaming), tokenizer)
+    assert (list(map(written, rows)), changes) == ([CHAT], [shapes.FLATTENED])
+    assert use_plain_chat_template(rows, tokenizer)
+
+
+def test_a_template_without_end_is_not_asked_for_long(monkeypatch):
+    monkeypatch.setattr(rendering, "MAX_SECONDS", 0.2)
+    source = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    assert not reads_parts(dataclasses.replace(TEMPLATES["qwen-3"], source=source).tokenizer())
 
 
 # What is said of other shapes
