@@ -26,7 +26,6 @@ SAVED_ROW_INDEX = "row_index"
 # if it is compared with the prompt alone, and what the audit has to know
 FILE_ROW = "dposhift_file_row"
 FILE_SOURCE = "dposhift_file_source"
-ROW_ID = "id"
 CHOSEN_START = "dposhift_chosen_start"
 ROW_KINDS = "dposhift_row_kinds"
 REFUSAL = "dposhift_refusal"

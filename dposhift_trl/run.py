@@ -117,7 +117,8 @@ def run(recipe: Recipe, accept_changes: bool = False) -> None:
             folder = recipe.output_dir / name
             if from_main((folder / FINISHED).is_file()):
                 say(f"{name}: finished before, skipped ({folder})")
-                tokenizer = load_tokenizer(recipe, str(folder))  # with what the stage has set
+                if name != last_stage:
+                    tokenizer = load_tokenizer(recipe, str(folder))  # which the stage may have changed
             else:
                 with explaining_disk_errors(name, folder), reading_rows():
                     run_stage(name, recipe, start, tokenizer, rows[name], sigterm)

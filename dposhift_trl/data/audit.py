@@ -17,14 +17,13 @@ from ..columns import (
     FILE_SOURCE,
     PREFERENCE_COLUMNS,
     REFUSAL,
-    ROW_ID,
     ROW_INDEX,
     ROW_KINDS,
     STREAM_ROW_INDEX,
     TOKEN_COLUMNS,
     with_row_index,
 )
-from .config import AUDIT_KINDS, DataConfig
+from .config import AUDIT_KINDS, ROW_ID, DataConfig
 from .errors import DataError, reading_rows
 from .kinds import starts_with_other_prompts
 from .messages import is_conversation

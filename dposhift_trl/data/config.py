@@ -5,7 +5,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from ..columns import PREFERENCE_COLUMNS, ROW_ID, TEMPLATE_COLUMNS
+from ..columns import PREFERENCE_COLUMNS, TEMPLATE_COLUMNS
 
 
 AUDIT_POLICIES = ("drop", "keep", "error")
@@ -47,6 +47,7 @@ AUDIT_KINDS = {
     "thinking": AuditKind("only one answer has an empty `<think>` block", "keep"),
 }
 
+ROW_ID = "id"  # only shown, in what the audit found
 KEPT_COLUMNS = (*PREFERENCE_COLUMNS, *TEMPLATE_COLUMNS, ROW_ID)
 
 

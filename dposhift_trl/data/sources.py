@@ -15,8 +15,8 @@ from datasets import (
     load_from_disk,
 )
 
-from ..columns import FILE_ROW, FILE_SOURCE, ROW_ID
-from .config import KEPT_COLUMNS, DataConfig, DataSource
+from ..columns import FILE_ROW, FILE_SOURCE
+from .config import KEPT_COLUMNS, ROW_ID, DataConfig, DataSource
 from .demo import demo_dataset
 from .errors import DataError, reading_rows
 

@@ -48,16 +48,22 @@ def tokenize_rows(
     Raises:
         DataError: If the chat template exceeds its bounds, or text has no EOS token to end with.
     """
-    state = PartialState()
+    state, tokenized, failure = PartialState(), None, None
     with state.main_process_first(), state.local_main_process_first():  # the others read its cache, as in TRL
-        return rows.map(
-            PairTokenizer(tokenizer, split),
-            batched=True,
-            num_proc=num_proc,
-            features=Features({**rows.features, **COLUMNS}),
-            new_fingerprint=_fingerprint(rows, tokenizer),
-            desc=f"Tokenizing {split} dataset",
-        )
+        try:
+            tokenized = rows.map(
+                PairTokenizer(tokenizer, split),
+                batched=True,
+                num_proc=num_proc,
+                features=Features({**rows.features, **COLUMNS}),
+                new_fingerprint=_fingerprint(rows, tokenizer),
+                desc=f"Tokenizing {split} dataset",
+            )
+        except Exception as error:  # raised below, since the other processes wait for the end of this block
+            failure = error
+    if failure is not None:
+        raise failure
+    return tokenized
 
 
 def _fingerprint(rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> str | None:
