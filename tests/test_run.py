@@ -335,7 +335,8 @@ def test_a_run_killed_between_the_last_checkpoint_and_the_end_only_saves(recipe,
 @pytest.mark.filterwarnings("ignore:The `'keep_end'` truncation mode is deprecated:FutureWarning")
 def test_each_stage_trains_on_the_rows_that_its_own_truncation_leaves(recipe, tmp_path, here):
     """Prompts have 1 to 20 words, answers one word and the EOS token that TRL adds."""
-    rows = [{"prompt": "w1 " * n, "chosen": " w2", "rejected": " w3"} for n in range(1, 21)]
+    prompts = ["w1 " * (n - 1) + f"w{n + 10}" for n in range(1, 21)]  # of which no two end alike
+    rows = [{"prompt": prompt, "chosen": " w2", "rejected": " w3"} for prompt in prompts]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     options = ["data.eval_size=null", "dpo.max_length=10", "data.min_rows_kept=0.1"]
     options += [f"{stage}.{key}" for stage in ("sft", "dpo") for key in ("eval_strategy=no", "max_steps=-1")]

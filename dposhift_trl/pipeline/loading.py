@@ -7,7 +7,7 @@ from accelerate import PartialState
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from trl import SFTConfig
 
-from ..artifacts import AUDIT, whole_folder
+from ..artifacts import whole_folder
 from ..data.audit import AuditedRows, SplitAudit, audit_preferences
 from ..data.chat_template import check_template, use_plain_chat_template
 from ..data.config import AUDIT_KINDS
@@ -83,7 +83,7 @@ def load_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> dict[str, A
         recipe.data,
         as_trained(tokenizer, recipe),
         recipe.truncations.values(),
-        num_proc=max((args.dataset_num_proc or 1 for args in recipe.stages.values()), default=1),
+        num_proc=max(filter(None, (args.dataset_num_proc for args in recipe.stages.values())), default=None),
     )
     return {name: audited[truncation] for name, truncation in recipe.truncations.items()}
 
@@ -151,4 +151,4 @@ def legend(audits: dict[str, SplitAudit]) -> str | None:
     """What the kinds found are, in one line."""
     found = {kind for audit in audits.values() for kind, finding in audit.findings.items() if finding.count}
     kinds = [f"{kind}: {audit_kind.description}" for kind, audit_kind in AUDIT_KINDS.items() if kind in found]
-    return f"{'; '.join(kinds)}. {AUDIT} shows examples" if kinds else None
+    return "; ".join(kinds) or None
