@@ -31,8 +31,8 @@ from dposhift_trl.data.shapes import convert, wrong_shape
 from dposhift_trl.data.sources import load_preferences
 from dposhift_trl.data.tokenization import PairTokenizer
 from dposhift_trl.data.tokens import Truncation
-from dposhift_trl.generate import generate_answers
-from dposhift_trl.generate.questions import load_questions, prompt_tokens
+from dposhift_trl.generate import generate_answers, sampling
+from dposhift_trl.generate.questions import prompt_tokens
 from dposhift_trl.run import main
 
 
@@ -475,7 +475,7 @@ def test_the_page_has_every_kind_of_the_audit():
 # The whole way
 
 
-def test_calls_and_parts_go_through_both_stages_the_report_and_generation(tmp_path, capfd):
+def test_calls_and_parts_go_through_both_stages_the_report_and_generation(capfd, monkeypatch):
     config = GPT2Config(vocab_size=len(TOKENIZER), n_positions=512, n_embd=16, n_layer=1, n_head=2)
     GPT2LMHeadModel(config).save_pretrained("model")
     TOKENIZER.save_pretrained("model")
@@ -513,10 +513,11 @@ def test_calls_and_parts_go_through_both_stages_the_report_and_generation(tmp_pa
     assert any(row["chosen"][0].get("tool_calls") == [call("f", a=2)] for row in saved)
     page = Path("run/report/report.html").read_text(encoding="utf-8")
     assert "assistant: {&#34;name&#34;: &#34;f&#34;, &#34;arguments&#34;: {&#34;a&#34;: 2}}" in page
+    asked = []
+    monkeypatch.setattr(sampling, "prompt_tokens", lambda *args: asked.append(prompt_tokens(*args)) or asked[-1])
     generate_answers("run", device="cpu")
+    with_tools = ["<tools>" in TOKENIZER.decode(ids) for ids in asked]
+    assert with_tools == [row["tools"] is not None for row in saved] * 4  # two models, greedy and sampled
     lines = [json.loads(line) for line in Path("run/generations/side_by_side.jsonl").read_text().splitlines()]
     assert {line["chosen"] for line in lines} <= {"5", "Hi.", '{"name": "f", "arguments": {"a": 2}}'}
     assert [line["prompt"] for line in lines] == [row["prompt"] for row in saved]
-    for question, row in zip(load_questions(Path("run"), None, 9, TOKENIZER), saved, strict=True):
-        asked = TOKENIZER.decode(prompt_tokens(TOKENIZER, question.prompt, question.template_inputs))
-        assert ("<tools>" in asked) is (row["tools"] is not None)

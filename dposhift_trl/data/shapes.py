@@ -89,7 +89,7 @@ def convert(rows: Rows, tokenizer: PreTrainedTokenizerBase) -> tuple[Rows, list[
     if SEVERAL in changes:
         rows = with_row_index(rows)
     if isinstance(rows, IterableDataset):
-        # One row at a time, since a stream resumes between batches
+        # One row at a time, so that none is read ahead
         return rows.map(conversion, batched=True, batch_size=1), notes
     if ROW_INDEX in rows.column_names:
         conversion = replace(conversion, step=max(rows[ROW_INDEX]) + 1)
