@@ -203,6 +203,16 @@ def test_a_template_that_leaves_out_calls_is_refused_for_rows_with_calls(name):
             notes(name, CASES[case])
 
 
+def test_a_template_that_refuses_what_it_is_asked_is_left_to_the_rows():
+    source = (
+        "{% for message in messages %}{% if message.tool_calls %}{{ raise_exception('an id, please') }}{% endif %}"
+    )
+    tokenizer = dataclasses.replace(TEMPLATES["phi-3.5"], source=source + "{% endfor %}").tokenizer()
+    assert check_template(table([CASES["a tool to call"]]), tokenizer) == [
+        "The chat template leaves out the column `tools`, so the model does not see it."
+    ]
+
+
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_a_template_that_leaves_out_tools_is_noted(name):
     row = {**CASES["several turns"], "tools": TOOLS}

@@ -1,5 +1,6 @@
 """The shapes that rows come in: which are messages, which are converted, and what is said of the others."""
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -20,8 +21,9 @@ from dposhift_trl.columns import (
     TEMPLATE_COLUMNS,
     TOKEN_COLUMNS,
 )
-from dposhift_trl.data import shapes
+from dposhift_trl.data import rendering, shapes
 from dposhift_trl.data.audit import audit_preferences
+from dposhift_trl.data.chat_template import reads_parts, use_plain_chat_template
 from dposhift_trl.data.config import AUDIT_KINDS, DataConfig
 from dposhift_trl.data.errors import DataError
 from dposhift_trl.data.messages import is_conversation, is_empty, message_as_text
@@ -29,8 +31,8 @@ from dposhift_trl.data.shapes import convert, wrong_shape
 from dposhift_trl.data.sources import load_preferences
 from dposhift_trl.data.tokenization import PairTokenizer
 from dposhift_trl.data.tokens import Truncation
-from dposhift_trl.generate import generate_answers
-from dposhift_trl.generate.questions import load_questions, prompt_tokens
+from dposhift_trl.generate import generate_answers, sampling
+from dposhift_trl.generate.questions import prompt_tokens
 from dposhift_trl.run import main
 
 
@@ -385,6 +387,20 @@ def test_keys_that_are_null_in_whole_messages_are_left_to_transformers():
     assert tokens(found[1]) == tokens(CHAT)
 
 
+def test_without_a_chat_template_parts_become_text_and_the_plain_template_is_set(streaming):
+    tokenizer = dataclasses.replace(TEMPLATES["qwen-3"], source=None).tokenizer()
+    tokenizer.chat_template = None  # the other test of the two may have set it
+    rows, changes = convert(load([SHAPES["content parts"][0]], streaming), tokenizer)
+    assert (list(map(written, rows)), changes) == ([CHAT], [shapes.FLATTENED])
+    assert use_plain_chat_template(rows, tokenizer)
+
+
+def test_a_template_without_end_is_not_asked_for_long(monkeypatch):
+    monkeypatch.setattr(rendering, "MAX_SECONDS", 0.2)
+    source = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    assert not reads_parts(dataclasses.replace(TEMPLATES["qwen-3"], source=source).tokenizer())
+
+
 # What is said of other shapes
 
 MUST = "must be text or a list of messages with `role` and `content`, got"
@@ -459,7 +475,7 @@ def test_the_page_has_every_kind_of_the_audit():
 # The whole way
 
 
-def test_calls_and_parts_go_through_both_stages_the_report_and_generation(tmp_path, capfd):
+def test_calls_and_parts_go_through_both_stages_the_report_and_generation(capfd, monkeypatch):
     config = GPT2Config(vocab_size=len(TOKENIZER), n_positions=512, n_embd=16, n_layer=1, n_head=2)
     GPT2LMHeadModel(config).save_pretrained("model")
     TOKENIZER.save_pretrained("model")
@@ -497,10 +513,11 @@ def test_calls_and_parts_go_through_both_stages_the_report_and_generation(tmp_pa
     assert any(row["chosen"][0].get("tool_calls") == [call("f", a=2)] for row in saved)
     page = Path("run/report/report.html").read_text(encoding="utf-8")
     assert "assistant: {&#34;name&#34;: &#34;f&#34;, &#34;arguments&#34;: {&#34;a&#34;: 2}}" in page
+    asked = []
+    monkeypatch.setattr(sampling, "prompt_tokens", lambda *args: asked.append(prompt_tokens(*args)) or asked[-1])
     generate_answers("run", device="cpu")
+    with_tools = ["<tools>" in TOKENIZER.decode(ids) for ids in asked]
+    assert with_tools == [row["tools"] is not None for row in saved] * 4  # two models, greedy and sampled
     lines = [json.loads(line) for line in Path("run/generations/side_by_side.jsonl").read_text().splitlines()]
     assert {line["chosen"] for line in lines} <= {"5", "Hi.", '{"name": "f", "arguments": {"a": 2}}'}
     assert [line["prompt"] for line in lines] == [row["prompt"] for row in saved]
-    for question, row in zip(load_questions(Path("run"), None, 9, TOKENIZER), saved, strict=True):
-        asked = TOKENIZER.decode(prompt_tokens(TOKENIZER, question.prompt, question.template_inputs))
-        assert ("<tools>" in asked) is (row["tools"] is not None)

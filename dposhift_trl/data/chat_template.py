@@ -11,6 +11,7 @@ from ..columns import PREFERENCE_COLUMNS
 from .errors import DataError, reading_rows
 from .messages import is_conversation as is_conversation
 from .messages import message_text, tool_calls
+from .rendering import bounded, render
 from .sources import Rows
 
 
@@ -146,6 +147,7 @@ def _written(messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase,
     if tokenizer.chat_template is None:
         return None
     try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, **kwargs))
+        with bounded():
+            return str(render(tokenizer, messages, **kwargs))
     except Exception:  # a template is a program that may refuse any conversation
         return None

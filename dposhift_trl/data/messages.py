@@ -48,7 +48,7 @@ def template_inputs(row: dict[str, Any]) -> dict[str, Any]:
     """What the chat template is given with the messages of a row: its `tools`, and its `chat_template_kwargs`."""
     tools = row.get("tools")
     tools = json.loads(tools) if isinstance(tools, str) else tools
-    return {**({} if tools is None else {"tools": tools}), **(row.get("chat_template_kwargs") or {})}
+    return {"tools": tools, **(row.get("chat_template_kwargs") or {})}
 
 
 def is_empty(answer: str | list[dict[str, Any]]) -> bool:

@@ -4,6 +4,7 @@ import ast
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
 from datasets import Features, IterableDataset, Json, Value
@@ -11,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from trl.trainer.utils import remove_none_values
 
 from ..columns import PREFERENCE_COLUMNS, ROW_INDEX, STREAM_ROW_INDEX, TEMPLATE_COLUMNS, with_row_index
-from .chat_template import first_rows, reads_parts
+from .chat_template import INSPECTED_ROWS, first_rows, reads_parts
 from .errors import reading_rows
 from .messages import is_conversation, is_message, message_text
 from .sources import Rows, column_names
@@ -71,25 +72,28 @@ def convert(rows: Rows, tokenizer: PreTrainedTokenizerBase) -> tuple[Rows, list[
     names = column_names(rows)
     if not set(ANSWERS) <= set(names):
         return rows, []
-    inspected = list(first_rows(rows))
+    start = list(islice(rows, INSPECTED_ROWS))
     conversion = _Conversion(
-        parses=tuple(name for name in PREFERENCE_COLUMNS if _holds_json(row.get(name) for row in inspected)),
+        parses=tuple(name for name in PREFERENCE_COLUMNS if _holds_json(row.get(name) for row in start)),
         fills_nulls=tuple(name for name, feature in (rows.features or {}).items() if not _is_exact(feature)),
         flattens=not reads_parts(tokenizer),
     )
     changes: set[str] = set()
-    pairs = [pair for row in inspected for pair in conversion.pairs(row, changes)]
+    of_text = set(PREFERENCE_COLUMNS)
+    for row in first_rows(rows):
+        for pair in conversion.pairs(row, changes):
+            of_text = {name for name in of_text if pair.get(name) is None or isinstance(pair[name], str)}
     notes = [change for change in CHANGES if change in changes]
     if not notes:
         return rows, []
     if SEVERAL in changes:
         rows = with_row_index(rows)
     if isinstance(rows, IterableDataset):
-        # One row at a time, since a stream resumes between batches
+        # One row at a time, so that none is read ahead
         return rows.map(conversion, batched=True, batch_size=1), notes
     if ROW_INDEX in rows.column_names:
         conversion = replace(conversion, step=max(rows[ROW_INDEX]) + 1)
-    features = Features({name: _feature_after(name, rows.features[name], pairs) for name in rows.column_names})
+    features = Features({name: _feature_after(name, rows.features[name], of_text) for name in rows.column_names})
     return rows.map(conversion, batched=True, features=features), notes
 
 
@@ -267,10 +271,9 @@ def _is_exact(feature: Any) -> bool:
     return isinstance(getattr(feature, "feature", feature), (Json, Value))
 
 
-def _feature_after(name: str, feature: Any, pairs: list[dict[str, Any]]) -> Any:
+def _feature_after(name: str, feature: Any, of_text: set[str]) -> Any:
     if name in PREFERENCE_COLUMNS:
-        is_text = all(pair[name] is None or isinstance(pair[name], str) for pair in pairs)
-        return Value("string") if is_text and _is_exact(feature) and "Json" not in repr(feature) else Json()
+        return Value("string") if name in of_text and "Json" not in repr(feature) else Json()
     return Json() if name in TEMPLATE_COLUMNS and not _is_exact(feature) else feature
 
 

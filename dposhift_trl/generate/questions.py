@@ -177,9 +177,8 @@ def _row_question(row: dict[str, Any], index: int) -> Question:
         explicit = maybe_extract_prompt({"chosen": chosen, "rejected": row["rejected"]})
         prompt, chosen = explicit["prompt"], explicit["chosen"]
     answer = chosen if isinstance(chosen, str) else message_as_text(chosen[-1])
-    return Question(
-        row.get(SAVED_ROW_INDEX, index), _as_text(prompt), prompt, chosen=answer, template_inputs=template_inputs(row)
-    )
+    inputs = {name: value for name, value in template_inputs(row).items() if value is not None}
+    return Question(row.get(SAVED_ROW_INDEX, index), _as_text(prompt), prompt, chosen=answer, template_inputs=inputs)
 
 
 def _read_prompts(path: Path) -> Iterator[Any]:
