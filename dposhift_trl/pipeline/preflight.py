@@ -40,6 +40,7 @@ from transformers.utils import is_liger_kernel_available
 from trl import SFTConfig, get_peft_config
 
 from ..artifacts import FINISHED
+from ..columns import ROW_INDEX
 from ..config import DPOShiftConfig
 from ..data.audit import AuditedRows
 from ..data.errors import one_line
@@ -132,6 +133,7 @@ def check_lengths(
     if positions is None:
         return
     mistakes = []
+    measured: dict[int, list[tuple[int, int]]] = {}  # by dataset, which stages that truncate alike share
     for name, args in _stages_left(recipe).items():
         if name not in rows or (args.max_length is not None and args.max_length <= positions):
             continue
@@ -148,13 +150,16 @@ def check_lengths(
                 break
             if dataset is None:
                 continue
-            lengths = [_length(row, tokenizer, args.max_length) for row in dataset]
+            if id(dataset) not in measured:
+                measured[id(dataset)] = [_lengths(row, tokenizer) for row in dataset]
+            read = (max(chosen, rejected if name == "dpo" else 0) for chosen, rejected in measured[id(dataset)])
+            lengths = [min(length, args.max_length or length) for length in read]
             beyond = [index for index, length in enumerate(lengths) if length > positions]
             if beyond:
                 mistakes.append(
                     f"`{name}.max_length` must be at most {positions}, the positions of the model, got "
                     f"{args.max_length}: {len(beyond)} {split} rows have more tokens, the longest one "
-                    f"{max(lengths)}, the first one is row {beyond[0]}. {remedy}"
+                    f"{max(lengths)}, the first one is row {dataset[beyond[0]][ROW_INDEX]}. {remedy}"
                 )
     _refuse(mistakes)
 
@@ -384,8 +389,8 @@ def _adapter_mistakes(model: PreTrainedModel, adapter: LoraConfig) -> Iterator[s
 # Rows
 
 
-def _length(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> int:
-    """Tokens of the prompt and the longer answer, as truncated."""
+def _lengths(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
+    """Tokens of the prompt with the chosen answer, and with the rejected one."""
     tokens = tokenize_pair(row, tokenizer)
-    length = len(tokens.prompt_ids) + max(len(tokens.chosen_ids), len(tokens.rejected_ids))
-    return length if max_length is None else min(length, max_length)
+    prompt = len(tokens.prompt_ids)
+    return prompt + len(tokens.chosen_ids), prompt + len(tokens.rejected_ids)
