@@ -14,10 +14,11 @@ SMALLEST_LAMBDA = 1e-7
 
 
 class Rule(NamedTuple):
-    """A set of numbers: in words, which follow "must be", and as a test."""
+    """A set of numbers: in words, which follow "must be", as a test, and as the number of bits of its integers."""
 
     words: str
     holds: Callable[[Any], bool]
+    bits: int = 31
 
 
 ANY = Rule("finite", lambda x: abs(x) < math.inf)
@@ -28,7 +29,8 @@ COUNT_OR_NONE = Rule("at least 0", lambda x: x >= 0)
 SHARE = Rule("at least 0 and at most 1", lambda x: 0 <= x <= 1)
 PROPER_SHARE = Rule("at least 0 and less than 1", lambda x: 0 <= x < 1)
 STEPS = Rule("a number of steps, or a share of them between 0 and 1", lambda x: 0 < x < 1 or (x >= 1 and x % 1 == 0))
-SEED = Rule("at least 0 and less than 2**32", lambda x: 0 <= x < 2**32)
+SEED = Rule("at least 0 and less than 2**32", lambda x: 0 <= x < 2**32, bits=32)
+ROWS = COUNT._replace(bits=63)
 LAMBDA = Rule("finite and at least 1e-7", lambda x: SMALLEST_LAMBDA <= x < math.inf)
 
 
@@ -108,10 +110,11 @@ RANGES: dict[str, Range] = {
         Rule(
             "a positive number of rows or a share between 0 and 1",
             lambda x: 0 < x < 1 if isinstance(x, float) else x >= 1,
+            bits=63,
         ),
         "Write for example `eval_size: 0.05`.",
     ),
-    **dict.fromkeys(("max_train_rows", "max_eval_rows"), Range(COUNT, "Remove it to use all rows.")),
+    **dict.fromkeys(("max_train_rows", "max_eval_rows"), Range(ROWS, "Remove it to use all rows.")),
     "shuffle_buffer": Range(COUNT_OR_NONE, "Write for example 10000, or 0 to train in the order of the files."),
     **_write(POSITIVE, max_expanded_gib=4),
     "min_rows_kept": Range(
@@ -150,8 +153,8 @@ def range_mistake(name: str, value: Any) -> str | None:
             continue
         if not allowed.rule.holds(number):
             return f"must be {allowed.rule.words}, got {number!r}. {allowed.advice}"
-        if isinstance(number, int) and abs(number) >= (2**32 if allowed.rule is SEED else 2**31):
-            return f"must be less than 2**31, got {number!r}. {allowed.advice}"
+        if isinstance(number, int) and number.bit_length() > allowed.rule.bits:
+            return f"must be less than 2**{allowed.rule.bits}, got {number!r}. {allowed.advice}"
         if number and not SMALLEST <= abs(number) <= LARGEST:
             held = "a number that float32 can hold, 0 or from 1.2e-38 to 3.4e38 in size"
             return f"must be {held}, got {number!r}. {allowed.advice}"

@@ -277,6 +277,13 @@ def test_rows_beyond_the_positions_are_told_with_their_number(refuse, tmp_path, 
     assert line.endswith("the first one is row 5. Set `dpo.max_length: 32`.")
 
 
+def test_stage_one_reads_no_rejected_answer_so_none_is_too_long_for_it(recipe, tmp_path):
+    rows = make_rows(8).to_list()
+    rows[5]["rejected"] = " w1" * 90
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert main([str(recipe), "--dry-run", "sft.max_length=null", "dpo=null"]) == 0
+
+
 def test_long_rows_that_are_truncated_to_the_positions_are_trained_on(recipe, tmp_path, capfd):
     rows = make_rows(8).to_list()
     rows[5]["chosen"] += " w1" * 60

@@ -516,7 +516,10 @@ def test_letters_that_a_terminal_lacks_are_escaped(recipe):
         (["model.model_name_or_path=no/where"], "`model.model_name_or_path` 'no/where' cannot be loaded"),
         (["model.model_name_or_path=."], "`model.model_name_or_path` must be a Hub name or a folder with a `config"),
         (["data.path=nowhere.jsonl"], "`data.path` 'nowhere.jsonl', split 'train', cannot be read"),
-        (["model.use_peft=true", "model.lora_target_modules=[nope]"], "Stage `sft` cannot start: Target modules"),
+        (
+            ["model.use_peft=true", "model.lora_target_modules=[nope]"],
+            "`model.lora_target_modules` {'nope'} do not fit the model: Target modules",
+        ),
     ],
     ids=["key", "type", "range", "model", "folder", "data", "lora"],
 )

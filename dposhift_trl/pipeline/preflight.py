@@ -42,7 +42,7 @@ from transformers.utils import is_liger_kernel_available
 from trl import SFTConfig, get_peft_config
 
 from ..artifacts import FINISHED
-from ..columns import ROW_INDEX, TOKEN_COLUMNS
+from ..columns import CHOSEN_IDS, PROMPT_IDS, REJECTED_IDS, ROW_INDEX
 from ..config import DPOShiftConfig
 from ..data.audit import AuditedRows
 from ..data.errors import one_line
@@ -146,7 +146,8 @@ def check_lengths(recipe: Recipe, rows: dict[str, AuditedRows], positions: int |
                 break
             if dataset is None:
                 continue
-            lengths = _lengths(dataset, args.max_length)
+            answers = (CHOSEN_IDS, REJECTED_IDS) if name == "dpo" else (CHOSEN_IDS,)
+            lengths = [min(length, args.max_length or length) for length in _lengths(dataset, answers)]
             beyond = [index for index, length in enumerate(lengths) if length > positions]
             if beyond:
                 mistakes.append(
@@ -382,9 +383,9 @@ def _adapter_mistakes(model: PreTrainedModel, adapter: LoraConfig) -> Iterator[s
 # Rows
 
 
-def _lengths(rows: Dataset, max_length: int | None) -> list[int]:
-    """Tokens of the prompt and the longer answer of each row, as truncated."""
-    table = rows.select_columns(list(TOKEN_COLUMNS)).with_format("arrow")[:]
-    prompt, *answers = (pc.list_value_length(table[name]).to_numpy() for name in TOKEN_COLUMNS)
-    lengths = prompt + np.maximum(*answers)
-    return (lengths if max_length is None else np.minimum(lengths, max_length)).tolist()
+def _lengths(rows: Dataset, answers: tuple[str, ...]) -> list[int]:
+    """Tokens of the prompt and the longest of the answers, of each row."""
+    table = rows.select_columns([PROMPT_IDS, *answers]).with_format("arrow")[:]
+    prompt, *found = (pc.list_value_length(table[name]).to_numpy() for name in (PROMPT_IDS, *answers))
+    lengths: list[int] = (prompt + np.maximum.reduce(found)).tolist()
+    return lengths
