@@ -517,11 +517,14 @@ def test_stage_1_trains_on_rows_in_another_format(tiny_model, settings):
     assert same(*found)
 
 
-def test_the_shared_prompt_is_off_with_torch_compile(tiny_model, settings, caplog):
-    args = DPOShiftConfig(**settings, torch_compile=True, torch_compile_backend="eager")
+@pytest.mark.parametrize("by_launcher", [False, True], ids=["torch_compile", "accelerate launch"])
+def test_the_shared_prompt_is_off_where_the_model_is_compiled(by_launcher, tiny_model, settings, caplog, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "eager" if by_launcher else "no")  # which `torch_compile` sets too
+    compiled = {} if by_launcher else {"torch_compile": True, "torch_compile_backend": "eager"}
+    args = DPOShiftConfig(**settings, **compiled)
     assert not DPOShiftTrainer(tiny_model, args=args, train_dataset=ROWS).shares_prompts
     assert "shared_prompt is off: `torch_compile` would compile it anew for every batch" in caplog.text
-    args = DPOShiftConfig(**settings, torch_compile=True, torch_compile_backend="eager", shared_prompt=True)
+    args = DPOShiftConfig(**settings, **compiled, shared_prompt=True)
     with pytest.raises(
         ValueError, match="`shared_prompt` must be auto or false for this model, got True: `torch_comp"
     ):

@@ -51,6 +51,8 @@ class LambdaScheduleCallback(TrainerCallback):
             above 1 without `allow_lambda_above_one=True` in the config.
     """
 
+    _failure: ValueError | None = None
+
     def __init__(self, schedule: LambdaSchedule):
         if not callable(schedule):
             raise TypeError(
@@ -58,7 +60,6 @@ class LambdaScheduleCallback(TrainerCallback):
                 "`LambdaScheduleCallback(lambda progress: 1 - 0.25 * progress)`."
             )
         self.schedule = schedule
-        self._failure: ValueError | None = None
         self.check(SAMPLES)
         self.shift_lambda = self._lambda_at(0.0)
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import trl
-from accelerate.utils import is_peft_model
+from accelerate.utils import DynamoBackend, is_peft_model
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from peft import PeftConfig, PeftModel
 from torch.utils.data import DataLoader
@@ -213,7 +213,7 @@ class DPOShiftTrainer(DPOTrainer):
             "the dataset holds images": self._is_vision_dataset,
             "its load-balancing loss counts every token of every row": self.aux_loss_enabled,
             "sharded models have not been verified": self.is_sharded,
-            "`torch_compile` would compile it anew for every batch": self.args.torch_compile,
+            "`torch_compile` would compile it anew for every batch": self._compiles,
             "the data collator is not TRL's, and may pad or cut rows in another way": not trl_collates,
         }
         obstacle = next((reason for reason, holds in obstacles.items() if holds), None)
@@ -223,6 +223,11 @@ class DPOShiftTrainer(DPOTrainer):
     def is_sharded(self) -> bool:
         """Whether FSDP or DeepSpeed divides the model among processes."""
         return self.is_fsdp_enabled or self.is_deepspeed_enabled
+
+    @property
+    def _compiles(self) -> bool:
+        # Also if `accelerate launch --dynamo_backend` asks for it
+        return bool(self.accelerator.state.dynamo_plugin.backend != DynamoBackend.NO)
 
     @property
     def _mode(self) -> str:
