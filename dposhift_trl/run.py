@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--accept-changes",
         action="store_true",
-        help="continue in a run folder that was started with a different recipe",
+        help="continue in a run folder that was started with a different recipe, model or data",
     )
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -88,7 +88,7 @@ def run(recipe: Recipe, accept_changes: bool = False) -> None:
         recipe ([`~recipe.Recipe`]):
             Checked recipe.
         accept_changes (`bool`, *optional*, defaults to `False`):
-            Whether to continue in a run folder that was started with a different recipe.
+            Whether to continue in a run folder that was started with a different recipe, model or data.
 
     Raises:
         RunError: If the run folder cannot be used, or a model cannot be loaded.
