@@ -100,7 +100,7 @@ def run(recipe: Recipe, accept_changes: bool = False) -> None:
     claim = claimed(recipe, accept_changes)
     with claim, saving_on_sigterm() as sigterm, explaining_disk_errors(recipe.output_dir):
         set_seed(recipe.seed)
-        start = base_model(recipe, recipe.output_dir / "base")
+        start = base = base_model(recipe, recipe.output_dir / "base")
         tokenizer = load_tokenizer(recipe, start)
         rows = load_rows(recipe, tokenizer)
         audits = findings(rows)
@@ -117,7 +117,7 @@ def run(recipe: Recipe, accept_changes: bool = False) -> None:
         *_, last_stage = recipe.stages
         for name, args in recipe.stages.items():
             folder = recipe.output_dir / name
-            origin = stage_start(start, recipe.model.model_revision, hashes.get(name, {}))
+            origin = stage_start(start, base, recipe.model.model_revision, hashes.get(name, {}))
             if not is_finished(name, folder, origin):
                 checkpoint = resume_point(name, folder, args, origin, accept_changes)
                 with explaining_disk_errors(folder, name), reading_rows():
