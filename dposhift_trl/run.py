@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--accept-changes",
         action="store_true",
-        help="continue in a run folder that was started with a different recipe",
+        help="continue in a run folder that was started with a different recipe, model or data",
     )
     options = parser.parse_intermixed_args(argv)
     if mistakes := launcher_mistakes():
@@ -96,7 +96,7 @@ def run(recipe: Recipe, accept_changes: bool = False) -> None:
         recipe ([`~recipe.Recipe`]):
             Checked recipe.
         accept_changes (`bool`, *optional*, defaults to `False`):
-            Whether to continue in a run folder that was started with a different recipe.
+            Whether to continue in a run folder that was started with a different recipe, model or data.
 
     Raises:
         RunError: If the run folder cannot be used, or a model cannot be loaded.
@@ -108,7 +108,7 @@ def run(recipe: Recipe, accept_changes: bool = False) -> None:
     claim = claimed(recipe, accept_changes)
     with claim, saving_on_signals() as signals, explaining_disk_errors(recipe.output_dir):
         set_seed(recipe.seed)
-        start = base_model(recipe, recipe.output_dir / "base")
+        start = base = base_model(recipe, recipe.output_dir / "base")
         tokenizer = load_tokenizer(recipe, start)
         check_settings(recipe)
         positions = check_model(recipe, start, tokenizer)
@@ -131,7 +131,7 @@ def run(recipe: Recipe, accept_changes: bool = False) -> None:
         *_, last_stage = recipe.stages
         for name, args in recipe.stages.items():
             folder = recipe.output_dir / name
-            origin = stage_start(start, recipe.model.model_revision, hashes.get(name, {}))
+            origin = stage_start(start, base, recipe.model.model_revision, hashes.get(name, {}))
             if is_finished(name, folder, origin):
                 if name != last_stage:
                     tokenizer = load_tokenizer(recipe, str(folder))  # which the stage may have changed

@@ -16,7 +16,7 @@ from dposhift_trl.data.audit import AuditedRows
 from dposhift_trl.pipeline.checkpoints import explaining_load_errors, last_complete_checkpoint
 from dposhift_trl.pipeline.errors import RunError
 from dposhift_trl.pipeline.resume import is_finished, resume_point
-from dposhift_trl.pipeline.start import model_fingerprint, row_fingerprints
+from dposhift_trl.pipeline.start import model_fingerprint, row_fingerprints, stage_start
 
 
 STAGE = {"bf16": False, "use_cpu": True, "gradient_checkpointing": False, "report_to": "none"}
@@ -250,6 +250,23 @@ def test_an_adapter_is_compared_with_its_base(tiny_model, tmp_path):
     known = model_fingerprint(str(adapter))
     save_file({"other": torch.ones(3)}, base / "model.safetensors")
     assert model_fingerprint(str(adapter)) != known
+
+
+def test_an_adapter_that_was_moved_is_told_where_its_base_is(tiny_model, tmp_path, capsys):
+    adapter, gone = tmp_path / "run" / "sft", str(tmp_path / "gone")
+    adapter.mkdir(parents=True)
+    config = adapter / "adapter_config.json"
+    config.write_text(json.dumps({"base_model_name_or_path": gone, "r": 4}))
+    with pytest.raises(RunError, match=rf"got {gone}, which does not exist\. Write where it is now\."):
+        stage_start(str(adapter), "no/where", None, {})
+    assert json.loads(config.read_text()) == {"base_model_name_or_path": gone, "r": 4}
+    start = stage_start(str(adapter), tiny_model, None, {"tokenizer": "t"})
+    assert capsys.readouterr().out == f"{config}: the base model was moved from {gone} to {tiny_model}\n"
+    assert json.loads(config.read_text()) == {"base_model_name_or_path": tiny_model, "r": 4}
+    assert stage_start(str(adapter), "no/where", None, {"tokenizer": "t"}) == start
+    config.write_text(json.dumps({"base_model_name_or_path": "org/on-the-hub", "r": 4}))
+    stage_start(str(adapter), tiny_model, None, {})
+    assert "org/on-the-hub" in config.read_text()
 
 
 # What cannot be judged by its files

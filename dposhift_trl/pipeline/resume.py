@@ -103,7 +103,7 @@ def _resume_point(
         write_whole(folder / START, json.dumps(now, indent=2))
         return None, lines
 
-    changed = _changes(before or now, now)
+    changed = _changes(now if before is None else before, now)
     if changed and not accept_changes and not is_last(checkpoint):
         raise RunError(
             f"Stage `{name}` cannot be resumed: {changed} changed since it started. Restore what it started from, "

@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -15,11 +16,13 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.hub import extract_commit_hash
 
 from ..artifacts import ArtifactError, read_mapping, write_whole
-from ..columns import CHOSEN_START, TOKEN_COLUMNS
+from ..columns import ROW_INDEX
 from ..data.audit import AuditedRows
+from ..data.config import KEPT_COLUMNS
 from ..data.errors import reading_rows
 from ..data.sources import Rows
 from ..reference.fingerprint import stable_hash
+from .errors import RunError
 from .processes import say
 
 
@@ -62,22 +65,30 @@ def row_fingerprints(rows: dict[str, AuditedRows], tokenizer: PreTrainedTokenize
     }
 
 
-def stage_start(model: str, revision: str | None, hashes: Start) -> Start:
+def stage_start(model: str, base: str, revision: str | None, hashes: Start) -> Start:
     """
     What a stage starts from, on the main process.
 
     Args:
-        model (`str`), revision (`str`, *optional*):
-            As for [`model_fingerprint`].
+        model (`str`):
+            Name or folder of the model to start from. An adapter that was moved is told where its base model is now.
+        base (`str`), revision (`str`, *optional*):
+            Name or folder, and revision, of the model that the first stage starts from.
         hashes (`Start`):
             Those of the stage from [`row_fingerprints`].
+
+    Raises:
+        RunError: If the base model of an adapter is gone.
     """
-    start: Start = {}
     if PartialState().is_main_process:
-        _relocate_adapter(Path(model))
-        start = {"model": model_fingerprint(model, revision), **hashes}
+        _relocate_adapter(Path(model), Path(base))
     PartialState().wait_for_everyone()
-    return start
+    if (recorded := _lost_base(Path(model))) is not None:
+        raise RunError(
+            f"`base_model_name_or_path` in {Path(model, ADAPTER_CONFIG)} must be the base model of the adapter, got "
+            f"{recorded}, which does not exist. Write where it is now."
+        )
+    return {"model": model_fingerprint(model, revision), **hashes} if PartialState().is_main_process else {}
 
 
 def model_fingerprint(model: str, revision: str | None = None) -> str:
@@ -113,20 +124,22 @@ def model_fingerprint(model: str, revision: str | None = None) -> str:
     return stable_hash(content)
 
 
-def _relocate_adapter(folder: Path) -> None:
-    """
-    Write the new place of the base model into a saved adapter that was moved together with it.
+def _lost_base(folder: Path) -> str | None:
+    """The path of an adapter's base model, if nothing is there. PEFT saves it as the absolute path it had then."""
+    path = folder / ADAPTER_CONFIG
+    recorded = read_mapping(path).get("base_model_name_or_path") if path.is_file() else None
+    return recorded if isinstance(recorded, str) and os.path.isabs(recorded) and not Path(recorded).exists() else None
 
-    An adapter records the absolute path of its base. The demo model is saved beside the folders of the stages.
-    """
-    path, beside = folder / ADAPTER_CONFIG, folder.resolve().parent / "base"
-    if not path.is_file() or not (beside / "config.json").is_file():
-        return
-    settings = read_mapping(path)
-    recorded = settings.get("base_model_name_or_path")
-    if isinstance(recorded, str) and Path(recorded).is_absolute() and not Path(recorded).exists():
-        write_whole(path, json.dumps({**settings, "base_model_name_or_path": str(beside)}, indent=2, sort_keys=True))
-        say(f"{path}: the base model was moved from {recorded} to {beside}")
+
+def _relocate_adapter(folder: Path, base: Path) -> None:
+    """Write into a saved adapter where its base model is now: that of the run, or the demo model beside its stage."""
+    recorded, path = _lost_base(folder), folder / ADAPTER_CONFIG
+    found = [place for place in (folder.parent / "base", base) if (place / "config.json").is_file()]
+    if recorded is not None and found:
+        place = str(found[0].resolve())
+        settings = {**read_mapping(path), "base_model_name_or_path": place}
+        write_whole(path, json.dumps(settings, indent=2, sort_keys=True))
+        say(f"{path}: the base model was moved from {recorded} to {place}")
 
 
 def _hash_of_rows(rows: Rows) -> str:
@@ -138,13 +151,13 @@ def _hash_of_rows(rows: Rows) -> str:
 
 def _as_text(rows: Rows) -> Iterator[str]:
     if isinstance(rows, Dataset):
-        texts = rows.remove_columns([name for name in (*TOKEN_COLUMNS, CHOSEN_START) if name in rows.column_names])
-        for table in texts.with_format("arrow").iter(batch_size=1000):
+        names = [name for name in (*KEPT_COLUMNS, ROW_INDEX) if name in rows.column_names]
+        for table in rows.select_columns(names).with_format("arrow").iter(batch_size=1000):
             yield json.dumps(table.to_pydict(), sort_keys=True, default=str)
     else:
         with reading_rows():
             for row in itertools.islice(rows, STREAMED):
-                texts = {name: value for name, value in row.items() if name not in (*TOKEN_COLUMNS, CHOSEN_START)}
+                texts = {name: row[name] for name in KEPT_COLUMNS if name in row}
                 yield json.dumps(texts, sort_keys=True, default=str)
 
 
