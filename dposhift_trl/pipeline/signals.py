@@ -75,13 +75,13 @@ class SaveOnSignal(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._stop_if_received(args, state, control)
-        if self.stopping and _within_epoch(state):  # what is due at its end is not due yet
-            control.should_log = control.should_evaluate = False
+        if self.stopping and _within_epoch(state):
+            control.should_log = False  # what is due at its end is not due yet
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        # With `save_strategy: best` the result of the evaluation replaces `should_save`
+        # With `save_strategy: best` the result of the evaluation then replaces `should_save`
         if self.in_training and args.save_strategy != SaveStrategy.BEST:
             self._stop_if_received(args, state, control)
 
