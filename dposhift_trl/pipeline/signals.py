@@ -33,6 +33,7 @@ class SaveOnSignal(TrainerCallback):
     def __init__(self) -> None:
         self.received = 0  # the first signal
         self.heard = -ECHO
+        self.has_begun = False
         self.in_training = False
         self.stopping = False
 
@@ -59,6 +60,11 @@ class SaveOnSignal(TrainerCallback):
         received = torch.tensor(self.received, device=args.device)
         torch.distributed.all_reduce(received, op=torch.distributed.ReduceOp.MAX)
         return int(received.item())
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.has_begun = True
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -98,7 +104,7 @@ class SaveOnSignal(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.in_training = self.stopping
+        self.has_begun, self.in_training = False, self.stopping
 
     def _stop_if_received(self, args: TrainingArguments, state: TrainerState, control: TrainerControl) -> None:
         # After the last step, training ends and saves without being asked
