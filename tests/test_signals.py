@@ -174,26 +174,30 @@ def test_a_signal_during_the_evaluation_before_the_first_step_stops_at_once(reci
     assert not [*(tmp_path / "run" / "dpo").glob("checkpoint-*")]
 
 
-EPOCHS = ["sft=null", "dpo.max_steps=-1", "dpo.num_train_epochs=2", "dpo.eval_strategy=epoch"]  # 5 steps per epoch
+EPOCHS = ["dpo.max_steps=-1", "dpo.num_train_epochs=2", "dpo.eval_strategy=epoch"]  # 5 steps per epoch
+BEST = ["dpo.save_strategy=best", "dpo.metric_for_best_model=shift/lambda", "dpo.greater_is_better=true"]  # the first
 
 
 @pytest.mark.parametrize(
-    ("options", "step", "saved"),
+    ("options", "method", "step", "saved"),
     [
-        pytest.param([*EPOCHS, "dpo.save_strategy=epoch"], 2, 3, id="within an epoch, whose evaluation is not due"),
-        pytest.param([*EPOCHS, "dpo.save_strategy=epoch"], 4, 5, id="at the end of an epoch, whose evaluation is due"),
+        pytest.param([*EPOCHS, "dpo.save_strategy=epoch"], "training_step", 2, 3, id="within an epoch"),
+        pytest.param([*EPOCHS, "dpo.save_strategy=epoch"], "training_step", 4, 5, id="at the end of an epoch"),
+        pytest.param([*EPOCHS, *BEST], "prediction_step", 5, 6, id="evaluating an epoch, without a new best"),
         pytest.param(
-            ["sft=null", "dpo.save_strategy=best", "dpo.metric_for_best_model=shift/lambda", "dpo.eval_steps=1"],
-            2, 3, id="without a new best",
+            ["dpo.eval_steps=1", "dpo.logging_strategy=epoch", *BEST], "training_step", 2, 3, id="without a new best"
         ),
     ],
-)  # fmt: skip
-def test_a_stopped_run_logs_and_evaluates_at_the_same_steps(options, step, saved, recipe, tmp_path, here, once):
-    here(recipe, *options, f"output_dir={tmp_path / 'whole'}")
-    once(DPOShiftTrainer, "training_step", lambda self: self.state.global_step == step)
-    done = here(recipe, *options, code=143)
+)
+def test_a_stopped_run_logs_and_evaluates_at_the_same_steps(
+    options, method, step, saved, recipe, tmp_path, here, once
+):
+    here(recipe, "sft=null", *options, f"output_dir={tmp_path / 'whole'}")
+    once(DPOShiftTrainer, method, lambda self: self.state.global_step == step)
+    done = here(recipe, "sft=null", *options, code=143)
     assert f"dpo: stopped by SIGTERM, saved at step {saved}." in done.err
-    assert f"resuming from {tmp_path / 'run' / 'dpo' / f'checkpoint-{saved}'}" in here(recipe, *options).out
+    again = here(recipe, "sft=null", *options)
+    assert f"resuming from {tmp_path / 'run' / 'dpo' / f'checkpoint-{saved}'}" in again.out
     assert logged(tmp_path / "run" / "dpo") == logged(tmp_path / "whole" / "dpo")
 
 

@@ -33,6 +33,7 @@ class SaveOnSignal(TrainerCallback):
     def __init__(self) -> None:
         self.received = 0  # the first signal
         self.heard = -ECHO
+        self.has_begun = False
         self.in_training = False
         self.stopping = False
 
@@ -60,6 +61,11 @@ class SaveOnSignal(TrainerCallback):
         torch.distributed.all_reduce(received, op=torch.distributed.ReduceOp.MAX)
         return int(received.item())
 
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.has_begun = True
+
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -75,13 +81,13 @@ class SaveOnSignal(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._stop_if_received(args, state, control)
-        if self.stopping and _within_epoch(state):  # what is due at its end is not due yet
-            control.should_log = control.should_evaluate = False
+        if self.stopping and _within_epoch(state):
+            control.should_log = False  # what is due at its end is not due yet
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        # With `save_strategy: best` the result of the evaluation replaces `should_save`
+        # With `save_strategy: best` the result of the evaluation then replaces `should_save`
         if self.in_training and args.save_strategy != SaveStrategy.BEST:
             self._stop_if_received(args, state, control)
 
@@ -98,7 +104,7 @@ class SaveOnSignal(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.in_training = self.stopping
+        self.has_begun, self.in_training = False, self.stopping
 
     def _stop_if_received(self, args: TrainingArguments, state: TrainerState, control: TrainerControl) -> None:
         # After the last step, training ends and saves without being asked

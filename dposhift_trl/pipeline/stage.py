@@ -127,7 +127,7 @@ def _train(trainer: RunSFTTrainer | RunDPOShiftTrainer, checkpoint: Path | None,
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except Terminated:
-        if signals.in_training:
+        if signals.has_begun:
             trainer.callback_handler.on_train_end(args, trainer.state, trainer.control)  # closes the progress bar
         raise
 
