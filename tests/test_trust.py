@@ -184,7 +184,7 @@ def test_run_runs_no_code_of_a_model_unless_its_own_recipe_says_so(attack, run, 
     assert (named in streams.out) == (attack is pickled_adapter)
     if attack is model_code:
         recipe = write_recipe(tmp_path / "x.yaml", model_name_or_path=str(run / "sft"), trust_remote_code=True)
-        train([str(recipe), "--dry-run"]), train([str(recipe)])
+        assert train([str(recipe), "--dry-run"]) == 0
         assert (tmp_path / "canary").exists()
 
 

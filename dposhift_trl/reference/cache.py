@@ -12,7 +12,7 @@ import re
 import stat
 import uuid
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -152,6 +152,7 @@ class _CacheEntry:
     key: str
     num_rows: int
     description: dict[str, Any]
+    reported: set[Path] = field(default_factory=set)  # files that cannot be used
 
     def on_main_process(self, function: Callable[..., Any], *args: Any) -> Any:
         """Call a function on the main process. Its result is returned, or its exception raised, on every process."""
@@ -203,7 +204,9 @@ class _CacheEntry:
             return None
         except ValueError as error:
             problem = str(error)
-        logger.warning("%s %s; its %d rows are scored again.", printable(path), problem, len(rows))
+        if path not in self.reported:
+            logger.warning("%s %s; its %d rows are scored again.", printable(path), problem, len(rows))
+        self.reported.add(path)
         return None
 
     def find(self) -> dict[tuple[int, int], Scores]:
