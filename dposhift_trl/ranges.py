@@ -115,7 +115,9 @@ RANGES: dict[str, Range] = {
         "Write for example `eval_size: 0.05`.",
     ),
     **dict.fromkeys(("max_train_rows", "max_eval_rows"), Range(ROWS, "Remove it to use all rows.")),
-    "shuffle_buffer": Range(COUNT_OR_NONE, "Write for example 10000, or 0 to train in the order of the files."),
+    "shuffle_buffer": Range(
+        COUNT_OR_NONE, "Write for example `shuffle_buffer: 10000`, or 0 to train in the order of the files."
+    ),
     **_write(POSITIVE, max_expanded_gib=4),
     "min_rows_kept": Range(
         Rule("greater than 0 and at most 1", lambda x: 0 < x <= 1),

@@ -41,7 +41,7 @@ def test_listing_imports_nothing_heavy():
         {"torch", "transformers", "trl", "datasets", "accelerate", "numpy", "pyarrow", "matplotlib"}
     )
     names = [name for name in imported if name.startswith("dposhift_trl")]
-    assert names == ["dposhift_trl", "dposhift_trl.command", "dposhift_trl.console"]
+    assert names == ["dposhift_trl", "dposhift_trl.console", "dposhift_trl.command"]
 
 
 @pytest.mark.parametrize(
