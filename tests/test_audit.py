@@ -419,7 +419,9 @@ def test_a_row_that_the_template_refuses_is_dropped_with_its_number_and_the_reas
     assert (finding.policy, finding.count) == ("drop", 1)
     assert finding.examples[0]["row"] == 1
     assert finding.examples[0]["reason"] == "I do not answer that."
-    with pytest.raises(DataError, match=r"^1 of 3 train rows are `refused`: .* \(first in row 1\)"):
+    with pytest.raises(
+        DataError, match=r"^1 of 3 train rows are `refused`: .* \(first in row 1: I do not answer that\.\)\. Fix"
+    ):
         audit(rows, tokenizer, audit={"refused": "error"}).check()
     assert [row["prompt"] for row in audit(Dataset.from_list(rows).to_iterable_dataset(), tokenizer).train] == [
         [user("A?")],

@@ -225,6 +225,7 @@ class _SplitAuditor:
             if finding.count and finding.policy == "error":
                 first = finding.examples[0]
                 where = f"{first['row']}{f' of {first[SOURCE]}' if SOURCE in first else ''}"
+                where += f": {first[REASON]}" if REASON in first else ""
                 return (
                     f"{finding.count} of {rows} {name} rows are `{kind}`: {AUDIT_KINDS[kind].description} (first in "
                     f"row {where}). Fix the data, or set `data.audit.{kind}: drop`."
@@ -269,8 +270,8 @@ def _audit_stream(rows: IterableDataset, name: str, config: DataConfig, truncati
         if kind is not None and config.policy(kind) == "error":
             raise DataError(
                 f"Row {row[STREAM_ROW_INDEX]} of the streamed {name} rows is `{kind}`: "
-                f"{AUDIT_KINDS[kind].description}, chosen: {shorten(row.get('chosen'))!r}. Fix the data, or set "
-                f"`data.audit.{kind}: drop`."
+                f"{AUDIT_KINDS[kind].description}, {shorten(row[REFUSAL] or row.get('chosen'))!r}. Fix the data, or "
+                f"set `data.audit.{kind}: drop`."
             )
         dropped[kind or ""] += 1
         return kind is None
