@@ -8,11 +8,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import httpx
 import torch
 from accelerate import PartialState
 from accelerate.utils import is_peft_model
-from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled  # httpx's or httpx2's, which it is built on
 from peft import AutoPeftModelForCausalLM
 from transformers import PreTrainedTokenizerBase, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
@@ -122,7 +121,7 @@ def _save(trainer: RunSFTTrainer | RunDPOShiftTrainer, recipe: Recipe, name: str
     trainer.save_state()
     try:
         trainer.save_model()  # and pushes it with its card, if that was asked for
-    except (HfHubHTTPError, OfflineModeIsEnabled, httpx.HTTPError) as error:
+    except (HTTPError, OfflineModeIsEnabled) as error:
         raise WriteError(
             f"{name}: the model is saved in {args.output_dir}, but not pushed to the Hub: "
             f"{' '.join(str(error).split()).rstrip('.')}. Run the same command again to push it."
@@ -171,7 +170,7 @@ def _make_trainer(
             if dataset is not None:
                 check_rows_left(dataset, split, args.max_length)
         return trainer
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, HTTPError) as error:
         raise RunError(f"Stage `{name}` cannot start: {' '.join(str(error).split())}") from error
 
 
