@@ -1,16 +1,16 @@
 """What `push_to_hub` creates and uploads, through transformers' own code and a Hub that keeps notes."""
 
 import doctest
+import importlib
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
-import httpx
 import pytest
 from conftest import make_rows
-from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub import HfApi, constants, set_client_factory
+from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from huggingface_hub.utils import filter_repo_objects
 from peft import LoraConfig, get_peft_model
 from ruamel.yaml import YAML
@@ -22,6 +22,7 @@ from dposhift_trl.run import main
 from dposhift_trl.sweep.plan import plan
 
 
+httpx = importlib.import_module(HTTPError.__module__.partition(".")[0])  # or httpx2
 STAGE = {
     "bf16": False, "use_cpu": True, "gradient_checkpointing": False, "per_device_train_batch_size": 4, "max_steps": 2,
     "logging_steps": 1, "save_steps": 1, "eval_steps": 1, "report_to": "none", "push_to_hub": True,
@@ -62,9 +63,16 @@ def the_hub(monkeypatch):
         done.set_result(None)
         return done
 
+    def answer(request):  # to whoever asks whether there is a Hub, and who is logged in
+        return httpx.Response(200, json={"name": "user"}) if "whoami" in request.url.path else httpx.Response(404)
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HF_TOKEN", "hf_token")
+    set_client_factory(lambda: httpx.Client(transport=httpx.MockTransport(answer)))
     monkeypatch.setattr(HfApi, "create_repo", create_repo)
     monkeypatch.setattr(HfApi, "upload_folder", upload_folder)
-    return found
+    yield found
+    set_client_factory(httpx.Client)
 
 
 @pytest.fixture
@@ -117,15 +125,21 @@ def test_a_checkpoint_on_the_hub_can_be_resumed_from(recipe, the_hub):
         assert upload.files >= {"optimizer.pt", "trainer_state.json", "adapter_model.safetensors"}
 
 
-def test_a_push_that_fails_is_one_line_and_the_same_command_pushes_again(recipe, the_hub, monkeypatch, capsys):
+FAULTS = {
+    "refused": HfHubHTTPError(
+        "503 Server Error:\nBusy", response=httpx.Response(503, request=httpx.Request("POST", "/"))
+    ),
+    "no network": httpx.ConnectError("503 Server Error: Busy"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
+def test_a_push_that_fails_is_one_line_and_the_same_command_pushes_again(fault, recipe, the_hub, monkeypatch, capsys):
     upload_folder = HfApi.upload_folder
 
     def refuse(self, **arguments):
         if not arguments.get("run_as_future"):
-            raise HfHubHTTPError(
-                "503 Server Error:\nService Unavailable",
-                response=httpx.Response(503, request=httpx.Request("POST", "/")),
-            )
+            raise fault
         return upload_folder(self, **arguments)
 
     monkeypatch.setattr(HfApi, "upload_folder", refuse)
@@ -133,8 +147,8 @@ def test_a_push_that_fails_is_one_line_and_the_same_command_pushes_again(recipe,
     assert main(arguments) == 1
     folder = load_recipe(recipe).output_dir / "dpo"
     assert capsys.readouterr().err.splitlines()[-1] == (
-        f"dpo: the model is saved in {folder}, but not pushed to the Hub: 503 Server Error: Service Unavailable. Run "
-        "the same command again to push it."
+        f"dpo: the model is saved in {folder}, but not pushed to the Hub: 503 Server Error: Busy. Run the same "
+        "command again to push it."
     )
     assert (folder / "model.safetensors").is_file()
     monkeypatch.setattr(HfApi, "upload_folder", upload_folder)
@@ -158,6 +172,16 @@ def test_the_trainer_alone_pushes_no_copy_of_the_adapter_either(tiny_model, sett
     assert "adapter_model.safetensors" in upload.files
     assert not [name for name in upload.files if name.startswith("ref/")]
     assert "## DPO-Shift" in upload.card
+
+
+@pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
+def test_a_repository_that_cannot_be_created_is_one_line(fault, recipe, the_hub, monkeypatch, capsys):
+    def refuse(self, *arguments, **options):
+        raise fault
+
+    monkeypatch.setattr(HfApi, "create_repo", refuse)
+    assert main([recipe, "sft=null"]) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == "Stage `dpo` cannot start: 503 Server Error: Busy"
 
 
 # Names

@@ -9,12 +9,11 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
-import httpx
 import torch
 from accelerate import PartialState
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import is_peft_model
-from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled  # httpx's or httpx2's, which it is built on
 from peft import AutoPeftModelForCausalLM
 from transformers import PreTrainedTokenizerBase, TrainerState
 from trl import get_peft_config, get_quantization_config
@@ -137,7 +136,7 @@ def _save(trainer: RunSFTTrainer | RunDPOShiftTrainer, recipe: Recipe, name: str
     trainer.save_state()
     try:
         trainer.save_model()  # and pushes it with its card, if that was asked for
-    except (HfHubHTTPError, OfflineModeIsEnabled, httpx.HTTPError) as error:
+    except (HTTPError, OfflineModeIsEnabled) as error:
         raise WriteError(
             f"{name}: the model is saved in {args.output_dir}, but not pushed to the Hub: "
             f"{' '.join(str(error).split()).rstrip('.')}. Run the same command again to push it."
@@ -191,7 +190,7 @@ def _make_trainer(
             f"`model.model_name_or_path` must hold weights alone, got pickles with code in {start}, which is not run. "
             "Use a model that is saved as safetensors."
         ) from error
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, HTTPError) as error:
         raise RunError(f"Stage `{name}` cannot start: {' '.join(str(error).split())}") from error
 
 
