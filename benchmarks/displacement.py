@@ -1,103 +1,140 @@
 """
 What lambda buys and costs: fixed, scheduled and adaptive, beside DPO and the remedies in use today.
 
-    python benchmarks/displacement.py --data demo --seeds 1 2 3
-    python benchmarks/displacement.py --data hard --seeds 1 2 3
+    python benchmarks/displacement.py --data demo --seeds 1 2 3 4 5 --results results.jsonl
+    python benchmarks/displacement.py --data hard --seeds 1 2 3 4 5 --results results.jsonl
+    python benchmarks/displacement.py --model HuggingFaceTB/SmolLM2-135M-Instruct --data pandalm --files FOLDER \
+        --results results.jsonl
 
-Two sets of pairs, both offline: `demo`, the built-in one; `hard`, its near misses only, with a fifth of the training
-pairs turned round, so that the preference can be learnt only in part. For each seed a base is fine-tuned on the
-chosen answers, as stage 1 of `recipes/tiny_shift.yaml` does; from it each method trains for one epoch with the
-settings of its stage 2, through the same trainer. The table holds held-out means over seeds with 95 % intervals (t),
-after the last step: mean chosen log-ratio, share of chosen answers that fell, margin (beta = 0.1, unshifted) and
-accuracy.
+On the synthetic sets a base is fine-tuned on the chosen answers for each seed, as stage 1 of `recipes/tiny_shift.yaml`
+does; a model that is named is trained as it is. From there each method trains for one epoch with the same settings,
+through the same trainer. The first table holds held-out means over seeds with 95 % intervals, after the last step:
+mean chosen log-ratio, share of chosen answers that fell, margin (beta = 0.1, unshifted), accuracy, and for real sets
+also greedy answers and the accuracy on the other real set. The second table compares all methods with DPO.
 
-DPO-Positive (https://huggingface.co/papers/2402.13228) and Cal-DPO (https://huggingface.co/papers/2412.14516) are
-written here, from their formulas, and nowhere else.
+Runs that are in the results file are not repeated, so an interrupted grid goes on where it stopped.
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import sys
 import tempfile
 from pathlib import Path
-from random import Random
+from typing import Any
 
 import torch
-import torch.nn.functional as F
-from datasets import Dataset, DatasetDict, disable_progress_bars
-from scipy import stats
+from datasets import DatasetDict, disable_progress_bars
+from displacement_data import FILES, load_pairs
+from displacement_losses import (
+    Loss,
+    acpo,
+    beta_dpo,
+    cal_dpo,
+    dpo_positive,
+    gate_dpo,
+    gated_by_ratio,
+    saturated,
+    shifted_per_token,
+    simpo,
+)
+from displacement_table import COLUMNS, Runs, comparison, table
 from transformers.utils import logging
 from trl import SFTConfig
 
 from dposhift_trl import ChosenSFTTrainer, DPOShiftConfig, DPOShiftTrainer
-from dposhift_trl.data.demo import FAMILIES, _pick, _scene, demo_dataset, save_demo_model
+from dposhift_trl.data.demo import save_demo_model
+from dposhift_trl.generate import GenerationSettings, answer_statistics
+from dposhift_trl.generate.questions import Question
+from dposhift_trl.generate.sampling import answer_questions
 
 
 BETA = 0.1
-COLUMNS = {
-    "displacement/chosen": "chosen log-ratio, nats",
-    "displacement/chosen_fell": "fell",
-    "displacement/rejected": "rejected log-ratio, nats",
-    "rewards/margins": "margin",
-    "rewards/accuracies": "accuracy",
-    "shift/lambda": "lambda at the end",
-}
+DPO = "DPO (lambda 1)"
 ADAPTIVE = {"lambda_schedule": "adaptive", "lambda_min": 0.25}
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """
+    What a run is trained with.
+
+    Args:
+        settings (`dict[str, Any]`):
+            Settings of `DPOShiftConfig`.
+        make_loss (`Callable`, *optional*):
+            Returns a loss that replaces the trainer's own.
+    """
+
+    settings: dict[str, Any] = dataclasses.field(default_factory=dict)
+    make_loss: Any = None
+
+
+def fixed(value: float) -> Method:
+    """DPO-Shift with a fixed lambda."""
+    return Method({"shift_lambda": value})
+
+
+def mixed(weight: float) -> Method:
+    """DPO with a term of negative log-likelihood per token of the chosen answers."""
+    return Method({"shift_lambda": 1.0, "loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, weight]})
+
+
 METHODS = {
-    "DPO (lambda 1)": {"shift_lambda": 1.0},
-    **{f"fixed {value}": {"shift_lambda": value} for value in (0.95, 0.9, 0.75, 0.6, 0.5, 0.4, 0.25)},
-    "linear_increase 0.75 to 1": {"lambda_schedule": "linear_increase"},
-    "linear_decrease 1 to 0.75": {"lambda_schedule": "linear_decrease"},
-    "linear_decrease 1 to 0.25": {"lambda_schedule": "linear_decrease", "lambda_min": 0.25},
-    "adaptive, target 0 nats": {**ADAPTIVE, "lambda_target": 0.0},
-    "adaptive, target -0.5 nats": {**ADAPTIVE, "lambda_target": -0.5},
-    "adaptive, target -1 nat": {**ADAPTIVE, "lambda_target": -1.0},
-    "adaptive, half may fall": {**ADAPTIVE, "lambda_target": 0.5, "lambda_target_metric": "displacement/chosen_fell"},
-    "DPO + 0.1 sft": {"shift_lambda": 1.0, "loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.1]},
-    "DPO + 1.0 sft": {"shift_lambda": 1.0, "loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 1.0]},
-    "DPO-Positive 5": {"shift_lambda": 1.0, "remedy": "dpop"},
-    "Cal-DPO": {"shift_lambda": 1.0, "remedy": "cal"},
+    DPO: fixed(1.0),
+    **{f"fixed {value}": fixed(value) for value in (0.95, 0.9, 0.75, 0.6, 0.5, 0.4, 0.25)},
+    "linear_increase 0.75 to 1": Method({"lambda_schedule": "linear_increase"}),
+    "linear_decrease 1 to 0.75": Method({"lambda_schedule": "linear_decrease"}),
+    "linear_decrease 1 to 0.25": Method({"lambda_schedule": "linear_decrease", "lambda_min": 0.25}),
+    "adaptive, target 0 nats": Method({**ADAPTIVE, "lambda_target": 0.0}),
+    "adaptive, target -0.5 nats": Method({**ADAPTIVE, "lambda_target": -0.5}),
+    "adaptive, target -1 nat": Method({**ADAPTIVE, "lambda_target": -1.0}),
+    "adaptive, half may fall": Method(
+        {**ADAPTIVE, "lambda_target": 0.5, "lambda_target_metric": "displacement/chosen_fell"}
+    ),
+    "DPO + 0.1 sft": mixed(0.1),
+    "DPO + 1.0 sft": mixed(1.0),
+    "apo_zero": Method({"shift_lambda": 1.0, "loss_type": "apo_zero"}),
+    "sigmoid_norm": Method({"shift_lambda": 1.0, "loss_type": "sigmoid_norm"}),
+    "DPO-Positive 5": Method(make_loss=lambda: dpo_positive(BETA, 5.0)),
+    "Cal-DPO": Method(make_loss=lambda: cal_dpo(BETA)),
+    "SimPO 2, 1": Method(make_loss=lambda: simpo(2.0, 1.0)),
+    "beta-DPO": Method(make_loss=lambda: beta_dpo(BETA)),
+    "ACPO 0.01": Method(make_loss=lambda: acpo(BETA, 0.01)),
+    "ACPO 0.05": Method(make_loss=lambda: acpo(BETA, 0.05)),
+    "Gate-DPO 5, -2": Method(make_loss=lambda: gate_dpo(BETA, 5.0, -2.0)),
+    "Gate-DPO 5, -3": Method(make_loss=lambda: gate_dpo(BETA, 5.0, -3.0)),
+    **{
+        f"candidate: gate at {nats} nats": Method(make_loss=lambda nats=nats: gated_by_ratio(BETA, nats))
+        for nats in (-10.0, -5.0)
+    },
+    **{
+        f"candidate: saturated at {nats} nats": Method(make_loss=lambda nats=nats: saturated(BETA, nats))
+        for nats in (20.0, 10.0, 5.0)
+    },
+    "candidate: 0.75 per token": Method(make_loss=lambda: shifted_per_token(BETA, 0.75)),
 }
+# What a real model is trained with, unless methods are named
+SHORT = (
+    DPO, "fixed 0.95", "fixed 0.75", "fixed 0.5", "adaptive, target -0.5 nats", "DPO + 0.1 sft", "DPO + 1.0 sft",
+    "DPO-Positive 5", "ACPO 0.01", "Gate-DPO 5, -2", "candidate: saturated at 10.0 nats",
+)  # fmt: skip
 
 
-class RemedyTrainer(DPOShiftTrainer):
-    """The same trainer with another loss of the same two log-ratios."""
+class OwnLossTrainer(DPOShiftTrainer):
+    """The same trainer with a loss of its own in training; what it measures stays the same."""
 
-    remedy = ""
+    own_loss: Loss
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self._seam_is_checked = True  # the loss is not TRL's
+    def _shifted_model(self, model, inputs, shift, layout):
+        self._scored = super()._shifted_model(model, inputs, shift, layout)
+        return self._scored
 
-    def _loss_of(self, scored, return_outputs=False):
-        result = super()._loss_of(scored, return_outputs)
-        chosen, rejected = scored.scores.chosen_logratios, scored.scores.rejected_logratios
-        if self.remedy == "dpop":
-            loss = -F.logsigmoid(self.beta * (chosen - rejected - 5 * (-chosen).clamp(min=0)))
-        else:
-            loss = -F.logsigmoid(chosen - rejected)
-            loss = loss + (chosen - 0.5 / self.beta) ** 2 + (rejected + 0.5 / self.beta) ** 2
-        return (loss.mean(), result[1]) if return_outputs else loss.mean()
-
-
-def hard_dataset() -> DatasetDict:
-    """Near misses only; a fifth of the training pairs turned round."""
-    rng, rows = Random(7), {}
-    while len(rows) < 2700:
-        family = _pick(rng, FAMILIES, 1)[0]
-        prompt, answer = _pick(rng, family.prompts, 1)[0], _pick(rng, family.answers, 1)[0]
-        scene = vars(_scene(rng))
-        right, wrong = (
-            answer.format(**scene, answer=f(argparse.Namespace(**scene))) for f in (family.right, family.wrong)
-        )
-        rows.setdefault(prompt.format(**scene), (f" {right}", f" {wrong}"))
-    pairs = [{"prompt": p, "chosen": c, "rejected": r} for p, (c, r) in rows.items() if c != r]
-    train = [
-        {**row, "chosen": row["rejected"], "rejected": row["chosen"]} if index % 5 == 0 else row
-        for index, row in enumerate(pairs[:2400])
-    ]
-    return DatasetDict(train=Dataset.from_list(train), test=Dataset.from_list(pairs[2400:]))
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        scored = self.__dict__.pop("_scored")
+        return self.own_loss(scored.scores).mean() if self.model.training else result
 
 
 def settings(folder, seed, **changes):
@@ -109,76 +146,123 @@ def settings(folder, seed, **changes):
     }  # fmt: skip
 
 
-def make_base(folder: Path, data: DatasetDict, seed: int, epochs: float) -> None:
-    if (folder / "config.json").is_file():
-        return
-    save_demo_model(folder / "random")
-    args = SFTConfig(
-        **settings(folder, seed, learning_rate=3e-3, num_train_epochs=epochs, per_device_train_batch_size=32)
-    )
-    trainer = ChosenSFTTrainer(str(folder / "random"), args=args, train_dataset=data["train"])
-    trainer.train()
-    trainer.save_model()
+def make_base(folder: Path, data: DatasetDict, seed: int, epochs: float) -> Path:
+    """The demo's model after stage 1, made once for each seed."""
+    if not (folder / "config.json").is_file():
+        save_demo_model(folder / "random")
+        args = SFTConfig(
+            **settings(folder, seed, learning_rate=3e-3, num_train_epochs=epochs, per_device_train_batch_size=32)
+        )
+        trainer = ChosenSFTTrainer(str(folder / "random"), args=args, train_dataset=data["train"])
+        trainer.train()
+        trainer.save_model()
+    return folder
 
 
-def measure(base: Path, folder: Path, data: DatasetDict, seed: int, method: dict, max_steps: int) -> dict[str, float]:
-    changes = dict(method)
-    trainer_class = RemedyTrainer if "remedy" in changes else DPOShiftTrainer
-    RemedyTrainer.remedy = changes.pop("remedy", "")
+def train(method: Method, base: str, data: DatasetDict, seed: int, folder: Path, options: argparse.Namespace) -> Any:
+    """A trainer that has trained with a method."""
+    on_gpu = torch.cuda.is_available()
     args = DPOShiftConfig(
-        **settings(folder, seed, learning_rate=1e-4, num_train_epochs=1, per_device_train_batch_size=16),
-        **{"beta": BETA, "save_pair_scores": False, "max_steps": max_steps, **changes},
-    )
-    trainer = trainer_class(str(base), args=args, train_dataset=data["train"], eval_dataset=data["test"])
+        **settings(
+            folder, seed, num_train_epochs=1, max_steps=options.max_steps, learning_rate=options.learning_rate,
+            per_device_train_batch_size=options.batch_size, use_cpu=not on_gpu, bf16=options.bf16,
+            per_device_eval_batch_size=100 if options.model is None else 8,
+        ),
+        **{"beta": BETA, "save_pair_scores": False, "precompute_ref_log_probs": True, **method.settings},
+    )  # fmt: skip
+    trainer_class = DPOShiftTrainer if method.make_loss is None else OwnLossTrainer
+    trainer = trainer_class(base, args=args, train_dataset=data["train"], eval_dataset=data["test"])
+    if method.make_loss is not None:
+        trainer.own_loss = method.make_loss()
     trainer.train()
+    return trainer
+
+
+def measure(trainer: DPOShiftTrainer, other: DatasetDict | None, questions: int) -> dict[str, float]:
+    """Held-out metrics of a trained model, on the other set as well if there is one, and of its greedy answers."""
     metrics = trainer.evaluate()
-    return {name: metrics[f"eval_{name}"] for name in COLUMNS}
+    found = {name: metrics[f"eval_{name}"] for name in COLUMNS if f"eval_{name}" in metrics}
+    if other is not None:
+        metrics = trainer.evaluate(other["test"], metric_key_prefix="other")
+        found["transfer/accuracies"] = metrics["other_rewards/accuracies"]
+    if questions:
+        found |= greedy_statistics(trainer, questions)
+    return found
 
 
-def main() -> None:
+def greedy_statistics(trainer: DPOShiftTrainer, count: int) -> dict[str, float]:
+    """Length, repetition and emptiness of the model's greedy answers to held-out prompts."""
+    prompts = list({json.dumps(prompt): prompt for prompt in trainer.eval_dataset["prompt"]}.values())[:count]
+    asked = [Question(index, prompt[-1]["content"], prompt) for index, prompt in enumerate(prompts)]
+    sampling = GenerationSettings(limit=count, max_new_tokens=160)
+    model = trainer.accelerator.unwrap_model(trainer.model).eval()
+    answers = [turns[0] for turns in answer_questions(model, trainer.processing_class, asked, sampling, "greedy")]
+    found = answer_statistics([a.tokens or () for a in answers], [a.text for a in answers], [a.cut for a in answers])
+    return {f"greedy/{name}": float(found[name] or 0.0) for name in ("mean_tokens", "repetition", "empty")}
+
+
+def read_results(path: Path | None) -> list[dict[str, Any]]:
+    """Lines of the results file, if there is one."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path and path.exists() else []
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", choices=("demo", "hard"), default="demo")
+    parser.add_argument("--data", choices=("demo", "hard", *FILES), default="demo")
+    parser.add_argument("--files", type=Path, default=Path(), help="folder with the files of the real sets")
+    parser.add_argument("--model", help="Hub name or folder, required for the real sets")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, metavar="METHOD")
     parser.add_argument("--results", type=Path, help="JSON lines; runs in it are not repeated")
+    parser.add_argument("--learning-rate", type=float, help="of stage 2: 1e-4 for the demo's model, else 5e-6")
+    parser.add_argument("--batch-size", type=int, default=None, help="16 for the demo's model, else 8")
+    parser.add_argument("--bf16", action="store_true", help="mixed precision")
+    parser.add_argument("--questions", type=int, default=32, help="greedy answers of a real model")
     parser.add_argument("--max-steps", type=int, default=-1, help="of stage 2, to try it out")
     parser.add_argument("--epochs", type=float, default=4, help="of stage 1")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
+    options = parser.parse_args(argv)
+    if (options.data in FILES) != (options.model is not None):
+        parser.error("--model is required for the real sets, and only for these")
+    real = options.model is not None
+    options.methods = options.methods or list(SHORT if real else METHODS)
+    options.learning_rate = options.learning_rate or (5e-6 if real else 1e-4)
+    options.batch_size = options.batch_size or (8 if real else 16)
+    return options
+
+
+def main(argv: list[str] | None = None) -> None:
+    options = parse(argv)
+    torch.set_num_threads(options.threads)
     logging.set_verbosity_error()
     disable_progress_bars()
     work = Path(tempfile.mkdtemp())
     os.environ["DPOSHIFT_CACHE"] = str(work / "cache")
-    data = demo_dataset() if args.data == "demo" else hard_dataset()
-    results: dict[str, list[dict]] = {name: [] for name in args.methods}
-    known = (
-        [json.loads(line) for line in args.results.read_text().splitlines()]
-        if args.results and args.results.exists()
-        else []
-    )
-    for seed in args.seeds:
-        for name in args.methods:
-            found = [x["metrics"] for x in known if (x["data"], x["seed"], x["method"]) == (args.data, seed, name)]
-            if not found:
-                make_base(work / f"base-{seed}", data, seed, args.epochs)
-                found = [measure(work / f"base-{seed}", work / "run", data, seed, METHODS[name], args.max_steps)]
-                if args.results:
-                    line = {"data": args.data, "seed": seed, "method": name, "metrics": found[0]}
-                    with args.results.open("a") as file:
+    data, other = load_pairs(options.data, options.files, options.model), None
+    if options.model:
+        (name,) = set(FILES) - {options.data}
+        other = load_pairs(name, options.files, options.model)
+    known = {(line["data"], line["seed"], line["method"]): line["metrics"] for line in read_results(options.results)}
+    results: dict[str, Runs] = {name: [] for name in options.methods}
+    for seed in options.seeds:
+        for name in options.methods:
+            found = known.get((options.data, seed, name))
+            if found is None:
+                base = options.model or str(make_base(work / f"base-{seed}", data, seed, options.epochs))
+                trainer = train(METHODS[name], base, data, seed, work / "run", options)
+                found = measure(trainer, other, options.questions if options.model else 0)
+                if options.results:
+                    line = {"data": options.data, "seed": seed, "method": name, "metrics": found}
+                    with options.results.open("a") as file:
                         file.write(json.dumps(line) + "\n")
-            results[name].append(found[0])
-            print(f"seed {seed}, {name}: {found[0]}", file=sys.stderr, flush=True)
-    print(f"\n{args.data}, seeds {' '.join(map(str, args.seeds))}, held-out means +- half of a 95 % interval\n")
-    print("| method | " + " | ".join(COLUMNS.values()) + " |")
-    print("| --- |" + " --- |" * len(COLUMNS))
-    for name, runs in results.items():
-        cells = []
-        for column in COLUMNS:
-            values = torch.tensor([run[column] for run in runs], dtype=torch.float64)
-            half = stats.t.ppf(0.975, len(values) - 1) * values.std() / len(values) ** 0.5 if len(values) > 1 else 0.0
-            cells.append(f"{values.mean():.3f} +- {half:.3f}")
-        print(f"| {name} | " + " | ".join(cells) + " |")
+            results[name].append(found)
+            print(f"seed {seed}, {name}: {found}", file=sys.stderr, flush=True)
+    print(f"\n{options.data}, seeds {' '.join(map(str, options.seeds))}, held-out means ± half of a 95 % interval\n")
+    print(table(results))
+    if DPO in results and len(options.seeds) > 1:
+        print(f"\nPaired differences, p after Holm's correction for {len(results) - 1} methods and 4 columns\n")
+        print(comparison(results, DPO))
 
 
 if __name__ == "__main__":

@@ -293,7 +293,7 @@ class DPOShiftTrainer(DPOTrainer):
             layout = PairLayout.from_batch({name: inputs[name].cpu() for name in BATCH_KEYS})
             layout = layout.to(self.accelerator.device)
         shift = Shift(self.shift_lambda, self.ld_alpha, lambda: self._references.of_batch(inputs, layout))
-        scored = ShiftedModel(model, inputs, shift, layout)
+        scored = self._shifted_model(model, inputs, shift, layout)
         gathers = GatherLater(self.accelerator) if training else None
         tokens = next(cb for cb in self.callback_handler.callbacks if isinstance(cb, TokenCountCallback))
         settings = {"accelerator": gathers or self.accelerator, "_total_train_tokens": tokens.num_tokens}
@@ -331,6 +331,12 @@ class DPOShiftTrainer(DPOTrainer):
                 # So that a step's loss is the mean over its pairs, however they are spread over its batches
                 loss = loss * (len(matrix) / self.accelerator.num_processes / self._pairs_per_batch)
         return (loss, result[1]) if return_outputs else loss
+
+    def _shifted_model(
+        self, model: Any, inputs: dict[str, Any], shift: Shift, layout: PairLayout | None
+    ) -> ShiftedModel:
+        """The policy as TRL's loss calls it, whose `scores` a subclass may take another loss of."""
+        return ShiftedModel(model, inputs, shift, layout)
 
     def _view(self, **settings: Any) -> "DPOShiftTrainer":
         """

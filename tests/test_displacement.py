@@ -1,0 +1,196 @@
+"""The losses that the displacement benchmark compares with DPO-Shift, and its statistics."""
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import save_tiny_model
+
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+
+import displacement_losses as losses
+from displacement import METHODS, Method, make_base, parse, train
+from displacement_data import FILES, load_pairs
+from displacement_table import comparison, holm, table
+
+from dposhift_trl.data.demo import demo_dataset
+from dposhift_trl.losses import dpo_shift_loss
+from dposhift_trl.training.metrics import PairScores
+
+
+CHOSEN = [-8.0, -12.0, -9.0, -20.0]
+REJECTED = [-30.0, -11.0, -14.0, -6.0]
+REF_CHOSEN = [-10.0, -10.0, -10.0, -18.0]
+REF_REJECTED = [-10.0, -10.0, -12.0, -8.0]
+TOKENS = ([4.0, 6.0, 5.0, 10.0], [8.0, 5.0, 7.0, 3.0])
+
+
+@pytest.fixture
+def scores() -> PairScores:
+    """Four pairs whose log-ratios are (2, -20), (-2, -1), (1, -2) and (-2, 2) nats."""
+    chosen, rejected, *references = (
+        torch.tensor(values, dtype=torch.float64) for values in (CHOSEN, REJECTED, REF_CHOSEN, REF_REJECTED)
+    )
+    tokens = (torch.tensor(values, dtype=torch.float64) for values in TOKENS)
+    unused = torch.zeros(4, dtype=torch.float64)
+    return PairScores(chosen.requires_grad_(), rejected.requires_grad_(), *references, *tokens, unused, unused, unused)
+
+
+def softplus(z: float) -> float:
+    """`-log sigmoid(z)` by the definition."""
+    return math.log1p(math.exp(-z))
+
+
+def gradients(loss: torch.Tensor, scores: PairScores) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.autograd.grad(loss.sum(), (scores.chosen_logps, scores.rejected_logps))
+
+
+@pytest.mark.parametrize(
+    ("loss", "expected"),
+    [
+        (losses.dpo_positive(0.1, 5.0), [softplus(2.2), softplus(-1.1), softplus(0.3), softplus(-1.4)]),
+        (
+            losses.cal_dpo(0.1),
+            [
+                softplus(22) + (2 - 5) ** 2 + (-20 + 5) ** 2,
+                softplus(-1) + (-2 - 5) ** 2 + (-1 + 5) ** 2,
+                softplus(3) + (1 - 5) ** 2 + (-2 + 5) ** 2,
+                softplus(-4) + (-2 - 5) ** 2 + (2 + 5) ** 2,
+            ],
+        ),
+        (
+            losses.simpo(2.0, 1.0),
+            [
+                softplus(2 * (-8 / 4 + 30 / 8) - 1),
+                softplus(2 * (-12 / 6 + 11 / 5) - 1),
+                softplus(2 * (-9 / 5 + 14 / 7) - 1),
+                softplus(2 * (-20 / 10 + 6 / 3) - 1),
+            ],
+        ),
+        # Targets 0.6, 0.55, 0.6 and 0.65: the ratios are 0.2, 7.5, 2.5 and -4.25
+        (losses.acpo(0.1, 0.05), [softplus(0.6), softplus(-0.1), softplus(0.3), softplus(-0.2)]),
+        (losses.gate_dpo(0.1, 5.0, -2.0), [softplus(2.2), softplus(-0.1), softplus(0.3), softplus(-0.4)]),
+        (losses.gated_by_ratio(0.1, -5.0), [softplus(2.2), softplus(-0.1), softplus(0.3), softplus(-0.4)]),
+        (losses.beta_dpo(0.1), [softplus(22 * b) for b in [0.1 * (1 + 0.6 * 0.5)]] + [None] * 3),
+        (
+            losses.saturated(0.1, 10.0),
+            [
+                softplus(0.1 * (2 + 10 * math.tanh(2))),
+                softplus(0.1 * (-2 + 10 * math.tanh(0.1))),
+                softplus(0.1 * (1 + 10 * math.tanh(0.2))),
+                softplus(0.1 * (-2 - 2)),
+            ],
+        ),
+        (
+            losses.shifted_per_token(0.1, 0.75),
+            [
+                softplus(0.1 * (2 + 20 * 0.75 * 4 / 8)),
+                softplus(0.1 * (-2 + 1 * 0.75 * 6 / 5)),
+                softplus(0.1 * (1 + 2 * 0.75 * 5 / 7)),
+                softplus(0.1 * (-2 - 2)),
+            ],
+        ),
+    ],
+    ids=[
+        "DPO-Positive",
+        "Cal-DPO",
+        "SimPO",
+        "ACPO",
+        "Gate-DPO",
+        "gate on the ratio",
+        "beta-DPO",
+        "saturated",
+        "per token",
+    ],
+)
+def test_a_loss_is_its_formula(loss, expected, scores):
+    found = loss(scores).tolist()
+    for value, wanted in zip(found, expected, strict=True):
+        if wanted is not None:
+            assert value == pytest.approx(wanted, rel=1e-12)
+
+
+def test_gates_scale_the_rejected_gradient_alone(scores):
+    chosen, rejected = gradients(losses.gate_dpo(0.1, 5.0, -2.0)(scores), scores)
+    by_token = torch.tensor([-30 / 8, -11 / 5, -14 / 7, -6 / 3], dtype=torch.float64)
+    torch.testing.assert_close(rejected, -chosen * torch.sigmoid(5 * (by_token + 2)), rtol=1e-12, atol=0)
+    plain, _ = gradients(
+        dpo_shift_loss(scores.chosen_logratios, scores.rejected_logratios, beta=0.1, shift_lambda=1.0), scores
+    )
+    torch.testing.assert_close(chosen, plain, rtol=1e-12, atol=0)
+    chosen, rejected = gradients(losses.gated_by_ratio(0.1, -5.0)(scores), scores)
+    torch.testing.assert_close(
+        rejected, -chosen * torch.sigmoid(scores.rejected_logratios.detach() + 5), rtol=1e-12, atol=0
+    )
+
+
+def test_acpo_has_one_lambda_per_pair(scores):
+    chosen, rejected = gradients(losses.acpo(0.1, 0.05)(scores), scores)
+    torch.testing.assert_close(
+        -rejected / chosen, torch.tensor([0.2, 1.0, 1.0, 0.0], dtype=torch.float64), rtol=1e-9, atol=1e-12
+    )
+
+
+def test_beta_dpo_remembers_the_mean_margin(scores):
+    loss = losses.beta_dpo(0.1)
+    mean = 0.1 * (22 - 1 + 3 - 4) / 4
+    assert loss(scores)[2].item() == pytest.approx(softplus(3 * 0.1 * (1 + 0.6 * mean)), rel=1e-12)
+    assert loss(scores)[2].item() == pytest.approx(softplus(3 * 0.1 * (1 + 0.6 * 0.9 * mean)), rel=1e-12)
+
+
+def test_a_loss_of_its_own_is_trained_with(tmp_path):
+    """At a fixed lambda written as such a loss, weights equal those of the trainer's own loss."""
+    data = demo_dataset()
+    data["train"], data["test"] = data["train"].select(range(24)), data["test"].select(range(8))
+    options = parse(["--max-steps", "2", "--batch-size", "4"])
+    base = str(make_base(tmp_path / "base", data, 1, 0.1))
+
+    def half():
+        return lambda p: dpo_shift_loss(p.chosen_logratios, p.rejected_logratios, beta=0.1, shift_lambda=0.5)
+
+    weights = {
+        name: dict(train(method, base, data, 1, tmp_path / "run", options).model.state_dict())
+        for name, method in {
+            "own": Method(make_loss=half),
+            "fixed": METHODS["fixed 0.5"],
+            "DPO": METHODS["DPO (lambda 1)"],
+        }.items()
+    }
+    difference = {name: max((w - weights["own"][n]).abs().max() for n, w in weights[name].items()) for name in weights}
+    assert difference["fixed"] < 1e-6
+    assert difference["DPO"] > 1e-5
+
+
+def test_holm_is_the_textbook_example():
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.6, 0.7]) == [1.0, 1.0]
+
+
+def test_tables_hold_means_intervals_and_paired_differences():
+    columns = ("displacement/chosen", "displacement/chosen_fell", "rewards/margins", "rewards/accuracies")
+    results = {
+        "DPO (lambda 1)": [dict.fromkeys(columns, value) for value in (-3.0, -1.0)],
+        "other": [dict.fromkeys(columns, value) for value in (-1.0, 0.0)],
+    }
+    # t = 12.706 for one degree of freedom, standard error 1
+    assert "| DPO (lambda 1) | -2.000 ± 12.706 |" in table(results)
+    # Differences 2 and 1: t = 3, p = 0.2048, times four columns
+    assert "| other | +1.500 (p 0.82) | +1.500 (p 0.82) |" in comparison(results, "DPO (lambda 1)")
+
+
+def test_real_pairs_are_split_by_prompt(tmp_path, monkeypatch):
+    rows = [
+        {"prompt": f"p{index // 3}", "chosen": f"good {index}", "rejected": f"bad {index}", "votes": 3}
+        for index in range(900)
+    ]
+    (tmp_path / FILES["pandalm"]).write_text("\n".join(map(json.dumps, rows)))
+    data = load_pairs("pandalm", tmp_path, save_tiny_model(tmp_path / "gpt2"))
+    prompts = {part: {row["prompt"][0]["content"] for row in data[part]} for part in data}
+    assert len(data["train"]) == 300
+    assert len(data["test"]) == 150
+    assert not prompts["train"] & prompts["test"]
+    assert data["train"][0]["chosen"][0]["role"] == "assistant"
