@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 # Columns that TRL reads, columns that its tokenization adds, and the keys of its batches
 PREFERENCE_COLUMNS = ("prompt", "chosen", "rejected")
 TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")
-TOKEN_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
+PROMPT_IDS, CHOSEN_IDS, REJECTED_IDS = TOKEN_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 BATCH_KEYS = ("input_ids", "attention_mask", "completion_mask")
 
 # Reference log-probabilities, named as in TRL
@@ -22,6 +22,14 @@ ROW_INDEX = "dposhift_row_index"
 STREAM_ROW_INDEX = "dposhift_stream_row_index"
 SAVED_ROW_INDEX = "row_index"
 
+# Further columns of rows that this package loads and tokenizes: where a row comes from, where the chosen answer starts
+# if it is compared with the prompt alone, and what the audit has to know
+FILE_ROW = "dposhift_file_row"
+FILE_SOURCE = "dposhift_file_source"
+CHOSEN_START = "dposhift_chosen_start"
+ROW_KINDS = "dposhift_row_kinds"
+REFUSAL = "dposhift_refusal"
+
 # Key of a batch: the layout that reads shared tokens once
 SHARED_PROMPT = "shared_prompt"
 
@@ -31,7 +39,8 @@ def with_row_index(dataset: Any, dispatched: bool = False) -> Any:
     Add a column with row numbers, starting at 0. Rows that already have numbers keep them.
 
     If n dataloader workers or processes read an iterable dataset, the first one numbers its rows 0, n, 2n, ..., the
-    second one 1, n + 1, 2n + 1, ..., so that no two rows have the same number.
+    second one 1, n + 1, 2n + 1, ..., so that no two rows have the same number. Numbered before it is shuffled, a row
+    keeps its place in the order in which the files are read: with one file and one worker, its number in the file.
 
     Args:
         dataset (`Dataset`, `IterableDataset` or a dictionary of them):

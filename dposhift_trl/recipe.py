@@ -9,10 +9,10 @@ import re
 import sys
 import types
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import pydantic
 from ruamel.yaml import YAML
@@ -20,17 +20,22 @@ from ruamel.yaml.error import YAMLError
 from ruamel.yaml.representer import SafeRepresenter
 from trl import ModelConfig, SFTConfig
 
+from .choices import choice_mistake, choices, did_you_mean
 from .config import DPOShiftConfig
 from .data.config import DataConfig, DataSource
 from .data.errors import one_line
+from .data.files import folder_conflict
 from .data.tokens import Truncation
 from .environment import wandb_settings
 from .hub import hub_defaults, hub_id_fault
+from .ranges import RANGES, range_mistake
 
 
 MAX_NODES = 20_000  # far above any recipe, far below what nested YAML aliases can expand to
 MAX_DEPTH = 50  # far below Python's recursion limit
 UNWRITABLE = re.compile("[\0\ud800-\udfff]")  # cannot be written to files, file names or logs
+# Acts on a terminal, on which W&B and other libraries print the names of a run
+CONTROL = re.compile("[\0-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
 
 # Defaults of the command that differ from TRL's: checkpoints, a limit on their number, and W&B
 STAGE_DEFAULTS: dict[str, Any] = {"save_steps": 0.1, "save_total_limit": 2, "report_to": "wandb"}
@@ -102,11 +107,6 @@ class RecipeModelConfig(ModelConfig):
         for name in ("merge_adapter", "load_in_8bit", "load_in_4bit"):
             if getattr(self, name) and not self.use_peft:
                 raise ValueError(f"`{name}` requires LoRA, got True with `use_peft: false`. Set `use_peft: true`.")
-        dtypes = ("auto", "bfloat16", "float16", "float32")
-        if self.dtype not in (*dtypes, None):
-            raise ValueError(
-                f"`dtype` must be one of {', '.join(dtypes)}, got {self.dtype!r}. Write for example `dtype: bfloat16`."
-            )
 
 
 @dataclass
@@ -372,6 +372,8 @@ def _unwritable(value: Any, key: str = "") -> Iterator[str]:
             yield from _unwritable(inner, f"{key}[{index}]")
     elif isinstance(value, str) and UNWRITABLE.search(value):
         yield f"`{key}` must not contain NUL characters or lone surrogates, got {value!r}. Remove them."
+    elif isinstance(value, str) and key in ("output_dir", "run_name") and CONTROL.search(value):
+        yield f"`{key}` must not contain control characters, got {value!r}. Remove them."
     elif isinstance(value, (bytes, set, tuple)):
         yield f"`{key}` must consist of mappings, lists, strings and numbers, got {value!r}."
     elif isinstance(value, int) and abs(value) >= 2**63:
@@ -404,9 +406,9 @@ def _check_keys_and_types(values: dict[str, Any], path: str) -> None:
     mistakes = []
     for key, value in values.items():
         if key not in SECTIONS and key not in TOP_LEVEL:
-            mistakes.append(f"{path}: unknown key `{key}`.{_suggestion(key, [*TOP_LEVEL, *SECTIONS])}")
+            mistakes.append(f"{path}: unknown key `{key}`.{did_you_mean(key, [*TOP_LEVEL, *SECTIONS])}")
         elif key in TOP_LEVEL:
-            mistakes += _type_mistakes({key: value}, {key: (TOP_LEVEL[key], False)}, "", path)
+            mistakes += _value_mistakes({key: value}, {key: _Accepted(TOP_LEVEL[key], as_list=False)}, "", path)
         elif value is not None and not isinstance(value, dict):
             mistakes.append(f"{path}: section `{key}` must be a mapping, got {value!r}.")
         elif value is not None:
@@ -424,7 +426,11 @@ def _check_keys_and_types(values: dict[str, Any], path: str) -> None:
 
 def _section_mistakes(section: str, values: dict[str, Any], cls: type, path: str) -> list[str]:
     hints = typing.get_type_hints(cls)
-    fields = {f.name: (WIDER_TYPES.get(f.name, hints[f.name]), True) for f in dataclasses.fields(cls) if f.init}
+    fields = {
+        f.name: _Accepted(WIDER_TYPES.get(f.name, hints[f.name]), words=choices(f, hints[f.name]))
+        for f in dataclasses.fields(cls)
+        if f.init
+    }
     mistakes = []
     known = {}
     for key, value in values.items():
@@ -432,11 +438,11 @@ def _section_mistakes(section: str, values: dict[str, Any], cls: type, path: str
         if section in STAGES and key in DECIDED_ELSEWHERE:
             mistakes.append(f"{where} cannot be set here: {DECIDED_ELSEWHERE[key]}.")
         elif key not in fields:
-            advice = f" {GONE[key]}" if key in GONE else _suggestion(key, list(fields))
+            advice = f" {GONE[key]}" if key in GONE else did_you_mean(key, list(fields))
             mistakes.append(f"{path}: unknown key `{section}.{key}`.{advice}")
         else:
             known[key] = value
-    mistakes += _type_mistakes(known, fields, f"{section}.", path)
+    mistakes += _value_mistakes(known, fields, f"{section}.", path)
     values.update(known)
     if section == "data" and isinstance(values.get("mixture"), list):
         for index, source in enumerate(values["mixture"]):
@@ -445,16 +451,27 @@ def _section_mistakes(section: str, values: dict[str, Any], cls: type, path: str
     return mistakes
 
 
-def _type_mistakes(values: dict[str, Any], fields: dict[str, tuple[Any, bool]], prefix: str, path: str) -> list[str]:
+class _Accepted(NamedTuple):
+    """What a key takes: a type, one value for a list of one as on TRL's command line, and words if not all."""
+
+    hint: Any
+    as_list: bool = True
+    words: Collection[str] = ()
+
+
+def _value_mistakes(values: dict[str, Any], fields: dict[str, _Accepted], prefix: str, path: str) -> list[str]:
     mistakes = []
     for key, value in values.items():
-        hint, as_list = fields[key]
-        # A single value is accepted for a list of one, as on TRL's command line
+        hint, as_list, words = fields[key]
         candidates = [value, [value]] if as_list and not isinstance(value, (list, dict)) else [value]
         if not any(_fits(candidate, hint) for candidate in candidates):
             mistakes.append(f"{path}: `{prefix}{key}` must be {_describe(hint)}, got {value!r}.")
-        elif not _fits(value, hint):
+            continue
+        if not _fits(value, hint):
             values[key] = candidates[-1]
+        mistake = range_mistake(key, value) if key in RANGES else choice_mistake(words, value)
+        if mistake:
+            mistakes.append(f"{path}: `{prefix}{key}` {mistake}")
     return mistakes
 
 
@@ -484,11 +501,6 @@ def _describe(hint: Any) -> str:
 
 def _plural(hint: Any) -> str:
     return re.sub(r"^an? (\w+)", r"\1s", _describe(hint))
-
-
-def _suggestion(key: Any, known: list[str]) -> str:
-    nearest = difflib.get_close_matches(str(key), known, n=1, cutoff=0.6)
-    return f" Did you mean `{nearest[0]}`?" if nearest else ""
 
 
 def _with_defaults(values: dict[str, Any], path: str) -> dict[str, Any]:
@@ -530,10 +542,10 @@ def _build(cls: type, values: dict[str, Any], section: str, path: str) -> Any:
 
 def _check_combinations(recipe: Recipe) -> None:
     path, mistakes = recipe.source, []
-    if not 0 <= recipe.seed < 2**32:
-        mistakes.append(
-            f"{path}: `seed` must be at least 0 and less than 2**32, got {recipe.seed}. Write for example 42."
-        )
+    for source in recipe.data.sources:
+        conflict = folder_conflict(source, recipe.output_dir)
+        if conflict is not None:
+            mistakes.append(f"{path}: `output_dir` must be apart from the data, got {recipe.output_dir}: {conflict}.")
     for name, stage in recipe.stages.items():
         if recipe.data.streaming and stage.max_steps <= 0:
             mistakes.append(

@@ -1,25 +1,56 @@
 """The `data` section of a recipe."""
 
 import dataclasses
-import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..columns import PREFERENCE_COLUMNS, TEMPLATE_COLUMNS
+from ..ranges import check_ranges
 
 
-AUDIT_KINDS = {
-    "missing": "an answer or the prompt is null or of the wrong type",
-    "empty": "an answer is empty or only whitespace",
-    "identical": "chosen and rejected are the same",
-    "duplicate": "the split already contains the same row",
-    "leaked": "the evaluation split contains the same row",
-    "lost": "the prompt alone fills `max_length`, so no answer is left",
-    "cut": "an answer is truncated to fit `max_length`",
-}
 AUDIT_POLICIES = ("drop", "keep", "error")
 
-KEPT_COLUMNS = (*PREFERENCE_COLUMNS, *TEMPLATE_COLUMNS)
+SHUFFLE_BUFFER = 10_000
+
+
+class AuditKind(NamedTuple):
+    """
+    A kind of row that the audit finds.
+
+    Args:
+        description (`str`):
+            What is found.
+        default (`str`, *optional*, defaults to `"drop"`):
+            Policy unless the recipe names this kind. `keep` for what harms little, or is in every row of some models.
+        trainable (`bool`, *optional*, defaults to `True`):
+            Whether such rows could be kept.
+    """
+
+    description: str
+    default: str = "drop"
+    trainable: bool = True
+
+
+# The gravest first: a dropped row counts as the first of its kinds that is not kept
+AUDIT_KINDS = {
+    "missing": AuditKind("an answer or the prompt is null or of the wrong type", trainable=False),
+    "refused": AuditKind("the chat template raises an error", trainable=False),
+    "empty": AuditKind("an answer is empty or only whitespace"),
+    "identical": AuditKind("chosen and rejected are the same to the model"),
+    "prompts": AuditKind("chosen and rejected answer different prompts"),
+    "user": AuditKind("an answer ends with a message by the user"),
+    "duplicate": AuditKind("the split already contains the same row"),
+    "leaked": AuditKind("the evaluation split contains the same row"),
+    "lost": AuditKind("the prompt alone fills `max_length`, so no answer is left"),
+    "cut": AuditKind("an answer is truncated to fit `max_length`"),
+    "roles": AuditKind("roles are out of order, or a user speaks within an answer", "keep"),
+    "boundary": AuditKind("the tokens of the prompt alone are not those in front of the answers", "keep"),
+    "doubled": AuditKind("two BOS or EOS tokens in a row", "keep"),
+    "thinking": AuditKind("only one answer has an empty `<think>` block", "keep"),
+}
+
+ROW_ID = "id"  # only shown, in what the audit found
+KEPT_COLUMNS = (*PREFERENCE_COLUMNS, *TEMPLATE_COLUMNS, ROW_ID)
 
 
 @dataclass
@@ -29,13 +60,15 @@ class DataSource:
 
     Parameters:
         path (`str`):
-            Hub name, local folder, or a `.jsonl`, `.json`, `.csv` or `.parquet` file. `demo` is the built-in data.
+            Hub name, local folder, or a `.jsonl`, `.json`, `.csv`, `.tsv`, `.parquet` or `.arrow` file. Text files may
+            be compressed: `.gz`, `.bz2`, `.xz` or `.zst`. Cells of CSV and TSV files are text. `demo` is the built-in
+            data.
         name (`str`, *optional*):
             Configuration of a Hub dataset.
         revision (`str`, *optional*):
             Branch, tag or commit of a Hub dataset.
         data_files (`str`, `list[str]` or `dict[str, str]`, *optional*):
-            Files inside `path`, as in [`~datasets.load_dataset`].
+            Files inside `path`, as in [`~datasets.load_dataset`]: names, which are read as they are, and patterns.
         train_split (`str`, *optional*, defaults to `"train"`):
             Split to train on.
         eval_split (`str`, *optional*):
@@ -56,10 +89,7 @@ class DataSource:
     weight: float = 1.0
 
     def __post_init__(self) -> None:
-        if not 0 < self.weight < math.inf:
-            raise ValueError(
-                f"`weight` must be finite and greater than 0, got {self.weight!r}. To exclude the source, remove it."
-            )
+        check_ranges(self)
         columns = self.columns or {}
         unknown = sorted(set(columns) - set(KEPT_COLUMNS))
         if unknown:
@@ -89,8 +119,15 @@ class DataConfig(DataSource):
             Use only the first evaluation rows.
         streaming (`bool`, *optional*, defaults to `False`):
             Read rows during training, without a copy on disk. Every stage then needs `max_steps`.
+        shuffle_buffer (`int`, *optional*):
+            With `streaming`, number of training rows in memory from which the next ones are drawn at random, as in
+            [`datasets.IterableDataset.shuffle`]; 10,000 by default. 0 trains in the order of the files. Without
+            `streaming`, all rows are shuffled.
+        max_expanded_gib (`float`, *optional*, defaults to `4.0`):
+            Largest size of a compressed local file when expanded, in GiB.
         audit (`str` or `dict[str, str]`, *optional*, defaults to `"drop"`):
-            `drop`, `keep` or `error`, either for all kinds of unusable rows or per kind.
+            `drop`, `keep` or `error`, either for all kinds of unusable rows or per kind. Rows of the kinds `roles`,
+            `boundary`, `doubled`, and `thinking` are usable: they are counted and kept unless the kind is named.
         min_rows_kept (`float`, *optional*, defaults to `0.5`):
             Minimum share of each split that must be left after the audit.
     """
@@ -100,6 +137,8 @@ class DataConfig(DataSource):
     max_train_rows: int | None = None
     max_eval_rows: int | None = None
     streaming: bool = False
+    shuffle_buffer: int | None = None
+    max_expanded_gib: float = 4.0
     audit: str | dict[str, str] = "drop"
     min_rows_kept: float = 0.5
 
@@ -137,30 +176,20 @@ class DataConfig(DataSource):
                 raise ValueError(
                     f"`eval_size` is not supported with `eval_split`, got {self.eval_size!r}. Remove one of the two."
                 )
-            is_share = isinstance(self.eval_size, float)
-            if not self.eval_size > 0 or (is_share and self.eval_size >= 1):
-                raise ValueError(
-                    "`eval_size` must be a positive number of rows or a share between 0 and 1, got "
-                    f"{self.eval_size!r}. Write for example `eval_size: 0.05`."
-                )
-            if self.streaming and is_share:
+            if self.streaming and isinstance(self.eval_size, float):
                 raise ValueError(
                     f"`eval_size` must be a number of rows with `streaming`, got {self.eval_size!r}. Write for "
                     "example `eval_size: 500`."
                 )
-        for name in ("max_train_rows", "max_eval_rows"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {value!r}. Remove it to use all rows.")
         if self.max_eval_rows is not None and not self.has_eval:
             raise ValueError(
                 f"`max_eval_rows` needs evaluation rows, got {self.max_eval_rows} without any. Set `eval_split` or "
                 "`eval_size`."
             )
-        if not 0 < self.min_rows_kept <= 1:
+        if self.shuffle_buffer is not None and not self.streaming:
             raise ValueError(
-                f"`min_rows_kept` must be greater than 0 and at most 1, got {self.min_rows_kept!r}. Write for example "
-                "0.5 to stop if the audit drops more than half of a split."
+                f"`shuffle_buffer` requires `streaming`, got {self.shuffle_buffer} without it: all rows are shuffled. "
+                "Remove it."
             )
 
     def _check_audit(self) -> None:
@@ -177,11 +206,12 @@ class DataConfig(DataSource):
                     + (f" for {kind}" if isinstance(self.audit, dict) else "")
                     + ". Write for example `audit: drop`."
                 )
-        if policies.get("missing") == "keep" and isinstance(self.audit, dict):
-            raise ValueError(
-                "`audit` must be drop or error for missing, got 'keep'. Null answers cannot be trained on; remove the "
-                "key to drop them."
-            )
+        for kind, policy in policies.items():
+            if policy == "keep" and isinstance(self.audit, dict) and not AUDIT_KINDS[kind].trainable:
+                raise ValueError(
+                    f"`audit` must be drop or error for {kind}, got 'keep'. Such rows cannot be trained on; remove "
+                    "the key to drop them."
+                )
 
     @property
     def sources(self) -> list[DataSource]:
@@ -189,6 +219,13 @@ class DataConfig(DataSource):
         if self.mixture is None:
             return [self]
         return [DataSource(**source) for source in self.mixture]
+
+    @property
+    def rows_in_buffer(self) -> int:
+        """Number of rows in the shuffle buffer; 0 if rows are not streamed, or trained on in order."""
+        if not self.streaming:
+            return 0
+        return SHUFFLE_BUFFER if self.shuffle_buffer is None else self.shuffle_buffer
 
     @property
     def has_eval_split(self) -> bool:
@@ -202,6 +239,9 @@ class DataConfig(DataSource):
 
     def policy(self, kind: str) -> str:
         """Policy for rows of one of the `AUDIT_KINDS`."""
+        default = AUDIT_KINDS[kind].default
         if isinstance(self.audit, dict):
-            return self.audit.get(kind, "drop")
-        return "drop" if (kind, self.audit) == ("missing", "keep") else self.audit
+            return self.audit.get(kind, default)
+        if default == "keep" or (self.audit == "keep" and not AUDIT_KINDS[kind].trainable):
+            return default
+        return self.audit

@@ -1,21 +1,23 @@
-"""Preference rows as TRL tokenizes and truncates them."""
+"""Preference rows as tokens, and how a stage truncates them."""
 
+import hashlib
 import json
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from transformers import PreTrainedTokenizerBase
-from trl import DPOConfig, SFTConfig, is_conversational
-
-from .errors import DataError
-
-
-ANSWERS = ("chosen", "rejected")
+from trl import DPOConfig, SFTConfig
 
 
 class PairTokens(NamedTuple):
-    """Token ids of a row, split where the tokenized answers depart from the tokenized prompt."""
+    """
+    Token ids of a row, split where the tokenized answers depart from the tokenized prompt.
+
+    Args:
+        prompt_ids, chosen_ids, rejected_ids (`list[int]`):
+            Prompt and answers as in [`~trl.DPOTrainer`], with one end of the prompt for both answers.
+    """
 
     prompt_ids: list[int]
     chosen_ids: list[int]
@@ -51,55 +53,54 @@ class Truncation:
 
     def cuts_an_answer(self, tokens: PairTokens) -> bool:
         """Whether an answer does not fit: behind the whole prompt with `keep_start`, on its own with `keep_end`."""
-        if self.max_length is None:
-            return False
+        return self.max_length is not None and self.length_needed(tokens) > self.max_length
+
+    def length_needed(self, tokens: PairTokens) -> int:
+        """The `max_length` with which no answer is cut."""
         prompt_length = len(tokens.prompt_ids) if self.mode == "keep_start" else 0
-        return prompt_length + max(len(tokens.chosen_ids), len(tokens.rejected_ids)) > self.max_length
+        return prompt_length + max(len(tokens.chosen_ids), len(tokens.rejected_ids))
+
+    def read(self, tokens: PairTokens) -> tuple[tuple[list[int], list[int]], tuple[list[int], list[int]]]:
+        """What is left of prompt and chosen answer, and of prompt and rejected answer."""
+        return self._read(tokens.prompt_ids, tokens.chosen_ids), self._read(tokens.prompt_ids, tokens.rejected_ids)
+
+    def _read(self, prompt: list[int], answer: list[int]) -> tuple[list[int], list[int]]:
+        if self.max_length is None:
+            return prompt, answer
+        if self.mode == "keep_start":
+            return prompt[: self.max_length], answer[: max(self.max_length - len(prompt), 0)]
+        answer = answer[-self.max_length :]
+        return prompt[max(len(prompt) + len(answer) - self.max_length, 0) :], answer
+
+    def digest(self, tokens: PairTokens) -> bytes:
+        """Hash of what training reads of a row, or of all its tokens if no answer is left."""
+        digest = hashlib.blake2b(digest_size=16)
+        whole = Truncation(None) if self.loses_answers(tokens) else self
+        for ids in (ids for side in whole.read(tokens) for ids in side):
+            digest.update(len(ids).to_bytes(8, "little") + array("q", ids).tobytes())
+        return digest.digest()
 
 
-def tokenize_pair(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> PairTokens:
+def split_pair(prompt_ids: list[int], chosen: list[int], rejected: list[int]) -> tuple[PairTokens, int, bool]:
     """
-    Tokenize a row with an explicit prompt as [`~trl.DPOTrainer`] does.
+    Split tokenized answers where they depart from the tokenized prompt.
 
     Args:
-        row (`dict[str, Any]`):
-            Row with `prompt`, `chosen` and `rejected`, and optionally `tools` and `chat_template_kwargs`.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            Tokenizer, with a chat template if the row is conversational.
+        prompt_ids, chosen, rejected (`list[int]`):
+            Token ids of the prompt, and of the prompt with each answer.
 
-    Raises:
-        DataError: If the chat template cannot render the row.
+    Returns:
+        `tuple[PairTokens, int, bool]`: Prompt and answers as in [`~trl.DPOTrainer`]; the number of tokens before the
+        chosen answer as in [`~trl.SFTTrainer`], which sees no other; whether the prompt is a prefix of both answers.
     """
-    try:
-        # TRL parses both for text too
-        tools = row.get("tools")
-        template_kwargs = {
-            "tools": json.loads(tools) if isinstance(tools, str) else tools,
-            **(row.get("chat_template_kwargs") or {}),
-        }
-        if is_conversational(row):
-            prompt_ids = _render(tokenizer, row["prompt"], add_generation_prompt=True, **template_kwargs)
-            answers = [_render(tokenizer, row["prompt"] + row[name], **template_kwargs) for name in ANSWERS]
-            return _split(prompt_ids, *answers)
-    except Exception as error:  # a template is a program that runs on whatever the row contains
-        raise DataError(f"The chat template cannot render a row: {error}: {shorten(row['prompt'])}") from error
-    eos = tokenizer.eos_token or ""
-    texts = [row[name] if row[name].endswith(eos) else row[name] + eos for name in ANSWERS]
-    prompt_ids, *answers = (tokenizer(row["prompt"] + text)["input_ids"] for text in ("", *texts))
-    return _split(prompt_ids, *answers)
-
-
-def _render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], **kwargs: Any) -> list[int]:
-    ids: list[int] = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **kwargs)["input_ids"]
-    return ids
-
-
-def _split(prompt_ids: list[int], chosen: list[int], rejected: list[int]) -> PairTokens:
-    start = min(_common_length(prompt_ids, answer) for answer in (chosen, rejected))
-    return PairTokens(prompt_ids[:start], chosen[start:], rejected[start:])
+    starts = [_common_length(prompt_ids, answer) for answer in (chosen, rejected)]
+    start = min(starts)
+    return PairTokens(prompt_ids[:start], chosen[start:], rejected[start:]), starts[0], start == len(prompt_ids)
 
 
 def _common_length(left: Sequence[int], right: Sequence[int]) -> int:
+    if left == right[: len(left)]:
+        return len(left)
     shortest = min(len(left), len(right))
     return next((place for place in range(shortest) if left[place] != right[place]), shortest)
 

@@ -6,37 +6,44 @@ from pathlib import Path
 
 from accelerate import PartialState
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase
 from trl import SFTConfig
 
 from ..config import DPOShiftConfig
-from ..data.errors import DataError
 from ..data.sources import Rows
-from ..data.tokens import PairTokens, Truncation, tokenize_pair
 from ..recipe import Recipe, dump_yaml
 from ..schedules import LambdaPlan
-from ..training.batching import make_token_sampler
+from ..training.batching import make_token_sampler, without_lost_rows
 from ..training.checks import check_rows_left
 from .errors import RunError
-from .loading import base_model, findings, load_rows, load_tokenizer
+from .loading import base_model, check_rows, findings, legend, load_rows, load_tokenizer
+from .preflight import check_lengths, check_model, check_settings
 from .processes import say
 
 
 def describe(recipe: Recipe) -> None:
     """Print the resolved recipe, the optimizer steps of each stage, and lambda at the start, middle and end."""
-    say(dump_yaml(recipe.resolved))
-    tokenizer, rows = None, {}
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            tokenizer = load_tokenizer(recipe, base_model(recipe, Path(folder)))
+    say(*dump_yaml(recipe.resolved).split("\n"))
+    check_settings(recipe)
+    rows = {}
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            base = base_model(recipe, Path(folder))
+            tokenizer = load_tokenizer(recipe, base)
+        except RunError as error:  # without a tokenizer, the rows are neither read nor counted
+            say(f"The rows cannot be loaded: {error}")
+        else:
+            positions = check_model(recipe, base, tokenizer)
             rows = load_rows(recipe, tokenizer)
-    except (DataError, RunError) as error:
-        say(f"The rows cannot be loaded: {error}")
-    for split, audit in findings(rows).items():
-        say(f"{split}: {audit}")
+            audits = findings(rows)
+            for split, audit in audits.items():
+                say(f"{split}: {audit}")
+            if (meaning := legend(audits)) is not None:
+                say(meaning)
+            check_rows(rows)
+            check_lengths(recipe, rows, positions)
     for name, args in recipe.stages.items():
         try:
-            steps = _optimizer_steps(args, rows[name].train if name in rows else None, tokenizer)
+            steps = _optimizer_steps(args, rows[name].train if name in rows else None)
         except ValueError as error:
             raise RunError(f"Stage `{name}` cannot start: {error}") from error
         say(f"{name}: {steps or 'unknown number of'} optimizer steps")
@@ -51,15 +58,13 @@ def _lambda_text(plan: LambdaPlan) -> str:
     return "{:.4g} at the start, {:.4g} in the middle, {:.4g} at the end".format(*values)
 
 
-def _optimizer_steps(
-    args: SFTConfig | DPOShiftConfig, rows: Rows | None, tokenizer: PreTrainedTokenizerBase | None
-) -> int | None:
+def _optimizer_steps(args: SFTConfig | DPOShiftConfig, rows: Rows | None) -> int | None:
     """Number of optimizer steps, or `None` if it is only known once the rows are read or packed."""
     if args.max_steps > 0:
         return args.max_steps
-    if tokenizer is None or not isinstance(rows, Dataset) or (isinstance(args, SFTConfig) and args.packing):
+    if not isinstance(rows, Dataset) or (isinstance(args, SFTConfig) and args.packing):
         return None
-    trained_on = _trained_on(rows, args, tokenizer)
+    trained_on = without_lost_rows(rows, args.max_length, args.truncation_mode)
     check_rows_left(trained_on, "train", args.max_length)
     sampler = None
     if isinstance(args, DPOShiftConfig):
@@ -70,10 +75,3 @@ def _optimizer_steps(
         round_off = math.floor if args.dataloader_drop_last else math.ceil
         batches = round_off(len(trained_on) / (args.per_device_train_batch_size * args.world_size))
     return math.ceil(args.num_train_epochs * max(math.ceil(batches / args.gradient_accumulation_steps), 1))
-
-
-def _trained_on(rows: Dataset, args: SFTConfig | DPOShiftConfig, tokenizer: PreTrainedTokenizerBase) -> Dataset:
-    """The rows as tokens, without those that TRL drops."""
-    truncation = Truncation.from_args(args)
-    tokens = rows.map(lambda row: tokenize_pair(row, tokenizer)._asdict(), remove_columns=rows.column_names)
-    return tokens.filter(lambda row: not truncation.loses_answers(PairTokens(**row)))

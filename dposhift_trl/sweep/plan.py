@@ -10,9 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..artifacts import FINISHED, RECIPE, ArtifactError, read_mapping
+from ..artifacts import RECIPE, ArtifactError, read_mapping
 from ..config import DPOShiftConfig
-from ..recipe import Recipe, RecipeError, changed_keys, load_recipe
+from ..integrity import stage_fault
+from ..pipeline.run_folder import recipe_changes
+from ..recipe import Recipe, RecipeError, load_recipe
 from ..schedules import LAMBDA_DEFAULTS
 
 
@@ -52,13 +54,12 @@ class SweepRun:
 
     @property
     def finished(self) -> bool:
-        """Whether the run folder contains a finished run of this recipe."""
+        """Whether the run folder contains a finished run of this recipe, and its model."""
         try:
-            saved = read_mapping(self.folder / RECIPE)
+            changes = recipe_changes(read_mapping(self.folder / RECIPE), self.values)
+            return not changes and stage_fault(self.folder / self.stage) is None
         except ArtifactError:
-            return False  # if there is a broken recipe, the run says so
-        same = not changed_keys({**saved, "output_dir": None}, {**self.values, "output_dir": None})
-        return same and (self.folder / self.stage / FINISHED).is_file()
+            return False  # if a file is broken, the run says so
 
 
 @dataclass

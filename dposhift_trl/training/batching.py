@@ -11,7 +11,7 @@ from accelerate.data_loader import prepare_data_loader
 from datasets import Dataset
 from torch.utils.data import DataLoader, Sampler
 
-from ..columns import TOKEN_COLUMNS
+from ..columns import PROMPT_IDS, TOKEN_COLUMNS
 from ..config import DPOShiftConfig
 from .checks import check_rows_left
 
@@ -240,6 +240,13 @@ def with_lengths(dataset: Any, args: DPOShiftConfig, shares_prompts: bool) -> An
     if not grouped or name in dataset.column_names:
         return dataset
     return dataset.add_column(name, pair_lengths(dataset, args.max_length, args.truncation_mode, shares_prompts))
+
+
+def without_lost_rows(dataset: Any, max_length: int | None, truncation_mode: str) -> Any:
+    """Tokenized rows without those that TRL drops: their prompt fills `max_length`, so that no answer is left."""
+    if max_length is None or truncation_mode != "keep_start":
+        return dataset
+    return dataset.filter(lambda prompt_ids: len(prompt_ids) < max_length, input_columns=PROMPT_IDS)
 
 
 def data_seed(args: DPOShiftConfig) -> int:

@@ -17,9 +17,11 @@ from transformers import (
 )
 from trl import SFTConfig, SFTTrainer, extract_prompt
 
-from ..columns import as_python_values
-from .callbacks import KeepFreedMemoryCallback
+from ..columns import CHOSEN_IDS, CHOSEN_START, PROMPT_IDS, TOKEN_COLUMNS, as_python_values
+from .callbacks import KeepFreedMemoryCallback, TokenCountCallback
+from .checks import check_not_empty, warn_of_inexact_resume
 from .settings import name_best_metric
+from .streams import resume_position
 
 
 class ChosenSFTTrainer(SFTTrainer):
@@ -56,7 +58,10 @@ class ChosenSFTTrainer(SFTTrainer):
         peft_config: PeftConfig | None = None,
         formatting_func: Callable[[dict], str] | None = None,
     ):
+        check_not_empty(train_dataset=train_dataset, eval_dataset=eval_dataset)
         self._selects_chosen = formatting_func is None
+        # A mask of the assistant's tokens needs a chat template of its own, so TRL tokenizes the text
+        self._uses_tokens = not (args and args.assistant_only_loss)
         if args is not None:
             name_best_metric(args, eval_dataset)
         super().__init__(
@@ -77,6 +82,31 @@ class ChosenSFTTrainer(SFTTrainer):
             formatting_func=formatting_func,
         )
         self.add_callback(KeepFreedMemoryCallback())
+        self.add_callback(TokenCountCallback())
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Counts tokens from where the checkpoint ended that training was resumed from."""
+        tokens = next(cb for cb in self.callback_handler.callbacks if isinstance(cb, TokenCountCallback))
+        self._total_train_tokens = tokens.num_tokens
+        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        tokens.num_tokens = self._total_train_tokens
+        return result
+
+    def _init_training_state(
+        self,
+        max_steps: int,
+        num_update_steps_per_epoch: int,
+        num_train_epochs: int,
+        resume_from_checkpoint: str | None,
+        trial: Any,
+    ) -> tuple[int, int]:
+        """Resumes an iterable dataset in the pass that the checkpoint was saved in, not always in the first."""
+        position = super()._init_training_state(
+            max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
+        )
+        return resume_position(self, resume_from_checkpoint, position)
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
@@ -84,21 +114,28 @@ class ChosenSFTTrainer(SFTTrainer):
         """Evaluates on the chosen answers of the rows that are passed, too."""
         return super().evaluate(self._select_chosen(eval_dataset), ignore_keys, metric_key_prefix)
 
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Warns if the checkpoint lacks state, which transformers passes over silently."""
+        warn_of_inexact_resume(checkpoint, self.args)
+        super()._load_optimizer_and_scheduler(checkpoint)
+
     def _select_chosen(self, dataset: Any) -> Any:
         dataset = as_python_values(dataset)
-        return select_chosen(dataset) if self._selects_chosen else dataset
+        return select_chosen(dataset, self._uses_tokens) if self._selects_chosen else dataset
 
 
-def select_chosen(dataset: Any) -> Any:
+def select_chosen(dataset: Any, use_tokens: bool = True) -> Any:
     """
-    Preference rows as `prompt` and `completion`, the chosen answer.
+    Preference rows as `prompt` and `completion`, the chosen answer, and its tokens if the rows are tokenized.
 
     Args:
         dataset (`Dataset`, `IterableDataset`, a dictionary of them, or anything else, which is returned unchanged):
             Rows; those without `chosen` and `rejected` are returned unchanged.
+        use_tokens (`bool`, *optional*, defaults to `True`):
+            Whether the tokens of rows that have them become `input_ids` and `completion_mask`.
     """
     if isinstance(dataset, dict):
-        return type(dataset)({name: select_chosen(rows) for name, rows in dataset.items()})
+        return type(dataset)({name: select_chosen(rows, use_tokens) for name, rows in dataset.items()})
     if not isinstance(dataset, (Dataset, IterableDataset)):
         return dataset
     first: dict[str, Any] = next(iter(dataset), {})
@@ -106,4 +143,17 @@ def select_chosen(dataset: Any) -> Any:
         return dataset
     if "prompt" not in first:
         dataset = dataset.map(extract_prompt)
-    return dataset.map(lambda row: {"completion": row["chosen"]}, remove_columns=["chosen", "rejected"])
+    tokens = [*TOKEN_COLUMNS, CHOSEN_START] if CHOSEN_START in first else []
+    return dataset.map(
+        _with_input_ids if tokens and use_tokens else _with_completion,
+        remove_columns=["chosen", "rejected", *tokens],
+    )
+
+
+def _with_completion(row: dict[str, Any]) -> dict[str, Any]:
+    return {"completion": row["chosen"]}
+
+
+def _with_input_ids(row: dict[str, Any]) -> dict[str, Any]:
+    ids, start = row[PROMPT_IDS] + row[CHOSEN_IDS], row[CHOSEN_START]
+    return {"completion": row["chosen"], "input_ids": ids, "completion_mask": [0] * start + [1] * (len(ids) - start)}

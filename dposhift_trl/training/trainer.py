@@ -36,12 +36,20 @@ from ..columns import (
     ROW_INDEX,
     SHARED_PROMPT,
     STREAM_ROW_INDEX,
+    TOKEN_COLUMNS,
     as_python_values,
     with_row_index,
 )
 from ..config import DPOShiftConfig
 from ..scoring import PairLayout, shared_prompt_scores
-from .batching import SeededByEpoch, data_seed, make_token_sampler, token_budget_dataloader, with_lengths
+from .batching import (
+    SeededByEpoch,
+    data_seed,
+    make_token_sampler,
+    token_budget_dataloader,
+    with_lengths,
+    without_lost_rows,
+)
 from .callbacks import (
     KeepFreedMemoryCallback,
     LambdaScheduleCallback,
@@ -50,7 +58,16 @@ from .callbacks import (
     configured_schedule,
     is_schedule,
 )
-from .checks import TrainingStopped, check_embeddings, check_reference, check_starts_at_reference, stop_on_non_finite
+from .checks import (
+    TrainingStopped,
+    check_embeddings,
+    check_not_empty,
+    check_reference,
+    check_starts_at_reference,
+    check_vocabularies,
+    stop_on_non_finite,
+    warn_of_inexact_resume,
+)
 from .collator import PairCollator
 from .deferred import GatherLater, read_from_device
 from .model_card import append_shift_section, log_until
@@ -59,6 +76,7 @@ from .references import References, lack_scores
 from .seam import Shift, ShiftedModel, seam_fault
 from .settings import LambdaInForce, check_unchanged, name_best_metric, settings_read
 from .sharing import draws_masks, prepare_shared_prompt
+from .streams import resume_position
 
 
 # Releases whose DPOTrainer scores both answers through one call of a fused LM head that runs on a CPU too
@@ -137,6 +155,7 @@ class DPOShiftTrainer(DPOTrainer):
         check_reference(ref_model)
         train_dataset, eval_dataset = as_python_values(train_dataset), as_python_values(eval_dataset)
         name_best_metric(args, eval_dataset)
+        check_not_empty(train_dataset=train_dataset, eval_dataset=eval_dataset)
         self._shifts = isinstance(args, DPOShiftConfig)
         if self._shifts:
             # With an iterable training dataset, TRL turns dispatching off
@@ -165,6 +184,7 @@ class DPOShiftTrainer(DPOTrainer):
         check_embeddings(self.model)
         if not self._shifts:
             return
+        check_vocabularies(self.processing_class, self.accelerator.unwrap_model(self.model), ref_model)
         if not self._schedules:
             super().add_callback(configured_schedule(args))
             self._schedule_is_configured = True
@@ -387,6 +407,32 @@ class DPOShiftTrainer(DPOTrainer):
 
     # Batches
 
+    def _init_training_state(
+        self,
+        max_steps: int,
+        num_update_steps_per_epoch: int,
+        num_train_epochs: int,
+        resume_from_checkpoint: str | None,
+        trial: Any,
+    ) -> tuple[int, int]:
+        """Resumes an iterable dataset in the pass that the checkpoint was saved in, not always in the first."""
+        position = super()._init_training_state(
+            max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
+        )
+        return resume_position(self, resume_from_checkpoint, position)
+
+    def _prepare_dataset(
+        self, dataset: Any, processing_class: Any, args: DPOConfig, dataset_name: str
+    ) -> Dataset | IterableDataset:
+        """
+        Takes rows that are tokens already, as a run's audit leaves them, and drops those that TRL drops.
+
+        [`~trl.SFTTrainer`] does so by itself; [`~trl.DPOTrainer`] 1.16 would tokenize their text again.
+        """
+        if not set(TOKEN_COLUMNS) <= set(dataset.column_names or next(iter(dataset), {})):
+            return super()._prepare_dataset(dataset, processing_class, args, dataset_name)
+        return without_lost_rows(dataset, args.max_length, args.truncation_mode)
+
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> Any:
         """Counts the pairs of an optimizer step, whose batches hold different numbers under a token budget."""
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
@@ -494,6 +540,11 @@ class DPOShiftTrainer(DPOTrainer):
         copied = self.ref_model is None and is_peft_model(self.model) and "ref" in self.model.peft_config
         if copied and not folder.name.startswith(PREFIX_CHECKPOINT_DIR):
             shutil.rmtree(folder / "ref", ignore_errors=True)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Warns if the checkpoint lacks state, which transformers passes over silently."""
+        warn_of_inexact_resume(checkpoint, self.args)
+        super()._load_optimizer_and_scheduler(checkpoint)
 
     def create_model_card(
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
