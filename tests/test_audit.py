@@ -188,6 +188,7 @@ SFT_SETTINGS = [
 @pytest.mark.filterwarnings("ignore:The `'keep_end'` truncation mode is deprecated:FutureWarning")
 def test_stage_1_trains_on_the_same_sequences_with_tokens_as_with_text(bytes_model, tmp_path):
     rows = [*ROWS["conversations"], *(chat(f"{n}?", "y" * n, "n") for n in range(1, 9))]
+    rows.append({**chat("Whose?"), "rejected": [user("Mine.")]})  # departs from the prompt before the chosen answer
     cases = [("plain", settings) for settings in SFT_SETTINGS] + [("reasoning dropped", {}), ("empty reasoning", {})]
     for template, settings in cases:
         tokenizer = make_tokenizer(TEMPLATES[template])
