@@ -7,6 +7,8 @@ from importlib import import_module
 from importlib.util import find_spec
 
 from . import __version__
+from .command import begin, call
+from .console import complain, say
 
 
 # Their modules are imported only when a command runs, so that the list appears at once
@@ -32,17 +34,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     name, *arguments = (sys.argv[1:] if argv is None else argv) or ["--help"]
     if name in ("-h", "--help"):
-        print(usage())
+        say(*usage().split("\n"))
         return 0
     if name == "--version":
-        print(f"dposhift_trl {__version__}")
+        say(f"dposhift_trl {__version__}")
         return 0
     if name not in COMMANDS:
         nearest = difflib.get_close_matches(name, COMMANDS, n=1)
         hint = f" Did you mean `{nearest[0]}`?" if nearest else ""
-        print(f"The command must be one of {', '.join(COMMANDS)}, got {name!r}.{hint}", file=sys.stderr)
+        complain(f"The command must be one of {', '.join(COMMANDS)}, got {name!r}.{hint}")
         return 2
     return import_module(module_of(name)).main(arguments)
+
+
+def console() -> int:
+    """The process of `dposhift` and `python -m dposhift_trl`."""
+    begin()
+    return call(main)
 
 
 def module_of(name: str) -> str:
@@ -73,4 +81,4 @@ def usage() -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(console())

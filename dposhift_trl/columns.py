@@ -39,7 +39,8 @@ def with_row_index(dataset: Any, dispatched: bool = False) -> Any:
     Add a column with row numbers, starting at 0. Rows that already have numbers keep them.
 
     If n dataloader workers or processes read an iterable dataset, the first one numbers its rows 0, n, 2n, ..., the
-    second one 1, n + 1, 2n + 1, ..., so that no two rows have the same number.
+    second one 1, n + 1, 2n + 1, ..., so that no two rows have the same number. Numbered before it is shuffled, a row
+    keeps its place in the order in which the files are read: with one file and one worker, its number in the file.
 
     Args:
         dataset (`Dataset`, `IterableDataset` or a dictionary of them):
@@ -55,6 +56,28 @@ def with_row_index(dataset: Any, dispatched: bool = False) -> Any:
         return dataset.add_column(ROW_INDEX, range(len(dataset)))
     if isinstance(dataset, IterableDataset) and STREAM_ROW_INDEX not in _column_names(dataset):
         return dataset.map(_StreamNumbers(dataset.num_shards, dispatched), with_indices=True)
+    return dataset
+
+
+def as_python_values(dataset: Any) -> Any:
+    """
+    Undo a format such as `with_format("torch")`: training reads text and lists.
+
+    A transform of the user's own is applied to every row, once, as tokenization is.
+
+    Args:
+        dataset (`Dataset`, `IterableDataset` or a dictionary of them):
+            Preference rows. Any other object is returned unchanged.
+    """
+    from datasets import Dataset, IterableDataset
+
+    if isinstance(dataset, dict):
+        return type(dataset)({name: as_python_values(rows) for name, rows in dataset.items()})
+    if isinstance(dataset, IterableDataset):
+        return dataset.with_format(None)
+    if isinstance(dataset, Dataset) and dataset.format["type"] is not None:
+        visible = dataset.select_columns(dataset.format["columns"])
+        return (visible.map(dict) if dataset.format["type"] == "custom" else visible).with_format(None)
     return dataset
 
 

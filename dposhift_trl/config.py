@@ -3,13 +3,14 @@
 import difflib
 import json
 import re
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from trl import DPOConfig
 
+from .choices import CHOICES, choice_mistake
+from .ranges import RANGES, check_ranges, range_mistake
 from .schedules import ADAPTIVE, LAMBDA_SCHEDULE_ALIASES, LAMBDA_SCHEDULES, LambdaPlan, check_knots
 
 
@@ -168,6 +169,7 @@ class DPOShiftConfig(DPOConfig):
     )
 
     def __post_init__(self) -> None:
+        self.reported_lambda: dict[str, Any] = {}  # set by the trainer if a callback has replaced the lambda settings
         self._check_lambda()
         self._check_lambda_target()
         self._check_batches()
@@ -177,9 +179,15 @@ class DPOShiftConfig(DPOConfig):
             "precompute_ref_log_probs", self.precompute_ref_log_probs, auto=None
         )
         self._set_best_metric()
+        check_ranges(self)
         super().__post_init__()
+        self._check_loss()
         if not self.always_dpo:
             self.validate_loss_supports_shift()
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as trackers log them: those of lambda as they are in force."""
+        return super().to_dict() | self.reported_lambda
 
     @property
     def lambda_plan(self) -> LambdaPlan:
@@ -246,11 +254,8 @@ class DPOShiftConfig(DPOConfig):
     def _lambda(self, name: str, value: Any) -> float:
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise TypeError(f"`{name}` must be a number, got {value!r}. Write for example `{name}: 0.95`.")
-        if not 0 < value <= sys.float_info.max:
-            raise ValueError(
-                f"`{name}` must be finite and greater than 0, got {value!r}. At 0, the loss ignores the rejected "
-                "answers; the paper uses 0.5 to 1."
-            )
+        if mistake := range_mistake("shift_lambda", value):
+            raise ValueError(f"`{name}` {mistake}")
         if value > 1 and not self.allow_lambda_above_one:
             raise ValueError(
                 f"`{name}` must not exceed 1, got {value!r}. Above 1, rejected answers fall faster than in DPO and "
@@ -266,10 +271,8 @@ class DPOShiftConfig(DPOConfig):
             raise TypeError(
                 f"`lambda_target` must be a number, got {target!r}. Write for example `lambda_target: 0.0`."
             )
-        if not abs(target) <= sys.float_info.max:
-            raise ValueError(
-                f"`lambda_target` must be finite, got {target!r}. Write for example `lambda_target: 0.0`."
-            )
+        if mistake := range_mistake("lambda_target", target):
+            raise ValueError(f"`lambda_target` {mistake}")
         if metric == "displacement/chosen_fell" and not 0 <= target <= 1:
             raise ValueError(
                 f"`lambda_target` must be in [0, 1] with `lambda_target_metric: {metric}`, which is a share of the "
@@ -283,15 +286,43 @@ class DPOShiftConfig(DPOConfig):
                 "keep the start."
             )
         budget = self.max_tokens_per_batch
-        if budget is not None and (isinstance(budget, bool) or not isinstance(budget, int) or budget < 1):
-            raise ValueError(
-                f"`max_tokens_per_batch` must be a positive integer, got {budget!r}. Write for example "
-                "`max_tokens_per_batch: 4096`, or remove it."
-            )
+        if budget is not None and (isinstance(budget, bool) or not isinstance(budget, int)):
+            allowed = RANGES["max_tokens_per_batch"]
+            raise ValueError(f"`max_tokens_per_batch` must be {allowed.rule.words}, got {budget!r}. {allowed.advice}")
         if self.train_sampling_strategy == "batch_rebalance":
             raise ValueError(
                 "`train_sampling_strategy` must be random, sequential or group_by_length with pairs, got "
                 "'batch_rebalance'. To balance the tokens of batches, set `max_tokens_per_batch`."
+            )
+
+    def _check_loss(self) -> None:
+        """Check what DPOTrainer checks when it is created, or at the first batch, or not at all."""
+        for name in ("loss_type", "f_divergence_type"):
+            if mistake := choice_mistake(CHOICES[name], getattr(self, name)):
+                raise ValueError(f"`{name}` {mistake}")
+        if "exo_pair" in self.loss_type and not self.label_smoothing:
+            raise ValueError(
+                "`label_smoothing` must be greater than 0 with `loss_type: exo_pair`, got 0.0. Write for example "
+                "`label_smoothing: 0.001`."
+            )
+        if self.f_divergence_type != "reverse_kl" and not set(self.loss_type) <= SHIFTABLE_LOSS_TYPES | {"sft"}:
+            raise ValueError(
+                f"`f_divergence_type` must be `reverse_kl` with `loss_type: {self.loss_type}`, got "
+                f"{self.f_divergence_type!r}. Remove it."
+            )
+        if self.use_weighting and {"aot", "aot_unpaired"} & set(self.loss_type):
+            raise ValueError(
+                f"`use_weighting` is not supported with `loss_type: {self.loss_type}`, got True. Remove it."
+            )
+        if self.loss_weights is not None and not any(self.loss_weights):
+            raise ValueError(
+                f"`loss_weights` must have a weight greater than 0, got {self.loss_weights}. Write for example "
+                "`loss_weights: [1.0, 0.1]`."
+            )
+        if self.sync_ref_model and self.precompute_ref_log_probs:
+            raise ValueError(
+                "`sync_ref_model` is not supported with `precompute_ref_log_probs: true`, which scores the reference "
+                "only once, got True. Remove one of them."
             )
 
     def _set_best_metric(self) -> None:

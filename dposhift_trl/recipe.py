@@ -9,10 +9,10 @@ import re
 import sys
 import types
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import pydantic
 from ruamel.yaml import YAML
@@ -20,15 +20,22 @@ from ruamel.yaml.error import YAMLError
 from ruamel.yaml.representer import SafeRepresenter
 from trl import ModelConfig, SFTConfig
 
+from .choices import choice_mistake, choices, did_you_mean
 from .config import DPOShiftConfig
 from .data.config import DataConfig, DataSource
 from .data.errors import one_line
+from .data.files import folder_conflict
 from .data.tokens import Truncation
+from .environment import wandb_settings
+from .hub import hub_defaults, hub_id_fault
+from .ranges import RANGES, range_mistake
 
 
 MAX_NODES = 20_000  # far above any recipe, far below what nested YAML aliases can expand to
 MAX_DEPTH = 50  # far below Python's recursion limit
 UNWRITABLE = re.compile("[\0\ud800-\udfff]")  # cannot be written to files, file names or logs
+# Acts on a terminal, on which W&B and other libraries print the names of a run
+CONTROL = re.compile("[\0-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
 
 # Defaults of the command that differ from TRL's: checkpoints, a limit on their number, and W&B
 STAGE_DEFAULTS: dict[str, Any] = {"save_steps": 0.1, "save_total_limit": 2, "report_to": "wandb"}
@@ -49,6 +56,7 @@ DECIDED_ELSEWHERE = {
     "model_init_kwargs": "use the section `model`",
     "trust_remote_code": "use `model.trust_remote_code`",
     "resume_from_checkpoint": "remove it; running the same command again resumes automatically",
+    "hub_token": "run `hf auth login` or set the environment variable HF_TOKEN; a recipe is copied to the model card",
     "enable_jit_checkpoint": "remove it; the command saves a checkpoint at SIGTERM itself",
 }
 # Names from older releases of TRL and transformers
@@ -99,11 +107,6 @@ class RecipeModelConfig(ModelConfig):
         for name in ("merge_adapter", "load_in_8bit", "load_in_4bit"):
             if getattr(self, name) and not self.use_peft:
                 raise ValueError(f"`{name}` requires LoRA, got True with `use_peft: false`. Set `use_peft: true`.")
-        dtypes = ("auto", "bfloat16", "float16", "float32")
-        if self.dtype not in (*dtypes, None):
-            raise ValueError(
-                f"`dtype` must be one of {', '.join(dtypes)}, got {self.dtype!r}. Write for example `dtype: bfloat16`."
-            )
 
 
 @dataclass
@@ -112,26 +115,31 @@ class WandbConfig:
     The `wandb` section of a recipe.
 
     Parameters:
-        project (`str`, *optional*, defaults to `"dposhift_trl"`):
-            W&B project.
+        project (`str`, *optional*):
+            W&B project. Defaults to `WANDB_PROJECT`, else `dposhift_trl`.
         entity (`str`, *optional*):
-            W&B user or team.
+            W&B user or team. Defaults to `WANDB_ENTITY`.
         mode (`str`, *optional*):
-            `online`, `offline` or `disabled`. Defaults to online if logged in to W&B, else offline.
+            `online`, `offline` or `disabled`. Defaults to `WANDB_MODE`, else online if logged in to W&B, else offline.
         tags (`list[str]`, *optional*):
-            Tags for the runs of both stages.
+            Tags for the runs of both stages. Defaults to `WANDB_TAGS`.
     """
 
-    project: str = "dposhift_trl"
+    project: str | None = None
     entity: str | None = None
     mode: Literal["online", "offline", "disabled"] | None = None
     tags: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        if len(self.project) > 128 or set(self.project) & set("/\\#?%:"):
+        if self.project is not None and (len(self.project) > 128 or set(self.project) & set("/\\#?%:")):
             raise ValueError(
                 f"`project` must be at most 128 characters without / \\ # ? % :, got {self.project!r}. Write for "
                 "example `dposhift_trl`."
+            )
+        modes = ("online", "offline", "shared", "disabled")
+        if self.mode not in (*modes, None):
+            raise ValueError(
+                f"`mode` must be one of {', '.join(modes)}, got {self.mode!r}. Write for example `offline`."
             )
         for tag in self.tags:
             if not 1 <= len(tag) <= 64:
@@ -149,7 +157,7 @@ class Recipe:
         output_dir (`Path`), seed (`int`), run_name (`str`), report (`bool`):
             Values of its top level.
         model ([`RecipeModelConfig`]), data ([`~data.DataConfig`]), wandb ([`WandbConfig`]):
-            Its sections.
+            Its sections; `wandb` with what it leaves open from the environment.
         stages (`dict[str, SFTConfig or DPOShiftConfig]`):
             Settings of the stages to run, in order, by name: `sft`, `dpo`.
         resolved (`dict[str, Any]`):
@@ -166,6 +174,11 @@ class Recipe:
     wandb: WandbConfig
     stages: dict[str, SFTConfig | DPOShiftConfig]
     resolved: dict[str, Any]
+
+    @property
+    def is_named(self) -> bool:
+        """Whether `run_name` is the recipe's own, and not the name of its folder."""
+        return self.run_name != self.output_dir.name
 
     @property
     def truncations(self) -> dict[str, Truncation]:
@@ -219,7 +232,8 @@ def load_recipe(path: str, overrides: Sequence[str] = ()) -> Recipe:
             "trust_remote_code": model.trust_remote_code,
         }
         try:
-            stages[name] = _build(stage, {**resolved[name], **decided}, name, path)
+            hub = hub_defaults(decided["run_name"], resolved[name])
+            stages[name] = _build(stage, {**resolved[name], **decided, **hub}, name, path)
         except RecipeError as error:
             mistakes.append(str(error))
     if mistakes:
@@ -232,12 +246,28 @@ def load_recipe(path: str, overrides: Sequence[str] = ()) -> Recipe:
         report=resolved["report"],
         model=model,
         data=data,
-        wandb=wandb,
+        wandb=_wandb_in_force(wandb, stages),
         stages=stages,
         resolved=resolved,
     )
     _check_combinations(recipe)
     return recipe
+
+
+def _wandb_in_force(section: WandbConfig, stages: dict[str, Any]) -> WandbConfig:
+    """The section with what it leaves open from the environment. Stages do not report to W&B if it is disabled."""
+    if not any("wandb" in stage.report_to for stage in stages.values()):
+        return section
+    for key, (variable, value) in wandb_settings().items():
+        if not getattr(section, key):
+            try:
+                section = dataclasses.replace(section, **{key: value})
+            except ValueError as error:
+                raise RecipeError(f"The environment variable {variable} cannot be used: {error}") from None
+    if section.mode == "disabled":
+        for stage in stages.values():
+            stage.report_to = [tracker for tracker in stage.report_to if tracker != "wandb"]
+    return section
 
 
 class _Representer(SafeRepresenter):
@@ -342,6 +372,8 @@ def _unwritable(value: Any, key: str = "") -> Iterator[str]:
             yield from _unwritable(inner, f"{key}[{index}]")
     elif isinstance(value, str) and UNWRITABLE.search(value):
         yield f"`{key}` must not contain NUL characters or lone surrogates, got {value!r}. Remove them."
+    elif isinstance(value, str) and key in ("output_dir", "run_name") and CONTROL.search(value):
+        yield f"`{key}` must not contain control characters, got {value!r}. Remove them."
     elif isinstance(value, (bytes, set, tuple)):
         yield f"`{key}` must consist of mappings, lists, strings and numbers, got {value!r}."
     elif isinstance(value, int) and abs(value) >= 2**63:
@@ -374,9 +406,9 @@ def _check_keys_and_types(values: dict[str, Any], path: str) -> None:
     mistakes = []
     for key, value in values.items():
         if key not in SECTIONS and key not in TOP_LEVEL:
-            mistakes.append(f"{path}: unknown key `{key}`.{_suggestion(key, [*TOP_LEVEL, *SECTIONS])}")
+            mistakes.append(f"{path}: unknown key `{key}`.{did_you_mean(key, [*TOP_LEVEL, *SECTIONS])}")
         elif key in TOP_LEVEL:
-            mistakes += _type_mistakes({key: value}, {key: (TOP_LEVEL[key], False)}, "", path)
+            mistakes += _value_mistakes({key: value}, {key: _Accepted(TOP_LEVEL[key], as_list=False)}, "", path)
         elif value is not None and not isinstance(value, dict):
             mistakes.append(f"{path}: section `{key}` must be a mapping, got {value!r}.")
         elif value is not None:
@@ -394,7 +426,11 @@ def _check_keys_and_types(values: dict[str, Any], path: str) -> None:
 
 def _section_mistakes(section: str, values: dict[str, Any], cls: type, path: str) -> list[str]:
     hints = typing.get_type_hints(cls)
-    fields = {f.name: (WIDER_TYPES.get(f.name, hints[f.name]), True) for f in dataclasses.fields(cls) if f.init}
+    fields = {
+        f.name: _Accepted(WIDER_TYPES.get(f.name, hints[f.name]), words=choices(f, hints[f.name]))
+        for f in dataclasses.fields(cls)
+        if f.init
+    }
     mistakes = []
     known = {}
     for key, value in values.items():
@@ -402,11 +438,11 @@ def _section_mistakes(section: str, values: dict[str, Any], cls: type, path: str
         if section in STAGES and key in DECIDED_ELSEWHERE:
             mistakes.append(f"{where} cannot be set here: {DECIDED_ELSEWHERE[key]}.")
         elif key not in fields:
-            advice = f" {GONE[key]}" if key in GONE else _suggestion(key, list(fields))
+            advice = f" {GONE[key]}" if key in GONE else did_you_mean(key, list(fields))
             mistakes.append(f"{path}: unknown key `{section}.{key}`.{advice}")
         else:
             known[key] = value
-    mistakes += _type_mistakes(known, fields, f"{section}.", path)
+    mistakes += _value_mistakes(known, fields, f"{section}.", path)
     values.update(known)
     if section == "data" and isinstance(values.get("mixture"), list):
         for index, source in enumerate(values["mixture"]):
@@ -415,16 +451,27 @@ def _section_mistakes(section: str, values: dict[str, Any], cls: type, path: str
     return mistakes
 
 
-def _type_mistakes(values: dict[str, Any], fields: dict[str, tuple[Any, bool]], prefix: str, path: str) -> list[str]:
+class _Accepted(NamedTuple):
+    """What a key takes: a type, one value for a list of one as on TRL's command line, and words if not all."""
+
+    hint: Any
+    as_list: bool = True
+    words: Collection[str] = ()
+
+
+def _value_mistakes(values: dict[str, Any], fields: dict[str, _Accepted], prefix: str, path: str) -> list[str]:
     mistakes = []
     for key, value in values.items():
-        hint, as_list = fields[key]
-        # A single value is accepted for a list of one, as on TRL's command line
+        hint, as_list, words = fields[key]
         candidates = [value, [value]] if as_list and not isinstance(value, (list, dict)) else [value]
         if not any(_fits(candidate, hint) for candidate in candidates):
             mistakes.append(f"{path}: `{prefix}{key}` must be {_describe(hint)}, got {value!r}.")
-        elif not _fits(value, hint):
+            continue
+        if not _fits(value, hint):
             values[key] = candidates[-1]
+        mistake = range_mistake(key, value) if key in RANGES else choice_mistake(words, value)
+        if mistake:
+            mistakes.append(f"{path}: `{prefix}{key}` {mistake}")
     return mistakes
 
 
@@ -454,11 +501,6 @@ def _describe(hint: Any) -> str:
 
 def _plural(hint: Any) -> str:
     return re.sub(r"^an? (\w+)", r"\1s", _describe(hint))
-
-
-def _suggestion(key: Any, known: list[str]) -> str:
-    nearest = difflib.get_close_matches(str(key), known, n=1, cutoff=0.6)
-    return f" Did you mean `{nearest[0]}`?" if nearest else ""
 
 
 def _with_defaults(values: dict[str, Any], path: str) -> dict[str, Any]:
@@ -500,10 +542,10 @@ def _build(cls: type, values: dict[str, Any], section: str, path: str) -> Any:
 
 def _check_combinations(recipe: Recipe) -> None:
     path, mistakes = recipe.source, []
-    if not 0 <= recipe.seed < 2**32:
-        mistakes.append(
-            f"{path}: `seed` must be at least 0 and less than 2**32, got {recipe.seed}. Write for example 42."
-        )
+    for source in recipe.data.sources:
+        conflict = folder_conflict(source, recipe.output_dir)
+        if conflict is not None:
+            mistakes.append(f"{path}: `output_dir` must be apart from the data, got {recipe.output_dir}: {conflict}.")
     for name, stage in recipe.stages.items():
         if recipe.data.streaming and stage.max_steps <= 0:
             mistakes.append(
@@ -520,6 +562,18 @@ def _check_combinations(recipe: Recipe) -> None:
             mistakes.append(
                 f"{path}: `dpo.padding_free` is not supported, got True: `DPOTrainer` ignores it. Remove it."
             )
+    pushed = {name: stage.hub_model_id for name, stage in recipe.stages.items() if stage.push_to_hub}
+    for name, hub_model_id in pushed.items():
+        if (fault := hub_id_fault(hub_model_id)) is not None:
+            mistakes.append(
+                f"{path}: `{name}.hub_model_id` must be the name of a repository, got {hub_model_id!r}: {fault}. "
+                "Write for example `user/model`, or leave it out."
+            )
+    if len(set(pushed.values())) < len(pushed):
+        mistakes.append(
+            f"{path}: `hub_model_id` must differ in `sft` and `dpo`, got {recipe.stages['dpo'].hub_model_id!r} in "
+            "both, where the second stage would replace the first. Leave it out in one of them."
+        )
     dpo = recipe.stages.get("dpo")
     if isinstance(dpo, DPOShiftConfig) and dpo.precompute_ref_log_probs is True and recipe.data.streaming:
         mistakes.append(

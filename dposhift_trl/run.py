@@ -1,8 +1,12 @@
 """`python -m dposhift_trl.run RECIPE [key=value ...]`: train the stages of a recipe."""
 
+if __name__ == "__main__":
+    from .command import begin
+
+    begin()  # before the imports, which take seconds
+
 import argparse
 import dataclasses
-import io
 import json
 import signal
 import sys
@@ -12,17 +16,23 @@ from collections.abc import Sequence
 from accelerate import PartialState
 from transformers import set_seed
 
+from . import console
 from .artifacts import AUDIT, EVAL_ROWS, FINISHED, REPORT, write_whole
+from .command import Terminated, call
 from .data.errors import DataError, reading_rows
+from .launcher import launcher_mistakes
 from .pipeline.checkpoints import explaining_disk_errors
 from .pipeline.checkpoints import last_complete_checkpoint as last_complete_checkpoint
 from .pipeline.dry_run import describe
-from .pipeline.errors import RUN_AGAIN, RunError, Terminated, WriteError
+from .pipeline.errors import RUN_AGAIN, RunError, WriteError
 from .pipeline.loading import base_model, check_rows, findings, legend, load_rows, load_tokenizer
-from .pipeline.processes import complain, from_main, say
+from .pipeline.preflight import check_lengths, check_model, check_settings
+from .pipeline.processes import complain, say
+from .pipeline.resume import is_finished, resume_point
 from .pipeline.run_folder import claimed, save_evaluated_rows
-from .pipeline.sigterm import saving_on_sigterm
+from .pipeline.signals import saving_on_signals
 from .pipeline.stage import run_stage
+from .pipeline.start import row_fingerprints, stage_start
 from .recipe import Recipe, RecipeError, load_recipe
 from .report.run_folder import ReportError
 from .training.checks import TrainingStopped
@@ -37,8 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             Command-line arguments; by default those of the process.
 
     Returns:
-        `int`: Exit code: 0 finished, 1 stopped during training, 2 invalid recipe, data or run folder, 143 stopped by
-        SIGTERM.
+        `int`: Exit code: 0 finished, 1 stopped during training, 2 invalid recipe, data or run folder, 128 + n stopped
+        by signal n: 130 by Ctrl-C, 143 by SIGTERM.
     """
     parser = argparse.ArgumentParser(
         prog="python -m dposhift_trl.run",
@@ -52,12 +62,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--accept-changes",
         action="store_true",
-        help="continue in a run folder that was started with a different recipe",
+        help="continue in a run folder that was started with a different recipe, model or data",
     )
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # the terminal may lack characters of the recipe
     options = parser.parse_intermixed_args(argv)
+    if mistakes := launcher_mistakes():
+        console.complain(*mistakes)
+        return 2
     # TRL 1.16 reads a name that transformers has deprecated in every forward pass; users cannot change that
     warnings.filterwarnings("ignore", message="`(is_)?gradient_checkpointing", category=FutureWarning)
     try:
@@ -74,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except Terminated as error:
         complain(error)
-        return 128 + signal.SIGTERM
+        return error.code
     return 0
 
 
@@ -86,25 +96,29 @@ def run(recipe: Recipe, accept_changes: bool = False) -> None:
         recipe ([`~recipe.Recipe`]):
             Checked recipe.
         accept_changes (`bool`, *optional*, defaults to `False`):
-            Whether to continue in a run folder that was started with a different recipe.
+            Whether to continue in a run folder that was started with a different recipe, model or data.
 
     Raises:
         RunError: If the run folder cannot be used, or a model cannot be loaded.
         DataError: If the data cannot be read or trained on.
         TrainingStopped: If training stops itself.
         WriteError: If the disk is full.
-        Terminated: If SIGTERM arrived.
+        Terminated: If a signal stopped it.
     """
-    with claimed(recipe, accept_changes), saving_on_sigterm() as sigterm:
+    claim = claimed(recipe, accept_changes)
+    with claim, saving_on_signals() as signals, explaining_disk_errors(recipe.output_dir):
         set_seed(recipe.seed)
-        start = base_model(recipe, recipe.output_dir / "base")
+        start = base = base_model(recipe, recipe.output_dir / "base")
         tokenizer = load_tokenizer(recipe, start)
+        check_settings(recipe)
+        positions = check_model(recipe, start, tokenizer)
         rows = load_rows(recipe, tokenizer)
         audits = findings(rows)
         if PartialState().is_main_process:
             found = {split: dataclasses.asdict(audit) for split, audit in audits.items()}
             write_whole(recipe.output_dir / AUDIT, json.dumps(found, indent=2, ensure_ascii=False))
         check_rows(rows)
+        check_lengths(recipe, rows, positions)
         if PartialState().is_main_process and not (recipe.output_dir / "dpo" / FINISHED).is_file():
             *_, last = rows.values()
             save_evaluated_rows(last.evaluation, recipe.output_dir / EVAL_ROWS)
@@ -112,18 +126,22 @@ def run(recipe: Recipe, accept_changes: bool = False) -> None:
             say(f"{split}: {audit}")
         if (meaning := legend(audits)) is not None:
             say(meaning)
+        # Before a trainer changes the tokenizer
+        hashes = row_fingerprints(rows, tokenizer) if PartialState().is_main_process else {}
         *_, last_stage = recipe.stages
         for name, args in recipe.stages.items():
             folder = recipe.output_dir / name
-            if from_main((folder / FINISHED).is_file()):
-                say(f"{name}: finished before, skipped ({folder})")
+            origin = stage_start(start, base, recipe.model.model_revision, hashes.get(name, {}))
+            if is_finished(name, folder, origin):
                 if name != last_stage:
                     tokenizer = load_tokenizer(recipe, str(folder))  # which the stage may have changed
             else:
-                with explaining_disk_errors(name, folder), reading_rows():
-                    run_stage(name, recipe, start, tokenizer, rows[name], sigterm)
-                if name != last_stage and sigterm.received_anywhere(args):
-                    raise Terminated(f"{name}: finished, then stopped by SIGTERM. {RUN_AGAIN}")
+                checkpoint = resume_point(name, folder, args, origin, accept_changes)
+                with explaining_disk_errors(folder, name), reading_rows():
+                    run_stage(name, recipe, start, tokenizer, rows[name], signals, checkpoint)
+                if name != last_stage and (received := signals.received_anywhere(args)):
+                    stopped = f"stopped by {signal.Signals(received).name}"
+                    raise Terminated(received, f"{name}: finished, then {stopped}. {RUN_AGAIN}")
             start = str(folder)
         if recipe.report and PartialState().is_main_process:
             from .report.page import write_report  # imports matplotlib, which takes seconds
@@ -133,4 +151,4 @@ def run(recipe: Recipe, accept_changes: bool = False) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(call(main))

@@ -23,8 +23,10 @@ PACKAGE = Path(__file__).parent.parent / "dposhift_trl"
 
 # Modules and sub-packages, lowest first. Each may import those below its line, not those beside or above it.
 LAYERS = (
-    ("schedules", "losses", "columns", "artifacts"),
-    ("config",),
+    ("console",),
+    ("schedules", "losses", "columns", "artifacts", "ranges", "choices", "launcher", "command"),
+    ("integrity", "identity"),
+    ("config", "environment", "hub"),
     ("scoring",),
     ("reference", "data"),
     ("report",),
@@ -183,10 +185,13 @@ HEAVY = {"torch", "transformers", "trl", "accelerate", "datasets", "peft", "scip
     [
         ("dposhift_trl", set()),
         ("dposhift_trl.__main__", set()),
+        ("dposhift_trl.command", set()),
         ("dposhift_trl.schedules", set()),
         ("dposhift_trl.columns", set()),
+        ("dposhift_trl.console", set()),
         ("dposhift_trl.losses", {"torch", "numpy"}),
         ("dposhift_trl.artifacts", {"pyarrow", "numpy"}),
+        ("dposhift_trl.integrity", {"pyarrow", "numpy"}),
         ("dposhift_trl.report.__main__", {"matplotlib", "pyarrow", "numpy", "scipy"}),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -282,11 +287,19 @@ def lambda_readings(tree: ast.Module) -> Iterator[tuple[int, str]]:
                 break
 
 
+def printed_lines(tree: ast.Module) -> Iterator[tuple[int, str]]:
+    """Lines printed past `console`, which escapes what would act on a terminal."""
+    for node in nodes(tree):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("print", "sys.stdout.write", "sys.stderr.write"):
+            yield node.lineno, ast.unparse(node)
+
+
 ONE_PLACE = {
     "column names": (column_literals, {"columns"}),
     "names of a run's files": (file_literals, {"artifacts"}),
     "writing whole files": (replaced_files, {"artifacts"}),
     "reading lambda's schedule": (lambda_readings, {"schedules", "config"}),
+    "printing": (printed_lines, {"console"}),
 }
 
 
@@ -330,6 +343,11 @@ def test_is_written_in_one_place(find, home):
                 'match s:\n    case "adaptive":\n        pass',
             ],
             ["plan.adaptive == True", 'strategy == "epoch"', "LambdaPlan.of(vars(args))", "isinstance(args, Config)"],
+        ),
+        (
+            printed_lines,
+            ["print(error, file=sys.stderr)", "sys.stdout.write(line)"],
+            ["say(line)", "complain(error)", '"""print(line)"""'],
         ),
     ],
     ids=ONE_PLACE,

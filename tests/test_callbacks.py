@@ -1,6 +1,7 @@
 """The callbacks: which of them sets lambda, and what checkpoints save of them."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from trl import DPOConfig
 
 from dposhift_trl import DPOShiftConfig, DPOShiftTrainer, LambdaScheduleCallback
 from dposhift_trl.training.callbacks import AdaptiveLambdaCallback, configured_schedule
+from dposhift_trl.training.checks import TrainingStopped
 
 
 ROWS = make_rows(24)
@@ -39,6 +41,64 @@ def test_before_training_lambda_is_that_of_progress_zero():
 def test_a_schedule_that_is_not_positive_and_finite_is_an_error(value):
     with pytest.raises(ValueError, match="`schedule` must return a lambda above 0"):
         LambdaScheduleCallback(lambda progress: value)
+
+
+BAD = {
+    "zero at the end": (lambda t: 1 - t, "a lambda above 0, got 0.0 at progress 1.0. Return a number in (0, 1]"),
+    "zero halfway": (lambda t: abs(1 - 2 * t), "a lambda above 0, got 0.0 at progress 0.5."),
+    "not finite": (lambda t: 1.0 if t < 0.3 else float("nan"), "a lambda above 0, got nan at progress 0.3."),
+    "raises": (lambda t: 1 / (1 - t), "a number, got ZeroDivisionError (float division by zero) at progress 1.0. Ret"),
+    "nothing": (lambda t: None, "a number, got TypeError"),
+}
+
+
+@pytest.mark.parametrize(("schedule", "message"), BAD.values(), ids=BAD)
+def test_a_schedule_that_fails_anywhere_is_refused_when_it_is_passed(schedule, message):
+    with pytest.raises(ValueError, match=re.escape(f"`schedule` must return {message}")):
+        LambdaScheduleCallback(schedule)
+
+
+def test_a_schedule_is_a_function():
+    with pytest.raises(TypeError, match=r"`schedule` must be a function of progress, got 0\.5\. Write for example"):
+        LambdaScheduleCallback(0.5)
+
+
+def test_a_schedule_is_tried_at_the_steps_of_the_run_before_the_first(args):
+    callback = LambdaScheduleCallback(lambda t: 0.0 if t == 2 / 7 else 1.0)  # not a multiple of 1 / 1000
+    with pytest.raises(ValueError, match=r"got 0\.0 at progress 0\.2857"):
+        callback.on_train_begin(args, TrainerState(max_steps=7), TrainerControl())
+    callback.on_train_begin(args, TrainerState(global_step=3, max_steps=7), TrainerControl())  # resumed after it
+
+
+def test_a_schedule_above_one_is_refused_before_the_model_is_loaded(settings):
+    callback = LambdaScheduleCallback(lambda progress: 1 + progress)
+    with pytest.raises(ValueError, match=r"must not exceed 1, got 1\.001 at progress 0\.001"):
+        DPOShiftTrainer("no/model", args=DPOShiftConfig(**settings), train_dataset=ROWS, callbacks=[callback])
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["halfway", "last step"])
+def test_a_schedule_that_fails_in_training_stops_it_after_the_step_is_saved(last, tiny_model, settings):
+    class Fails(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == (3 if last else 1):
+                trainer.lambda_callback.schedule = lambda progress: -0.5
+
+    callbacks = [LambdaScheduleCallback(lambda progress: 0.9), Fails()]
+    trainer = make_trainer(tiny_model, settings, callbacks)
+    with pytest.raises(TrainingStopped) as stopped:
+        trainer.train()
+    step, progress = (4, 1.0) if last else (2, 0.5)
+    assert str(stopped.value) == (
+        f"`schedule` must return a lambda above 0, got -0.5 at progress {progress}. Return a number in (0, 1] for "
+        f"every progress in [0, 1]. Step {step} is saved."
+    )
+    checkpoint = Path(settings["output_dir"]) / f"checkpoint-{step}"
+    assert json.loads((checkpoint / "trainer_state.json").read_text())["global_step"] == step
+    assert logged(trainer, "shift/lambda") == [0.9] * step
+    if not last:  # and training goes on from there with a schedule that holds
+        resumed = make_trainer(tiny_model, settings, [LambdaScheduleCallback(lambda progress: 0.9)])
+        resumed.train(resume_from_checkpoint=str(checkpoint))
+        assert logged(resumed, "shift/lambda") == [0.9] * 4
 
 
 def test_a_schedule_above_one_needs_the_flag(args):

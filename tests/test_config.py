@@ -19,7 +19,9 @@ ABOVE_ONE = (
     "must not exceed 1, got 1.05. Above 1, rejected answers fall faster than in DPO and generated text degenerates. "
     "To allow it, set `allow_lambda_above_one: true`."
 )
-AT_ZERO = "At 0, the loss ignores the rejected answers; the paper uses 0.5 to 1."
+AT_ZERO = (
+    "At 0, the loss ignores the rejected answers, and below 1e-7 float32 rounds them away; the paper uses 0.5 to 1."
+)
 PLAIN_DPO = "Set `lambda_schedule: fixed` and `shift_lambda: 1.0` to train with plain DPO."
 SCHEDULES = "fixed, linear_increase, linear_decrease, cosine_increase, cosine_decrease, adaptive"
 
@@ -69,10 +71,11 @@ def test_the_help_of_a_field_equals_its_docstring(name):
 @pytest.mark.parametrize(
     ("value", "error", "message"),
     [
-        pytest.param(0, ValueError, f"must be finite and greater than 0, got 0. {AT_ZERO}", id="zero"),
-        pytest.param(-0.5, ValueError, f"must be finite and greater than 0, got -0.5. {AT_ZERO}", id="negative"),
-        pytest.param(float("nan"), ValueError, f"must be finite and greater than 0, got nan. {AT_ZERO}", id="nan"),
-        pytest.param(float("inf"), ValueError, f"must be finite and greater than 0, got inf. {AT_ZERO}", id="inf"),
+        pytest.param(0, ValueError, f"must be finite and at least 1e-7, got 0. {AT_ZERO}", id="zero"),
+        pytest.param(-0.5, ValueError, f"must be finite and at least 1e-7, got -0.5. {AT_ZERO}", id="negative"),
+        pytest.param(1e-300, ValueError, f"must be finite and at least 1e-7, got 1e-300. {AT_ZERO}", id="underflow"),
+        pytest.param(float("nan"), ValueError, f"must be finite and at least 1e-7, got nan. {AT_ZERO}", id="nan"),
+        pytest.param(float("inf"), ValueError, f"must be finite and at least 1e-7, got inf. {AT_ZERO}", id="inf"),
         pytest.param(1.05, ValueError, ABOVE_ONE, id="above 1"),
         pytest.param(True, TypeError, "must be a number, got True. Write for example `{}: 0.95`.", id="bool"),
         pytest.param("0.9", TypeError, "must be a number, got '0.9'. Write for example `{}: 0.95`.", id="text"),
@@ -187,7 +190,7 @@ def test_a_schedule_is_stored_under_its_canonical_name_or_as_lists(make, given, 
         pytest.param(
             [[0, 1], [1, 0]],
             ValueError,
-            f"`lambda_schedule` must be finite and greater than 0, got 0.0. {AT_ZERO}",
+            f"`lambda_schedule` must be finite and at least 1e-7, got 0.0. {AT_ZERO}",
             id="knot at 0",
         ),
     ],

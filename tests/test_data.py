@@ -90,6 +90,9 @@ def write(name, rows):
 
 
 def load(seed=0, **settings):
+    """Rows in the order of their files, without their numbers in a stream."""
+    if settings.get("streaming"):
+        settings.setdefault("shuffle_buffer", 0)
     train, evaluation = load_preferences(DataConfig(**settings), seed)
     return unnumbered(train), None if evaluation is None else unnumbered(evaluation)
 
@@ -329,7 +332,8 @@ UNREADABLE = {
     "no rows in it": (
         "notes.md",
         b"# Notes",
-        "cannot be read: file names must end in .jsonl, .json, .csv or .parquet",
+        "cannot be read: file names must end in .jsonl, .json, .csv, .tsv (each also with .gz, .bz2, .xz or .zst), "
+        ".parquet or .arrow",
     ),
     "no such Hub name": ("some/dataset", None, "cannot be read: Couldn't reach 'some/dataset' on the Hub"),
 }
@@ -376,9 +380,9 @@ def test_a_split_that_is_not_there_is_refused_with_those_that_are(path, reason, 
 def test_a_folder_names_its_splits_or_its_lack_of_files(streaming):
     write("pairs/train.jsonl", ROWS)
     Path("empty").mkdir()
-    message = refusal(path="pairs", eval_split="held", streaming=streaming)
-    assert message.startswith("`data.path` 'pairs', split 'held', cannot be read: ")
-    assert message.removesuffix(".").endswith("['train']")
+    assert refusal(path="pairs", eval_split="held", streaming=streaming) == (
+        "`data.path` 'pairs', split 'held', cannot be read: its splits are train"
+    )
     message = refusal(path="empty", streaming=streaming)
     assert message.startswith("`data.path` 'empty', split 'train', cannot be read: The directory at ")
 

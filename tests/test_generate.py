@@ -1,5 +1,6 @@
 """Answers of a run's models: independent of the batch, seeded, and in the formats of the judges."""
 
+import dataclasses
 import doctest
 import hashlib
 import json
@@ -28,6 +29,7 @@ from dposhift_trl.generate import (
     statistics,
 )
 from dposhift_trl.generate.__main__ import main
+from dposhift_trl.generate.output import describe_settings
 from dposhift_trl.generate.questions import Question, load_questions, prompt_tokens
 from dposhift_trl.generate.sampling import SeededSampling, answer_questions
 from dposhift_trl.recipe import dump_yaml
@@ -539,3 +541,12 @@ def test_a_real_process_with_invalid_input_ends_with_2_and_one_line(run):
     assert done.returncode == 2
     assert len(done.stderr.strip().splitlines()) == 1
     assert "answers with other settings: seed." in done.stderr
+
+
+def test_answers_to_questions_without_tools_belong_to_the_same_settings_as_before_there_were_tools():
+    question = Question(0, "w1", "w1")
+    old = {name: value for name, value in dataclasses.asdict(question).items() if name != "template_inputs"}
+    digest = hashlib.blake2b(json.dumps([old]).encode(), digest_size=16).hexdigest()
+    assert describe_settings(GenerationSettings(), None, [question])["questions"] == digest
+    asked = dataclasses.replace(question, template_inputs={"tools": [{"name": "f"}]})
+    assert describe_settings(GenerationSettings(), None, [asked])["questions"] != digest

@@ -294,7 +294,7 @@ def test_a_whole_number_beyond_every_float_is_no_lambda():
     for knots in ([[0, 10**400]], [[10**400, 1]], [[0, -(10**400)]]):
         with pytest.raises(TypeError, match=r"must be made of .* pairs of numbers"):
             check_knots(knots)
-    with pytest.raises(ValueError, match="`shift_lambda` must be finite"):
+    with pytest.raises(ValueError, match=r"`shift_lambda` must be less than 2\*\*31"):
         DPOShiftConfig(shift_lambda=10**400, allow_lambda_above_one=True)
 
 
@@ -605,7 +605,7 @@ def test_a_column_s_name_cannot_stand_in_the_way_of_renaming_another():
     for streaming in (False, True):
         path = str(write_rows(rows, ".jsonl", b""))
         train, _ = load_preferences(DataConfig(path=path, columns=columns, streaming=streaming), 0)
-        assert list(train) == [ROW]
+        assert [{name: row[name] for name in ROW} for row in train] == [ROW]
 
 
 # The command

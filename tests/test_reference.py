@@ -1,6 +1,9 @@
 """The reference: the key of its scores, their cache, and when the model is in memory."""
 
 import copy
+import functools
+import importlib
+import json
 import math
 import os
 import re
@@ -19,16 +22,20 @@ import torch
 from conftest import make_rows
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel, TrainerCallback
+from transformers.models.gpt2 import modeling_gpt2
 from trl import DPOConfig, DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
-from trl.trainer.utils import create_model_from_path
+from trl.trainer.utils import add_fused_lm_head, create_model_from_path
 
 from dposhift_trl import DPOShiftConfig, DPOShiftTrainer
+from dposhift_trl.reference import cache as cache_files
 from dposhift_trl.reference import fingerprint as hashing
 from dposhift_trl.reference.__main__ import main
 from dposhift_trl.reference.cache import ReferenceCacheError, cached_reference_logps, default_folder
-from dposhift_trl.reference.fingerprint import reference_fingerprint, reference_key
+from dposhift_trl.reference.fingerprint import cache_obstacle, reference_fingerprint, reference_key
+from dposhift_trl.reference.scorer import spot_rows
+from dposhift_trl.scoring import enable_shared_prompt
 from dposhift_trl.training.trainer import TrainingStopped
 
 
@@ -286,9 +293,8 @@ def test_a_damaged_file_is_scored_again_with_one_warning(tmp_path, damage, caplo
     score = Scorer()
     assert same_bits(cached(tmp_path, score), expected)
     assert len(score.calls) == 3
-    lines = {record.getMessage() for record in caplog.records}
-    assert len(lines) == 1
-    assert re.search(rf"{KEY}\.parquet .*; its 10 rows are scored again", lines.pop())
+    (line,) = (record.getMessage() for record in caplog.records)
+    assert re.search(rf"{KEY}\.parquet .*; its 10 rows are scored again", line)
     caplog.clear()
     assert same_bits(cached(tmp_path, Scorer(stop_at=0)), expected)
     assert not caplog.records
@@ -622,7 +628,7 @@ def test_trl_scores_again_when_the_learning_rate_changes_and_we_do_not(reference
         {"peft_config": LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True)},
     ):
         again, batches = reference_scores(DPOShiftTrainer, max_length=60, **change)
-        assert batches == 0
+        assert batches == 4 / change.get("per_device_train_batch_size", 4), "the rows that are compared"
         assert equal(again, first)
     rows, batches = reference_scores(DPOShiftTrainer, max_length=60, shared_prompt=False)
     assert batches == 3  # because the rounding differs
@@ -984,3 +990,226 @@ def test_a_model_in_training_mode_is_scored_without_dropout(tiny_model, settings
         assert trainer.model.training is training
         scores.append(torch.tensor(trainer.train_dataset["ref_chosen_logps"][:]))
     assert torch.equal(*scores)
+
+
+# Other code with the same weights
+
+
+class Doubled(GPT2LMHeadModel):
+    """The same weights, other scores."""
+
+    def forward(self, *args, **kwargs):
+        output = super().forward(*args, **kwargs)
+        output.logits = output.logits * 2
+        return output
+
+
+class Halved(GPT2LMHeadModel):
+    """The same file as [`Doubled`]."""
+
+
+def rename_class(model):
+    model.__class__ = Halved
+
+
+def change_epsilon(model):
+    model.transformer.ln_f.eps = 1e-2
+
+
+def change_a_scale(model):
+    model.transformer.h[0].attn.split_size = 16
+
+
+@pytest.mark.parametrize("change", [rename_class, change_epsilon, change_a_scale])
+def test_code_and_numbers_of_a_module_change_the_fingerprint(change, tiny_model):
+    model = load(tiny_model)
+    before = reference_fingerprint(model)
+    change(model)
+    assert reference_fingerprint(model) != before
+    assert reference_fingerprint(load(tiny_model)) == before
+
+
+def test_the_source_of_a_class_changes_the_fingerprint(tiny_model, tmp_path, monkeypatch):
+    model, found = load(tiny_model), []
+    for body in ("pass", "scale = 2"):
+        path = tmp_path / f"module_{len(found)}.py"
+        path.write_text(f"from transformers import GPT2LMHeadModel\nclass Mine(GPT2LMHeadModel): {body}\n")
+        monkeypatch.syspath_prepend(tmp_path)
+        model.__class__ = importlib.import_module(path.stem).Mine
+        found.append(reference_fingerprint(model))
+    assert found[0] != found[1]
+
+
+def test_what_training_changes_in_a_module_does_not_change_the_fingerprint(tiny_model):
+    model = load(tiny_model)
+    before = reference_fingerprint(model)
+    add_fused_lm_head(model)
+    enable_shared_prompt(model)
+    model.enable_input_require_grads()
+    model.gradient_checkpointing_enable()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.3
+    model.train()
+    assert reference_fingerprint(model) == before
+    assert cache_obstacle(model) is None
+    assert cache_obstacle(lora(load(tiny_model))) is None
+
+
+def foreign(module, args, output):
+    return None
+
+
+OBSTACLES = {
+    "hook": lambda model: model.transformer.h[1].mlp.register_forward_hook(foreign),
+    "pre-hook": lambda model: model.transformer.wte.register_forward_pre_hook(lambda module, args: None),
+    "partial": lambda model: model.lm_head.register_forward_hook(functools.partial(foreign)),
+    "forward": lambda model: setattr(model.transformer, "forward", model.transformer.forward.__get__(model)),
+    "own forward": lambda model: setattr(model.transformer, "forward", lambda *args, **kwargs: None),
+    "disguised": lambda model: setattr(
+        model.transformer, "forward", functools.wraps(type(model.transformer).forward)(lambda *args: None)
+    ),
+    "no source": lambda model: setattr(model, "__class__", type("Typed", (GPT2LMHeadModel,), {"__module__": "typed"})),
+}
+
+
+@pytest.mark.parametrize("kind", OBSTACLES)
+def test_a_hook_or_forward_of_its_own_keeps_a_reference_out_of_the_cache(kind, tiny_model):
+    model = load(tiny_model)
+    OBSTACLES[kind](model)
+    assert (cache_obstacle(model) is None) == (kind == "forward"), "which is that of transformers"
+
+
+def test_a_global_hook_keeps_every_reference_out_of_the_cache(tiny_model):
+    hook = torch.nn.modules.module.register_module_forward_hook(foreign)
+    try:
+        assert "`foreign`" in cache_obstacle(load(tiny_model))
+    finally:
+        hook.remove()
+
+
+def scores_of(trainer):
+    return [torch.tensor(trainer.train_dataset[name][:]) for name in ("ref_chosen_logps", "ref_rejected_logps")]
+
+
+def test_a_reference_with_a_hook_gets_its_own_scores_and_stores_none(settings, tiny_model, cache, caplog):
+    plain = scores_of(shift_trainer(tiny_model, settings, make_rows(12)))
+    before = files(cache)
+    reference = load(tiny_model)
+    reference.transformer.ln_f.register_forward_hook(lambda module, args, output: output * 3)
+    hooked = scores_of(shift_trainer(tiny_model, settings, make_rows(12), ref_model=reference))
+    assert not torch.allclose(plain[0], hooked[0], rtol=0.01)
+    assert files(cache) == before
+    assert "are not cached, since `transformer.ln_f` runs a hook or a forward of its own" in caplog.text
+
+
+def test_scores_that_the_key_cannot_tell_apart_are_told_apart_by_a_few_rows(
+    settings, tiny_model, cache, caplog, monkeypatch
+):
+    plain = scores_of(shift_trainer(tiny_model, settings, make_rows(12)))
+    assert equal(scores_of(shift_trainer(tiny_model, settings, make_rows(12))), plain)
+    assert not caplog.records
+    mlp = modeling_gpt2.GPT2MLP.forward
+    monkeypatch.setattr(modeling_gpt2.GPT2MLP, "forward", lambda self, hidden: 50 * mlp(self, hidden))
+    patched = scores_of(shift_trainer(tiny_model, settings, make_rows(12)))
+    assert not torch.allclose(plain[0], patched[0], rtol=1e-3)
+    (line,) = {record.getMessage() for record in caplog.records if "is not of this reference" in record.getMessage()}
+    assert re.search(r"row \d+ has -[\d.]+ nats there and -[\d.]+ now; its rows are scored again\.$", line)
+    caplog.clear()
+    assert equal(scores_of(shift_trainer(tiny_model, settings, make_rows(12))), patched)
+    assert not caplog.records
+
+
+def test_rounding_is_no_difference(settings, tiny_model, cache, caplog):
+    rows = make_rows(12)
+    first = scores_of(shift_trainer(tiny_model, settings, rows))
+    smaller = {"per_device_train_batch_size": 1, "precompute_ref_log_probs": True}
+    other = scores_of(shift_trainer(tiny_model, settings, rows, **smaller))
+    assert equal(first, other)
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(("parts", "rows"), [(1, [0, 3, 6, 9]), (2, [0, 3, 5, 8]), (5, [0, 4, 8]), (10, [0, 3, 6, 9])])
+def test_the_compared_rows_are_spread_over_what_was_found(parts, rows):
+    size = 10 // parts
+    found = {(start, start + size): (np.arange(start, start + size),) * 2 for start in range(0, 10, size)}
+    spots = spot_rows(found)
+    assert [row for spot, _ in spots for row in spot] == rows
+    assert all(list(spot) == chosen.tolist() == rejected.tolist() for spot, (chosen, rejected) in spots)
+
+
+def test_parts_of_an_interrupted_computation_are_compared_too(tmp_path, caplog):
+    for confirm, calls in ((lambda found: None, [range(8, 10)]), (lambda found: "other", [range(4), range(4, 8)])):
+        with pytest.raises(KeyboardInterrupt):
+            cached(tmp_path, Scorer(stop_at=8))
+        score = Scorer()
+        assert same_bits(cached(tmp_path, score, confirm=confirm), values_of(range(10)))
+        assert score.calls[: len(calls)] == calls
+        (tmp_path / f"{KEY}.parquet").unlink()
+    assert caplog.text.count("is not of this reference: other; its rows are scored again.") == 1
+
+
+# Files that are none
+
+
+def forge(path, *columns, **changes):
+    """Write an entry with a valid checksum."""
+    header = json.loads(pq.read_schema(path).metadata[b"dposhift_trl"])
+    text = json.dumps({key: value for key, value in {**header, **changes}.items() if value is not None})
+    metadata = {b"dposhift_trl": text, b"dposhift_trl.checksum": cache_files._checksum(text, columns)}
+    table = pa.table(dict(zip(("ref_chosen_logps", "ref_rejected_logps"), columns, strict=True)))
+    pq.write_table(table.replace_schema_metadata(metadata), path)
+
+
+def swap_for(make):
+    def swap(path):
+        path.rename(path.with_name("real"))
+        make(path)
+
+    return swap
+
+
+SOUND = np.full(10, -1.0, np.float32)
+FOREIGN_FILES = {
+    "FIFO": swap_for(os.mkfifo),
+    "link": swap_for(lambda path: path.symlink_to("real")),
+    "link to nothing": swap_for(lambda path: path.symlink_to("nowhere")),
+    "link to a device": swap_for(lambda path: path.symlink_to("/dev/zero")),
+    "NaN": lambda path: forge(path, np.full(10, np.nan, np.float32), SOUND),
+    "infinity": lambda path: forge(path, SOUND, np.full(10, -np.inf, np.float32)),
+    "length": lambda path: forge(path, SOUND[:9], SOUND[:9]),
+    "integers": lambda path: forge(path, SOUND.astype(int), SOUND.astype(int)),
+    "text": lambda path: forge(path, SOUND.astype(str), SOUND.astype(str)),
+    "version": lambda path: forge(path, SOUND, SOUND, rows=None),
+    "key": lambda path: forge(path, SOUND, SOUND, key="b"),
+}
+
+
+@pytest.mark.parametrize("kind", FOREIGN_FILES)
+def test_what_is_no_entry_is_neither_waited_for_nor_served(kind, tmp_path, caplog, monkeypatch, capsys):
+    expected = cached(tmp_path, Scorer())
+    FOREIGN_FILES[kind](tmp_path / f"{KEY}.parquet")
+    monkeypatch.setenv("DPOSHIFT_CACHE", str(tmp_path))
+    assert main(["list"]) == 0
+    assert same_bits(cached(tmp_path, Scorer()), expected)
+    assert len(caplog.records) == 1
+    path = tmp_path / f"{KEY}.parquet"
+    assert path.is_file()
+    assert not path.is_symlink()
+    assert same_bits(cached(tmp_path, Scorer(stop_at=0)), expected)
+
+
+def test_a_folder_where_an_entry_belongs_is_named_before_anything_is_scored(tmp_path, monkeypatch, capsys):
+    (tmp_path / f"{KEY}.parquet").mkdir()
+    with pytest.raises(ReferenceCacheError, match=rf"Is a directory: '{tmp_path}/{KEY}\.parquet'"):
+        cached(tmp_path, Scorer(stop_at=0))
+    monkeypatch.setenv("DPOSHIFT_CACHE", str(tmp_path))
+    assert main(["list"]) == 0
+    assert "unreadable" in capsys.readouterr().out
+
+
+def test_what_an_entry_says_about_its_model_does_not_act_on_the_terminal(tmp_path, monkeypatch, capsys):
+    cached(tmp_path, Scorer(), description={"model": "\x1b[31mred\n\x9b2J größer"})
+    monkeypatch.setenv("DPOSHIFT_CACHE", str(tmp_path))
+    assert main(["list"]) == 0
+    assert "model \\x1b[31mred\\n\\x9b2J größer" in capsys.readouterr().out

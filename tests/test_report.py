@@ -3,6 +3,7 @@
 import html.parser
 import json
 import math
+import os
 import re
 import shutil
 import subprocess
@@ -15,12 +16,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from dposhift_trl.artifacts import write_whole
+from dposhift_trl.identity import weights_identity
 from dposhift_trl.report import ReportError, figures, write_report
 from dposhift_trl.report.__main__ import main
 from dposhift_trl.report.answers import difference
 from dposhift_trl.report.drawing import Drawing, color_variables
 from dposhift_trl.report.figures import curves, pareto_front, spread
 from dposhift_trl.report.one_run import as_text
+from dposhift_trl.report.page import DRAWN
 from dposhift_trl.report.run_folder import read_run
 
 
@@ -85,6 +89,7 @@ def make_run(folder: Path, shift_lambda=0.75, pairs=40, fall=1.0, steps=(0, 10, 
         versions = {"dposhift_trl": "0.1.0", "trl": "1.16.0"}
         finished = {"step": 20, "seconds": 12.5, "device": "cpu", "processes": 1, "versions": versions}
         (folder / stage / "finished.json").write_text(json.dumps(finished))
+        (folder / stage / "model.safetensors").write_text(f"{stage} {shift_lambda}")
     findings = {
         "empty": {"policy": "drop", "count": 2, "examples": [{"row": 4}, {"row": 9}]},
         "cut": {"policy": "keep", "count": 0, "examples": []},
@@ -105,6 +110,7 @@ def add_answers(folder: Path, texts=(), **changes) -> Path:
     report = {
         "settings": {"prompts": None, "limit": 64, "max_new_tokens": 256},
         "models": ["sft", "dpo"],
+        "weights": {name: weights_identity(folder / name) for name in ("sft", "dpo")},
         "modes": ["greedy", "sampled"],
         "questions": len(texts),
         "left_out": {},
@@ -304,6 +310,52 @@ def test_broken_lines_of_answers_are_counted_and_the_others_shown(tmp_path, undr
     text = Page(write_report([folder], tmp_path / "out")).text
     assert "side_by_side.jsonl is missing" in text
     assert "It occurs in dpo greedy" in text
+
+
+def text_of(folder: Path) -> str:
+    return Page(write_report([folder], folder / "report")).text
+
+
+def test_answers_of_a_model_that_was_trained_again_are_left_out(tmp_path, undrawn):
+    folder = add_answers(make_run(tmp_path / "run", pairs=3), ANSWERS)
+    assert "Greedy answers that differ most" in text_of(folder)
+    (folder / "dpo" / "model.safetensors").write_text("trained again")
+    text = text_of(folder)
+    assert "The generated answers are not of the weights that dpo/ now holds, so they are left out." in text
+    assert "Greedy answers that differ most" not in text
+    assert "nothing alike" not in text
+
+
+def test_answers_that_do_not_say_what_they_are_of_are_left_out(tmp_path, undrawn):
+    folder = add_answers(make_run(tmp_path / "run", pairs=3), ANSWERS, weights=None)
+    assert "nothing alike" not in text_of(folder)
+
+
+def test_answers_of_a_run_without_its_weights_are_shown_with_a_note(tmp_path, undrawn):
+    folder = add_answers(make_run(tmp_path / "run", pairs=3), ANSWERS)
+    (folder / "dpo" / "model.safetensors").unlink()
+    text = text_of(folder)
+    assert "nothing alike" in text
+    assert "it is unknown whether the generated answers are of this run" in text
+
+
+def test_scores_of_pairs_after_the_last_logged_evaluation_are_left_out(tmp_path, undrawn):
+    folder = make_run(tmp_path / "run", pairs=3)
+    pairs = folder / "dpo" / "pairs"
+    table = pq.read_table(pairs / "eval-000020.parquet")
+    pq.write_table(table.set_column(1, "chosen_logps", [[-999.0] * 3]), pairs / "eval-000030.parquet")
+    text = text_of(folder)
+    assert "The scores of pairs of step 30 are left out, since the log has no evaluation there" in text
+    assert "-999" not in text
+    assert "Row 0: chosen" in text
+
+
+def test_scores_of_pairs_of_another_training_are_left_out(tmp_path, undrawn):
+    folder, other = make_run(tmp_path / "run", pairs=5), make_run(tmp_path / "other", pairs=5, fall=2.0)
+    shutil.copy(other / "dpo" / "pairs" / "eval-000020.parquet", folder / "dpo" / "pairs")
+    text = text_of(folder)
+    assert "eval-000020.parquet is left out, since its means are not those that the log has for step 20" in text
+    assert "Row 0: chosen" not in text
 
 
 def test_every_turn_of_a_conversation_is_shown(tmp_path, undrawn):
@@ -632,6 +684,113 @@ def test_an_earlier_report_is_replaced_and_other_files_are_kept(tmp_path, capsys
     assert main([str(folder), "--output", str(folder)]) == 2
     assert main([str(folder), "--output", str(foreign / "report.html")]) == 2
     assert "is a file" in capsys.readouterr().err
+
+
+def report_files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), KeyboardInterrupt()], ids=["full", "killed"]
+)
+@pytest.mark.parametrize("count", [0, 1, 8])
+def test_a_report_that_cannot_be_written_leaves_the_earlier_one_and_is_written_by_the_next_call(
+    error, count, tmp_path, undrawn, monkeypatch
+):
+    folder = make_run(tmp_path / "run", pairs=3)
+    calls = []
+
+    def write_some(path, content):
+        calls.append(path)
+        if len(calls) > count:
+            raise error
+        write_whole(path, content)
+
+    def stop():
+        with monkeypatch.context() as patch:
+            patch.setattr("dposhift_trl.report.page.write_whole", write_some)
+            with pytest.raises((ReportError, KeyboardInterrupt)):
+                write_report([folder], folder / "report")
+        calls.clear()
+
+    stop()
+    assert not (folder / "report").exists()
+    write_report([folder], folder / "report")
+    earlier = report_files(folder / "report")
+    (folder / "audit.json").unlink()
+    stop()
+    assert report_files(folder / "report") == earlier
+    assert main([str(folder)]) == 0
+    assert report_files(folder / "report").keys() == earlier.keys()
+    assert report_files(folder / "report")["report.html"] != earlier["report.html"]
+
+
+LEFT = {
+    "figures without a page": ["figures/logps.png", "figures/curves_margin.svg.tmp"],
+    "a page on its way": ["report.html.tmp"],
+    "an unfinished report": [".unfinished.tmp/report.html", ".unfinished.tmp/figures/loss.svg"],
+}
+
+
+@pytest.mark.parametrize("left", LEFT.values(), ids=LEFT)
+def test_what_a_kill_left_of_a_report_is_no_reason_to_refuse(left, tmp_path, undrawn, capsys):
+    folders = [make_run(tmp_path / name, pairs=3) for name in "ab"]
+    for names, destination in ((folders[:1], folders[0] / "report"), (folders, tmp_path / "comparison")):
+        for name in left:
+            (destination / name).parent.mkdir(parents=True, exist_ok=True)
+            (destination / name).write_text("left by a kill")
+        assert main([*map(str, names), "--output", str(destination)]) == 0, capsys.readouterr().err
+        assert (destination / "report.html").is_file()
+        assert not (destination / ".unfinished.tmp").exists()
+
+
+@pytest.mark.parametrize("name", ["figures/mine.png", "figures/logps/mine", "mine.tmp/x", "mine"])
+def test_a_folder_with_files_of_another_kind_is_refused(name, tmp_path, undrawn):
+    path = tmp_path / "out" / name
+    path.parent.mkdir(parents=True)
+    path.write_text("mine")
+    kept = name in ("figures/logps/mine", "mine.tmp/x")  # in folders that no report writes
+    folder = make_run(tmp_path / "run", pairs=3)
+    assert main([str(folder), "--output", str(tmp_path / "out")]) == (0 if kept else 2)
+    assert path.read_text() == "mine"
+
+
+def test_figures_of_an_earlier_report_are_gone_and_files_of_others_kept(tmp_path, undrawn):
+    folder = make_run(tmp_path / "run", pairs=3)
+    write_report([folder], folder / "report")
+    (folder / "report" / "figures" / "mine.png").write_text("mine")
+    (folder / "report" / "notes.txt").write_text("mine")
+    shutil.rmtree(folder / "dpo" / "pairs")
+    write_report([folder], folder / "report")
+    names = {path.name for path in (folder / "report" / "figures").iterdir()}
+    assert {"mine.png", "logps.png"} <= names
+    assert "scatter.png" not in names
+    assert (folder / "report" / "notes.txt").read_text() == "mine"
+
+
+def test_figures_are_not_written_through_a_link(tmp_path, undrawn, capsys):
+    folder, elsewhere = make_run(tmp_path / "run", pairs=3), tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (folder / "report").mkdir()
+    (folder / "report" / "figures").symlink_to(elsewhere)
+    assert main([str(folder)]) == 2
+    assert "figures must be a folder, got a file or a link" in capsys.readouterr().err
+    assert not list(elsewhere.iterdir())
+
+
+def test_every_figure_has_a_name_that_a_later_report_knows(one, several):
+    for page in (one, several):
+        assert {path.stem for path in (page.parent / "figures").iterdir()} <= DRAWN
+
+
+@pytest.mark.parametrize("name", ["audit.json", "recipe.yaml", "eval_rows.parquet", "dpo/pairs/eval-000020.parquet"])
+@pytest.mark.parametrize("kind", [os.mkfifo, lambda path: path.symlink_to("/dev/zero")], ids=["FIFO", "device"])
+def test_a_pipe_or_device_in_place_of_a_file_is_noted_and_not_waited_for(kind, name, tmp_path, undrawn):
+    folder = make_run(tmp_path / "run", pairs=3)
+    (folder / name).unlink()
+    kind(folder / name)
+    text = Page(write_report([folder], folder / "report")).text
+    assert re.search(rf"{Path(name).name} must be a file, got a (FIFO|device)", text)
 
 
 def test_a_folder_without_a_run_is_refused_in_one_line(tmp_path, capsys):

@@ -83,7 +83,9 @@ def history(folder):
 
 
 def test_both_stages_run_and_leave_a_model_that_generates(recipe, tmp_path):
-    done = succeed(recipe, "dpo.report_to=wandb", "report=true")
+    # Without a login, and nothing in the environment that says how to log
+    environment = {name: value for name, value in ENVIRONMENT.items() if name != "WANDB_MODE"}
+    done = succeed(recipe, "dpo.report_to=wandb", "report=true", env=environment)
     run = tmp_path / "run"
     assert "no W&B login, logging offline" in done.stdout
     assert "train: 19 of 19 rows kept" in done.stdout
@@ -150,7 +152,7 @@ def interrupt(recipe, stage, *overrides):
     )  # fmt: skip
     folder = Path(load_recipe(str(recipe), overrides).output_dir) / stage
     deadline = time.monotonic() + 120
-    while last_complete_checkpoint(folder)[0] is None:
+    while last_complete_checkpoint(folder).newest is None:
         assert process.poll() is None, "finished before it was killed"
         assert time.monotonic() < deadline
         time.sleep(0.002)
@@ -481,6 +483,19 @@ def test_a_dry_run_refuses_a_stage_without_training_examples(recipe, here):
     assert done.err.startswith("Stage `dpo` cannot start: No train examples left: every prompt")
 
 
+@pytest.mark.parametrize(
+    ("content", "reason"), [(None, "the file does not exist"), ("{{{", "JSON parse error")], ids=["none", "broken"]
+)
+def test_a_dry_run_refuses_data_that_cannot_be_read(content, reason, recipe, tmp_path, here):
+    path = tmp_path / "unreadable.jsonl"
+    if content is not None:
+        path.write_text(content)
+    done = here(recipe, "--dry-run", f"data.path={path}", "data.eval_split=null", "data.eval_size=1", code=2)
+    assert done.err.count("\n") == 1
+    assert done.err.startswith(f"`data.path` '{path}', split 'train', cannot be read: ")
+    assert reason in done.err
+
+
 def test_a_dry_run_does_not_guess_the_steps_of_packed_rows(recipe, here):
     done = here(recipe, "--dry-run", "sft.packing=true", "sft.max_steps=-1", "sft.eval_packing=false")
     assert "sft: unknown number of optimizer steps" in done.out
@@ -501,7 +516,10 @@ def test_letters_that_a_terminal_lacks_are_escaped(recipe):
         (["model.model_name_or_path=no/where"], "`model.model_name_or_path` 'no/where' cannot be loaded"),
         (["model.model_name_or_path=."], "`model.model_name_or_path` must be a Hub name or a folder with a `config"),
         (["data.path=nowhere.jsonl"], "`data.path` 'nowhere.jsonl', split 'train', cannot be read"),
-        (["model.use_peft=true", "model.lora_target_modules=[nope]"], "Stage `sft` cannot start: Target modules"),
+        (
+            ["model.use_peft=true", "model.lora_target_modules=[nope]"],
+            "`model.lora_target_modules` {'nope'} do not fit the model: Target modules",
+        ),
     ],
     ids=["key", "type", "range", "model", "folder", "data", "lora"],
 )
@@ -570,10 +588,14 @@ FOLDER = None  # a folder in place of the file
         ("recipe.yaml", FOLDER, "must be a file, got a folder", "Move it away."),
         ("audit.json", FOLDER, "must be a file, got a folder", "Move it away."),
         ("eval_rows.parquet", FOLDER, "must be a file, got a folder", "Move it away."),
-        ("dpo/finished.json", b"", "cannot be used: Expecting value", "Delete it to finish the stage"),
-        ("dpo/finished.json", b'{"step": ', "cannot be used: Expecting value", "Delete it to finish the stage"),
-        ("dpo/finished.json", b"[]", "cannot be used: not a JSON object", "Delete it to finish the stage"),
-        ("dpo/finished.json", b"\xff", "cannot be used: 'utf-8' codec", "Delete it to finish the stage"),
+        ("dpo/finished.json", b"", "is empty", "Delete it to finish the stage from checkpoint-1"),
+        ("dpo/finished.json", b'{"step": ', "is not valid JSON: Expecting value", "Delete it to finish the stage"),
+        ("dpo/finished.json", b"[]", "must contain a mapping, got list", "Delete it to finish the stage"),
+        ("dpo/finished.json", b"[" * 100_000, "is not valid JSON: ", "Delete it to finish the stage"),
+        ("dpo/finished.json", b"\xff", "is not UTF-8 text", "Delete it to finish the stage"),
+        ("dpo/start.json", b"", "is empty", "Delete it to resume the stage without comparing its rows and model."),
+        ("dpo/start.json", FOLDER, "must be a file, got a folder", "Move it away."),
+        ("dpo/trainer_state.json", FOLDER, "must be a file, got a folder", "Move it away."),
         ("dpo/finished.json", FOLDER, "must be a file, got a folder", "Move it away."),
         ("dpo/wandb_id", b"", "cannot be used: not the id of a W&B run, ''", "Delete it to start a new W&B run"),
         ("dpo/wandb_id", b"a/b", "cannot be used: not the id of a W&B run, 'a/b'", "Delete it to start a new W&B run"),
@@ -623,19 +645,6 @@ def test_a_command_killed_while_it_saved_the_recipe_can_be_run_again(recipe, tmp
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "recipe.yaml.tmp").write_text("output_d")
     here(recipe, "sft=null", "dpo.max_steps=1")
-
-
-def test_a_half_written_checkpoint_is_passed_over(tmp_path):
-    for step, text in ((2, '{"global_step": 2}'), (10, '{"global_step": 10, "log_'), (4, '{"global_step": 4}')):
-        (tmp_path / f"checkpoint-{step}").mkdir()
-        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(text)
-    (tmp_path / "checkpoint-12").mkdir()
-    (tmp_path / "checkpoint-old").mkdir()
-    assert last_complete_checkpoint(tmp_path) == (
-        tmp_path / "checkpoint-4",
-        [tmp_path / "checkpoint-12", tmp_path / "checkpoint-10"],
-    )
-    assert last_complete_checkpoint(tmp_path / "checkpoint-old") == (None, [])
 
 
 @pytest.mark.parametrize("name", ["gpt2_shift", "gpt2_shift_lora"])

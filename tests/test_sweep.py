@@ -62,6 +62,7 @@ STAND_IN = """
     shift_lambda = values.get("dpo", {}).get("shift_lambda", 0.7)
     metrics = {"eval_displacement/chosen": -10 * shift_lambda, "eval_rewards/margins": shift_lambda}
     (folder / stage / "finished.json").write_text(json.dumps({"metrics": metrics, "seconds": 7.2}))
+    (folder / stage / "model.safetensors").write_bytes(bytes([2] + 7 * [0]) + b"{}")  # without any tensor
 """
 
 
@@ -411,6 +412,35 @@ def test_a_broken_recipe_in_the_folder_of_a_point_is_left_to_its_run(
     ran = [name for name, _, _ in calls(tmp_path / "sweep")]
     assert ran == ["fixed-1.0", "fixed-0.5", "fixed-1.0"]  # the stand-in replaces it where the run would refuse
     assert "[2/2] fixed-0.5: finished before, skipped" in done.out
+
+
+@pytest.mark.parametrize("name", ["log", "folder"])
+def test_a_point_whose_files_cannot_be_used_does_not_end_the_sweep(name, recipe, tmp_path, here, stand_in, compared):
+    place = tmp_path / "sweep" / ("fixed-1.0.log" if name == "log" else "fixed-1.0")
+    place.parent.mkdir()
+    place.mkdir() if name == "log" else place.write_text("mine")
+    done = here(recipe, "sft=null", LAMBDAS, code=1)
+    assert "[1/2] fixed-1.0: failed" in done.err
+    assert "Failed: fixed-1.0. Run the same command again to retry." in done.err
+    assert "Traceback" not in done.err
+    assert "[2/2] fixed-0.5: done" in done.out
+    assert compared[-1][0] == ["fixed-0.5"]
+
+
+def test_a_sweep_that_was_moved_has_its_points(recipe, tmp_path, here, stand_in, compared):
+    here(recipe, LAMBDAS)
+    moved = (tmp_path / "sweep").rename(tmp_path / "moved")
+    done = here(recipe, LAMBDAS, f"output_dir={moved}")
+    assert done.out.count("finished before, skipped") == 3
+    assert len(calls(moved)) == 3
+
+
+def test_a_point_whose_model_is_gone_runs_again(recipe, tmp_path, here, stand_in, compared):
+    here(recipe, LAMBDAS)
+    (tmp_path / "sweep" / "fixed-1.0" / "dpo" / "model.safetensors").unlink()
+    done = here(recipe, LAMBDAS)
+    assert done.out.count("finished before, skipped") == 2
+    assert [name for name, _, _ in calls(tmp_path / "sweep")][3:] == ["fixed-1.0"]
 
 
 def test_without_stage_1_no_point_runs(recipe, tmp_path, here, stand_in, monkeypatch):

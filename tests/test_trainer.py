@@ -1,6 +1,7 @@
 import copy
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -463,6 +464,71 @@ def test_a_reference_given_by_the_user_may_differ_from_the_policy(tiny_model, se
         reference.transformer.wte.weight.mul_(1.5)
     trainer = train(DPOShiftTrainer, DPOShiftConfig, tiny_model, settings, options={"ref_model": reference})
     assert trainer.state.log_history[0]["rewards/chosen"] != 0.0
+
+
+@pytest.mark.parametrize("reference", ["gpt2", Path("gpt2"), True], ids=repr)
+def test_a_reference_that_is_no_model_is_refused_before_a_model_is_loaded(reference, settings):
+    with pytest.raises(TypeError, match=r"`ref_model` must be a model, got .*\. Pass `AutoModelForCausalLM.from_pret"):
+        DPOShiftTrainer("no/model", reference, DPOShiftConfig(**settings), train_dataset=ROWS)
+
+
+@pytest.mark.parametrize("indices", [[3, 4], {"wte": [3, 4]}], ids=str)
+def test_single_trainable_tokens_in_tied_embeddings_are_refused_and_the_remedy_helps(indices, tiny_model, settings):
+    def options(**adapter):
+        return {"peft_config": LoraConfig(task_type="CAUSAL_LM", target_modules=["c_attn"], **adapter)}
+
+    message = (
+        "`trainable_token_indices` is not supported with embeddings that are tied to the LM head, got "
+        f"{indices}. Train all tokens with `modules_to_save` instead, or remove it."
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        train(DPOShiftTrainer, DPOShiftConfig, tiny_model, settings, options=options(trainable_token_indices=indices))
+    train(DPOShiftTrainer, DPOShiftConfig, tiny_model, settings, max_steps=1, options=options(modules_to_save=["wte"]))
+
+
+def shout(batch):
+    return {name: [f"{text} w1" for text in texts] for name, texts in batch.items()}
+
+
+FORMATS = {
+    **{name: lambda rows, name=name: rows.with_format(name) for name in ("torch", "numpy", "pandas", "arrow")},
+    "columns": lambda rows: rows.with_format("torch", columns=["prompt", "chosen", "rejected"]),
+    "stream": lambda rows: rows.to_iterable_dataset().with_format("torch"),
+    "transform": lambda rows: rows.with_transform(shout),
+}
+
+
+@pytest.mark.parametrize("formatted", FORMATS.values(), ids=FORMATS)
+def test_rows_in_another_format_train_as_the_rows_that_they_show(formatted, tiny_model, settings):
+    common = {"shift_lambda": 0.7, "train_sampling_strategy": "sequential", "max_steps": 2}
+    plain = ROWS.map(shout, batched=True) if formatted is FORMATS["transform"] else ROWS
+    expected = train(DPOShiftTrainer, DPOShiftConfig, tiny_model, settings, rows=plain, **common)
+    found = train(DPOShiftTrainer, DPOShiftConfig, tiny_model, settings, rows=formatted(ROWS), **common)
+    assert same(weights(expected), weights(found))
+    assert found.evaluate(found.eval_dataset.with_format("torch"))["eval_loss"] > 0
+
+
+def test_stage_1_trains_on_rows_in_another_format(tiny_model, settings):
+    found = []
+    for rows in (ROWS, ROWS.with_format("torch")):
+        trainer = ChosenSFTTrainer(tiny_model, SFTConfig(**settings), train_dataset=rows)
+        trainer.train()
+        found.append(weights(trainer))
+    assert same(*found)
+
+
+@pytest.mark.parametrize("by_launcher", [False, True], ids=["torch_compile", "accelerate launch"])
+def test_the_shared_prompt_is_off_where_the_model_is_compiled(by_launcher, tiny_model, settings, caplog, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "eager" if by_launcher else "no")  # which `torch_compile` sets too
+    compiled = {} if by_launcher else {"torch_compile": True, "torch_compile_backend": "eager"}
+    args = DPOShiftConfig(**settings, **compiled)
+    assert not DPOShiftTrainer(tiny_model, args=args, train_dataset=ROWS).shares_prompts
+    assert "shared_prompt is off: `torch_compile` would compile it anew for every batch" in caplog.text
+    args = DPOShiftConfig(**settings, **compiled, shared_prompt=True)
+    with pytest.raises(
+        ValueError, match="`shared_prompt` must be auto or false for this model, got True: `torch_comp"
+    ):
+        DPOShiftTrainer(tiny_model, args=args, train_dataset=ROWS)
 
 
 def test_a_callback_of_the_users_own_moves_lambda(tiny_model, settings):

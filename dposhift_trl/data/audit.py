@@ -23,10 +23,11 @@ from ..columns import (
     TOKEN_COLUMNS,
     with_row_index,
 )
-from .chat_template import is_conversation
 from .config import AUDIT_KINDS, ROW_ID, DataConfig
 from .errors import DataError, reading_rows
 from .kinds import starts_with_other_prompts
+from .messages import is_conversation
+from .shapes import wrong_shape
 from .sources import Rows, column_names
 from .tokenization import PairTokenizer, tokenize_rows
 from .tokens import PairTokens, Truncation, shorten
@@ -249,7 +250,10 @@ class _SplitAuditor:
                 f"{dropped} dropped by `max_length` {self.truncation.max_length}; {length} would keep {left}. Raise "
                 "`max_length`"
             )
-        refused = self.findings["refused"]
+        malformed, refused = self.split.malformed, self.findings["refused"]
+        shape = wrong_shape(self.split.source[malformed[0][0]]) if len(malformed) > (rows - kept) / 2 else None
+        if shape is not None:
+            return f"{shape} Change the rows"
         if refused.count > (rows - kept) / 2:
             return f"The chat template refuses them: {refused.examples[0][REASON]}. Fix the data"
         return "Fix the data"
@@ -275,9 +279,11 @@ def _audit_stream(rows: IterableDataset, name: str, config: DataConfig, truncati
     kept = rows.filter(is_usable)
     if next(iter(kept), None) is None:
         found = ", ".join(f"{count} {kind}" for kind, count in dropped.items())
+        first: dict[str, Any] = next(iter(rows), {})
+        shape = f"{wrong_shape(first)} " if first and wrong_shape(first) else ""
         longer = " raise `max_length`," if {"lost", "cut"} & set(dropped) else ""
         raise DataError(
-            f"The row audit leaves none of the streamed {name} rows: {found or 'there are none'}. Fix the "
+            f"The row audit leaves none of the streamed {name} rows: {found or 'there are none'}. {shape}Fix the "
             f"data,{longer} or hold out fewer rows."
         )
     return _without_notes(kept)

@@ -1,14 +1,16 @@
 """The `data` section of a recipe."""
 
 import dataclasses
-import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from ..columns import PREFERENCE_COLUMNS, TEMPLATE_COLUMNS
+from ..ranges import check_ranges
 
 
 AUDIT_POLICIES = ("drop", "keep", "error")
+
+SHUFFLE_BUFFER = 10_000
 
 
 class AuditKind(NamedTuple):
@@ -58,13 +60,15 @@ class DataSource:
 
     Parameters:
         path (`str`):
-            Hub name, local folder, or a `.jsonl`, `.json`, `.csv` or `.parquet` file. `demo` is the built-in data.
+            Hub name, local folder, or a `.jsonl`, `.json`, `.csv`, `.tsv`, `.parquet` or `.arrow` file. Text files may
+            be compressed: `.gz`, `.bz2`, `.xz` or `.zst`. Cells of CSV and TSV files are text. `demo` is the built-in
+            data.
         name (`str`, *optional*):
             Configuration of a Hub dataset.
         revision (`str`, *optional*):
             Branch, tag or commit of a Hub dataset.
         data_files (`str`, `list[str]` or `dict[str, str]`, *optional*):
-            Files inside `path`, as in [`~datasets.load_dataset`].
+            Files inside `path`, as in [`~datasets.load_dataset`]: names, which are read as they are, and patterns.
         train_split (`str`, *optional*, defaults to `"train"`):
             Split to train on.
         eval_split (`str`, *optional*):
@@ -85,10 +89,7 @@ class DataSource:
     weight: float = 1.0
 
     def __post_init__(self) -> None:
-        if not 0 < self.weight < math.inf:
-            raise ValueError(
-                f"`weight` must be finite and greater than 0, got {self.weight!r}. To exclude the source, remove it."
-            )
+        check_ranges(self)
         columns = self.columns or {}
         unknown = sorted(set(columns) - set(KEPT_COLUMNS))
         if unknown:
@@ -118,6 +119,12 @@ class DataConfig(DataSource):
             Use only the first evaluation rows.
         streaming (`bool`, *optional*, defaults to `False`):
             Read rows during training, without a copy on disk. Every stage then needs `max_steps`.
+        shuffle_buffer (`int`, *optional*):
+            With `streaming`, number of training rows in memory from which the next ones are drawn at random, as in
+            [`datasets.IterableDataset.shuffle`]; 10,000 by default. 0 trains in the order of the files. Without
+            `streaming`, all rows are shuffled.
+        max_expanded_gib (`float`, *optional*, defaults to `4.0`):
+            Largest size of a compressed local file when expanded, in GiB.
         audit (`str` or `dict[str, str]`, *optional*, defaults to `"drop"`):
             `drop`, `keep` or `error`, either for all kinds of unusable rows or per kind. Rows of the kinds `roles`,
             `boundary`, `doubled`, and `thinking` are usable: they are counted and kept unless the kind is named.
@@ -130,6 +137,8 @@ class DataConfig(DataSource):
     max_train_rows: int | None = None
     max_eval_rows: int | None = None
     streaming: bool = False
+    shuffle_buffer: int | None = None
+    max_expanded_gib: float = 4.0
     audit: str | dict[str, str] = "drop"
     min_rows_kept: float = 0.5
 
@@ -167,30 +176,20 @@ class DataConfig(DataSource):
                 raise ValueError(
                     f"`eval_size` is not supported with `eval_split`, got {self.eval_size!r}. Remove one of the two."
                 )
-            is_share = isinstance(self.eval_size, float)
-            if not self.eval_size > 0 or (is_share and self.eval_size >= 1):
-                raise ValueError(
-                    "`eval_size` must be a positive number of rows or a share between 0 and 1, got "
-                    f"{self.eval_size!r}. Write for example `eval_size: 0.05`."
-                )
-            if self.streaming and is_share:
+            if self.streaming and isinstance(self.eval_size, float):
                 raise ValueError(
                     f"`eval_size` must be a number of rows with `streaming`, got {self.eval_size!r}. Write for "
                     "example `eval_size: 500`."
                 )
-        for name in ("max_train_rows", "max_eval_rows"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {value!r}. Remove it to use all rows.")
         if self.max_eval_rows is not None and not self.has_eval:
             raise ValueError(
                 f"`max_eval_rows` needs evaluation rows, got {self.max_eval_rows} without any. Set `eval_split` or "
                 "`eval_size`."
             )
-        if not 0 < self.min_rows_kept <= 1:
+        if self.shuffle_buffer is not None and not self.streaming:
             raise ValueError(
-                f"`min_rows_kept` must be greater than 0 and at most 1, got {self.min_rows_kept!r}. Write for example "
-                "0.5 to stop if the audit drops more than half of a split."
+                f"`shuffle_buffer` requires `streaming`, got {self.shuffle_buffer} without it: all rows are shuffled. "
+                "Remove it."
             )
 
     def _check_audit(self) -> None:
@@ -220,6 +219,13 @@ class DataConfig(DataSource):
         if self.mixture is None:
             return [self]
         return [DataSource(**source) for source in self.mixture]
+
+    @property
+    def rows_in_buffer(self) -> int:
+        """Number of rows in the shuffle buffer; 0 if rows are not streamed, or trained on in order."""
+        if not self.streaming:
+            return 0
+        return SHUFFLE_BUFFER if self.shuffle_buffer is None else self.shuffle_buffer
 
     @property
     def has_eval_split(self) -> bool:

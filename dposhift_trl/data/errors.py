@@ -8,8 +8,8 @@ from datasets.table import CastError
 from pandas.errors import ParserError
 from pyarrow import ArrowException
 
-
-MAX_LINE = 4_000  # characters of a message; the longest useful one lists transformers' optimizers
+from ..console import MAX_LINE as MAX_LINE
+from ..console import one_line as one_line
 
 
 class DataError(ValueError):
@@ -17,12 +17,6 @@ class DataError(ValueError):
 
     def __init__(self, message: str):
         super().__init__(one_line(message))
-
-
-def one_line(message: str) -> str:
-    """Format a message for a terminal: a single line of bounded length, with unprintable characters escaped."""
-    line = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in " ".join(message.split()))
-    return line if len(line) <= MAX_LINE else f"{line[: MAX_LINE // 2]} [...] {line[-MAX_LINE // 2 :]}"
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from .messages import is_empty
 from .tokens import PairTokens
 
 
@@ -95,7 +96,9 @@ def row_kinds(row: dict[str, Any], tokens: PairTokens, whole_prompt: bool, vocab
 def _token_kinds(row: dict[str, Any], tokens: PairTokens, vocabulary: Vocabulary) -> Iterator[str]:
     # By its text, since some templates put a header into the answer; by its tokens, since some leave out what it says
     answers = (row["chosen"], tokens.chosen_ids), (row["rejected"], tokens.rejected_ids)
-    if has_empty_answer(row) or any(vocabulary.is_blank(ids, str(answer)) for answer, ids in answers):
+    if any(is_empty(answer) for answer, _ in answers) or any(
+        vocabulary.is_blank(ids, str(answer)) for answer, ids in answers
+    ):
         yield "empty"
     if tokens.chosen_ids == tokens.rejected_ids:
         yield "identical"
@@ -128,9 +131,3 @@ def _in_order(roles: list[str], prompt: int) -> bool:
         and turns[:1] == ["user"]
         and not any(left == right and left in ("user", "assistant") for left, right in pairwise(turns))
     )
-
-
-def has_empty_answer(row: dict[str, Any]) -> bool:
-    """Whether the text of an answer is empty or only whitespace."""
-    answers = (row["chosen"], row["rejected"])
-    return not all((answer if isinstance(answer, str) else answer[-1]["content"]).strip() for answer in answers)

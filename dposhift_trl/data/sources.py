@@ -1,24 +1,31 @@
 """Preference rows, loaded from the Hub, from files or from the built-in demo."""
 
 import math
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from datasets import (
     Dataset,
+    DatasetBuilder,
     DatasetDict,
     IterableDataset,
     concatenate_datasets,
     interleave_datasets,
-    load_dataset,
+    load_dataset_builder,
     load_from_disk,
 )
+from datasets.fingerprint import Hasher
+from datasets.packaged_modules.csv.csv import CsvConfig
 
-from ..columns import FILE_ROW, FILE_SOURCE
-from .config import KEPT_COLUMNS, ROW_ID, DataConfig, DataSource
+from ..columns import FILE_ROW, FILE_SOURCE, with_row_index
+from .config import ROW_ID, DataConfig, DataSource
 from .demo import demo_dataset
 from .errors import DataError, reading_rows
+from .files import files_of_folder, is_saved, local_path, named_files
+from .formats import BUILDERS, ENDINGS, FileFormat, check_regular, digest, format_of, read_files, text_cells
+from .selection import column_names, select_columns
 
 
 Rows: TypeAlias = Dataset | IterableDataset
@@ -42,7 +49,7 @@ def load_preferences(config: DataConfig, seed: int) -> tuple[Rows, Rows | None]:
         DataError: If a source cannot be read, has no such split or column, or does not match the rest of a mixture.
     """
     sources = config.sources
-    train = _numbered([_load_split(source, source.train_split, config.streaming) for source in sources])
+    train = _numbered([_load_split(source, source.train_split, config) for source in sources])
     if len(sources) > 1:
         total = sum(source.weight for source in sources)
         weights = [source.weight / total for source in sources]
@@ -50,11 +57,17 @@ def load_preferences(config: DataConfig, seed: int) -> tuple[Rows, Rows | None]:
     else:
         rows = train[0]
     evaluated = [source for source in sources if source.eval_split is not None]
-    evaluation = _numbered([_load_split(source, str(source.eval_split), config.streaming) for source in evaluated])
+    evaluation = _numbered([_load_split(source, str(source.eval_split), config) for source in evaluated])
     eval_rows = _mixed(evaluated, evaluation, concatenate_datasets) if evaluation else None
+    if isinstance(rows, IterableDataset):
+        rows = with_row_index(rows)  # before rows are held out and shuffled, so that the numbers are the files'
     if config.eval_size is not None:
         rows, eval_rows = _hold_out(rows, config.eval_size, seed)
-    return _first(rows, config.max_train_rows), _first(eval_rows, config.max_eval_rows)
+    rows, eval_rows = _first(rows, config.max_train_rows), _first(eval_rows, config.max_eval_rows)
+    if isinstance(rows, IterableDataset) and config.rows_in_buffer:
+        # Rows of several files are not interleaved, which would number the rows of each of them from 0
+        rows = rows.shuffle(seed, buffer_size=config.rows_in_buffer, max_buffer_input_shards=1)
+    return rows, eval_rows
 
 
 def _numbered(parts: list[Rows]) -> list[Rows]:
@@ -90,43 +103,18 @@ def _hold_out(rows: Rows, size: int | float, seed: int) -> tuple[Rows, Rows]:
     return split["train"], split["test"]
 
 
-def _load_split(source: DataSource, split: str, streaming: bool) -> Rows:
+def _load_split(source: DataSource, split: str, config: DataConfig) -> Rows:
     try:
-        rows = _read(source, split, streaming)
+        rows = _read(source, split, config)
         names = column_names(rows)
+    except DataError:
+        raise
     except Exception as error:  # every reader raises its own errors
         reason = f"{error}{': ' if error.__cause__ else ''}{error.__cause__ or ''}"
         raise DataError(f"`data.path` {source.path!r}, split {split!r}, cannot be read: {reason}") from error
-    if not names:
+    if not names or (isinstance(rows, IterableDataset) and next(iter(rows), None) is None):
         raise DataError(f"`data.path` {source.path!r}, split {split!r}, has no rows.")
-    renames = source.columns or {}
-    for name, source_name in renames.items():
-        if source_name not in names:
-            raise DataError(
-                f"`data.columns` must map to columns of {source.path!r}, got {source_name!r} for {name}. Its columns "
-                f"are {', '.join(names)}."
-            )
-    source_names = {name: name for name in KEPT_COLUMNS if name in names and name not in renames.values()} | renames
-    missing = [name for name in ("chosen", "rejected") if name not in source_names]
-    if missing:
-        raise DataError(
-            f"{source.path!r} must have a column {missing[0]!r}, got the columns {', '.join(names)}. Map the name, "
-            f"for example `data.columns: {{{missing[0]}: {names[0]}}}`."
-        )
-    rows = rows.select_columns(list(source_names.values()))
-    new_names = {source_name: name for name, source_name in source_names.items() if name != source_name}
-    if new_names and isinstance(rows, IterableDataset):
-        # `rename_columns` cannot swap two columns of an iterable dataset
-        return rows.map(
-            lambda row: {name: row[source_name] for name, source_name in source_names.items()},
-            remove_columns=list(new_names),
-        )
-    return rows.rename_columns(new_names) if new_names else rows
-
-
-def column_names(rows: Rows) -> list[str]:
-    """Column names; for an iterable dataset that does not know them, the names in its first row."""
-    return rows.column_names or list(next(iter(rows), {}))
+    return select_columns(rows, source)
 
 
 def _mixed(sources: list[DataSource], rows: list[Rows], mix: Callable[[list[Rows]], Rows]) -> Rows:
@@ -144,39 +132,86 @@ def _mixed(sources: list[DataSource], rows: list[Rows], mix: Callable[[list[Rows
         raise DataError(f"The sources of `data.mixture` cannot be mixed: {error}") from error
 
 
-def _read(source: DataSource, split: str, streaming: bool) -> Rows:
+def _read(source: DataSource, split: str, config: DataConfig) -> Rows:
     assert source.path
     if source.path == "demo":
         demo = demo_dataset()
-        if split not in demo:
-            raise ValueError(f"its splits are {', '.join(demo)}")
-        return demo[split].to_iterable_dataset() if streaming else demo[split]
-    path = Path(source.path)
-    builder = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}.get(path.suffix)
-    if builder is not None and (path.is_file() or not path.exists()):
-        if not path.is_file():
-            raise FileNotFoundError("the file does not exist")
-        if path.stat().st_size == 0:
-            raise ValueError("the file is empty")
+        _check_split(split, demo)
+        return demo[split].to_iterable_dataset() if config.streaming else demo[split]
+    path, builders = local_path(source.path), set(BUILDERS.values())
+    if is_saved(path):
+        return _read_saved(path, split, config.streaming)
+    options: dict[str, Any] = {}
+    if source.path in builders and source.data_files is not None and "://" not in str(source.data_files):
+        files = named_files(Path(), source.data_files)
+        formats = {format_of(path) for paths in files.values() for path in paths}
+        named = formats.pop() if len(formats) == 1 else None
+        file_format = named if named and named.builder == source.path else FileFormat(source.path)
+    elif path.is_dir():
+        files, file_format, options = files_of_folder(path, source.name, source.data_files)
+    elif path.exists() or (format_of(path) and "://" not in source.path):
+        files, file_format = {"train": [path]}, _format_of_file(path, source)
         if split != "train":
             raise ValueError("a file has only the split 'train'; to hold out rows, set `data.eval_size`")
-        return load_dataset(builder, data_files=str(path), split="train", streaming=streaming)
-    if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
-        saved = load_from_disk(str(path))
-        if isinstance(saved, DatasetDict):
-            if split not in saved:
-                raise ValueError(f"its splits are {', '.join(saved)}")
-            saved = saved[split]
-        elif split not in ("train", str(saved.split)):
-            raise ValueError("it has no splits; to hold out rows, set `data.eval_size`")
-        return saved.to_iterable_dataset() if streaming else saved
-    if path.is_file():
-        raise ValueError("file names must end in .jsonl, .json, .csv or .parquet")
-    return load_dataset(
-        source.path,
-        source.name,
-        revision=source.revision,
-        data_files=source.data_files,
-        split=split,
-        streaming=streaming,
+    else:
+        return _read_remote(source, split, config.streaming)
+    asked = {name: paths for name, paths in files.items() if name in re.split(r"\W+", split)}
+    if not asked and split != "all":
+        raise ValueError(f"its splits are {', '.join(files)}")
+    return read_files(asked or files, split, file_format, config.streaming, config.max_expanded_gib, options)
+
+
+def _format_of_file(path: Path, source: DataSource) -> FileFormat:
+    if not path.exists():
+        raise FileNotFoundError("the file does not exist")
+    check_regular(path)
+    file_format = format_of(path)
+    if file_format is None:
+        raise ValueError(f"file names must end in {ENDINGS}")
+    if source.data_files is not None:
+        raise ValueError(f"`data_files` is for folders and Hub datasets, got {source.data_files!r} with a file")
+    if path.stat().st_size == 0:
+        raise ValueError("the file is empty")
+    return file_format
+
+
+def _read_saved(path: Path, split: str, streaming: bool) -> Rows:
+    if "::" in str(path.absolute()):
+        raise ValueError("a saved dataset must not have '::' in its path. Rename the folder")
+    saved = load_from_disk(str(path.absolute()))
+    if isinstance(saved, DatasetDict):
+        _check_split(split, saved)
+        saved = saved[split]
+    elif split not in ("train", str(saved.split)):
+        raise ValueError("it has no splits; to hold out rows, set `data.eval_size`")
+    if streaming:
+        return saved.to_iterable_dataset()
+    # The fingerprint that is saved with the rows, under which results are cached, stays when the files are edited
+    content = [digest(Path(file["filename"])) for file in saved.cache_files]
+    return Dataset(
+        saved.data, info=saved.info, split=saved.split, fingerprint=Hasher.hash((saved._fingerprint, content))
     )
+
+
+def _check_split(split: str, splits: Iterable[str]) -> None:
+    if split not in splits:
+        raise ValueError(f"its splits are {', '.join(splits)}")
+
+
+def _read_remote(source: DataSource, split: str, streaming: bool) -> Rows:
+    assert source.path
+
+    def make_builder(**options: Any) -> DatasetBuilder:
+        return load_dataset_builder(
+            source.path, source.name, revision=source.revision, data_files=source.data_files, **options
+        )
+
+    builder = make_builder()
+    if isinstance(builder.config, CsvConfig):
+        first = next(iter(builder.config.data_files.values()))[:1]
+        builder = make_builder(**text_cells(first, builder.config.sep))
+    if streaming:
+        rows: IterableDataset = builder.as_streaming_dataset(split)
+        return rows
+    builder.download_and_prepare()
+    return builder.as_dataset(split)

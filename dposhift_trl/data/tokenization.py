@@ -14,6 +14,7 @@ from .. import __version__
 from ..columns import CHOSEN_START, FILE_ROW, REFUSAL, ROW_INDEX, ROW_KINDS, STREAM_ROW_INDEX, TOKEN_COLUMNS
 from .errors import DataError
 from .kinds import Vocabulary, row_kinds
+from .messages import template_inputs
 from .rendering import TemplateLimitError, bounded, render
 from .tokens import shorten, split_pair
 
@@ -135,12 +136,7 @@ class PairTokenizer:
         return columns
 
     def _render(self, row: dict[str, Any]) -> list[Any]:
-        # TRL parses both for text too
-        tools = row.get("tools")
-        kwargs = {
-            "tools": json.loads(tools) if isinstance(tools, str) else tools,
-            **(row.get("chat_template_kwargs") or {}),
-        }
+        kwargs = template_inputs(row)  # TRL reads it for text too
         prompt, answers = row["prompt"], [row["chosen"], row["rejected"]]
         if isinstance(prompt, list):
             kwargs["tokenize"] = not self.renders_text

@@ -1,5 +1,10 @@
 """`python -m dposhift_trl.generate RUN_DIR`: answers of a run's first and final model, for reading and for a judge."""
 
+if __name__ == "__main__":
+    from ..command import begin
+
+    begin()  # before the imports, which take seconds
+
 import argparse
 import dataclasses
 import sys
@@ -8,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from ..artifacts import GENERATIONS, PAGE, REPORT
+from ..command import call
+from ..console import complain, say
 from ..report.run_folder import ReportError
 from .answers import generate_answers
 from .settings import GenerateError, GenerationSettings
@@ -68,6 +75,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--overwrite", action="store_true", help="write even if the folder contains other files or answers"
     )
+    parser.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="run Python code that comes with a model or tokenizer; the recipe in the run folder cannot allow it",
+    )
     parser.add_argument("--no-report", action="store_true", help=f"do not update an existing RUN_DIR/{REPORT}")
     options = parser.parse_args(argv)
     try:
@@ -75,12 +87,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             **{field.name: getattr(options, field.name) for field in dataclasses.fields(GenerationSettings)}
         )
         report = generate_answers(
-            options.run_dir, options.prompts, settings, options.output, options.overwrite, options.device
+            options.run_dir,
+            options.prompts,
+            settings,
+            options.output,
+            options.overwrite,
+            options.device,
+            options.trust_remote_code,
         )
     except GenerateError as error:
-        print(error, file=sys.stderr)
+        complain(error)
         return 2
-    print(format_table(report))
+    say(*format_table(report).split("\n"))
     if not options.no_report and options.output is None:
         _update_report(Path(options.run_dir))
     return 0
@@ -93,9 +111,9 @@ def _update_report(folder: Path) -> None:
     from ..report import write_report  # imports matplotlib, which takes seconds
 
     try:
-        print(f"The report is {write_report([folder], folder / REPORT)}")
+        say(f"The report is {write_report([folder], folder / REPORT)}")
     except ReportError as error:
-        print(f"The report was not updated: {error}", file=sys.stderr)
+        complain(f"The report was not updated: {error}")
 
 
 def format_table(report: dict[str, Any]) -> str:
@@ -114,4 +132,4 @@ def format_table(report: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(call(main))

@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from ..artifacts import GENERATIONS
+from ..console import say
 from .models import load_model, load_tokenizer, read_finished_run, select_device
 from .output import Answers, describe_settings, prepare_destination, save_answers
 from .questions import Question, load_questions, select_questions
@@ -25,6 +26,7 @@ def generate_answers(
     output: str | Path | None = None,
     overwrite: bool = False,
     device: str | None = None,
+    trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """
     Generate answers with the first and the final model of a run, and write them with their statistics.
@@ -43,6 +45,8 @@ def generate_answers(
             Whether to write even if the folder contains other files, which are kept, or answers with other settings.
         device (`str`, *optional*):
             Device of the models. Defaults to an accelerator if there is one.
+        trust_remote_code (`bool`, *optional*, defaults to `False`):
+            Whether to run Python code that comes with a model or tokenizer. The run's own recipe cannot allow it.
 
     Returns:
         `dict[str, Any]`: Content of `statistics.json`.
@@ -51,12 +55,13 @@ def generate_answers(
         GenerateError: If the run, the prompts or the output folder cannot be used.
     """
     settings = settings or GenerationSettings()
-    run = read_finished_run(Path(folder))
+    run = read_finished_run(Path(folder), trust_remote_code)
     tokenizer = load_tokenizer(run)
     questions = load_questions(run.folder, prompts, settings.limit, tokenizer)
     destination = Path(output) if output is not None else run.folder / GENERATIONS
     described = describe_settings(settings, prompts, questions)
-    prepare_destination(destination, run.models, described, overwrite)
+    weights = run.weights
+    prepare_destination(destination, weights, described, overwrite)
     torch_device = select_device(device)
     questions, left_out = select_questions(questions, tokenizer, None)
     answers: Answers = {}
@@ -69,7 +74,7 @@ def generate_answers(
         for mode in MODES:
             began = time.monotonic()
             answers[name][mode] = answer_questions(model, tokenizer, questions, settings, mode)
-            print(f"{name}: {len(questions)} {mode} answers in {time.monotonic() - began:.1f} s", flush=True)
+            say(f"{name}: {len(questions)} {mode} answers in {time.monotonic() - began:.1f} s")
         del model
         gc.collect()
         if torch_device.type == "cuda":
@@ -77,6 +82,7 @@ def generate_answers(
     report = {
         "settings": described,
         "models": list(run.models),
+        "weights": weights,
         "modes": list(MODES),
         "questions": len(questions),
         "left_out": left_out,
@@ -84,7 +90,7 @@ def generate_answers(
         "chosen": _chosen_statistics(questions, tokenizer),
     }
     save_answers(destination, run, questions, answers, report)
-    print(f"The answers are in {destination}", flush=True)
+    say(f"The answers are in {destination}")
     return report
 
 

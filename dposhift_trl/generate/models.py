@@ -7,9 +7,12 @@ import torch
 from peft import AutoPeftModelForCausalLM
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME
 from trl import get_quantization_config
 
 from ..artifacts import FINISHED, RECIPE, ArtifactError, read_mapping
+from ..console import say
+from ..identity import weights_identity
 from ..recipe import STAGES, RecipeModelConfig
 from .settings import GenerateError
 
@@ -44,10 +47,28 @@ class FinishedRun:
         start = str(self.model.model_name_or_path)
         return str(self.folder / BASE) if start == "demo" else start
 
+    @property
+    def weights(self) -> dict[str, str]:
+        """Which weights the models have, by name; of a model from the Hub its name and revision."""
+        return {name: self._weights(Path(self.path(name))) for name in self.models}
 
-def read_finished_run(folder: Path) -> FinishedRun:
+    def _weights(self, path: Path) -> str:
+        try:
+            found = weights_identity(path)
+        except OSError as error:
+            raise GenerateError(f"The weights in {path} cannot be read: {error}") from error
+        return found or f"{path}@{self.model.model_revision}"
+
+
+def read_finished_run(folder: Path, trust_remote_code: bool = False) -> FinishedRun:
     """
     Read which models a run has.
+
+    Args:
+        folder (`Path`):
+            Run folder, which may come from a stranger.
+        trust_remote_code (`bool`, *optional*, defaults to `False`):
+            Whether to run Python code that comes with a model. The run's own recipe cannot allow it.
 
     Raises:
         GenerateError: If the folder contains no run, or a stage is not finished.
@@ -60,7 +81,7 @@ def read_finished_run(folder: Path) -> FinishedRun:
     try:
         values = read_mapping(path)
         # Not the whole recipe, since its training settings may not suit this machine
-        model = RecipeModelConfig(**values["model"])
+        model = RecipeModelConfig(**{**values["model"], "trust_remote_code": trust_remote_code})
         stages = [name for name in STAGES if values.get(name) is not None]
         run_name = str(values["run_name"])
     except ArtifactError as error:
@@ -84,7 +105,7 @@ def load_tokenizer(run: FinishedRun) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=run.model.trust_remote_code)
     except LOADING_ERRORS as error:
-        raise GenerateError(f"The tokenizer in {path} cannot be loaded: {error}") from error
+        raise GenerateError(f"The tokenizer in {path} cannot be loaded: {_reason(error)}") from error
 
 
 def select_device(name: str | None) -> torch.device:
@@ -102,22 +123,41 @@ def select_device(name: str | None) -> torch.device:
 
 
 def load_model(run: FinishedRun, name: str, device: torch.device) -> PreTrainedModel:
-    """Load a model of a run in evaluation mode."""
+    """
+    Load a model of a run in evaluation mode.
+
+    Weights in the run folder must be safetensors. If the run names a model elsewhere, a line says which.
+    """
     path, recipe = run.path(name), run.model
     quantization = get_quantization_config(recipe) if device.type == "cuda" else None
+    attention = recipe.attn_implementation
+    if device.type != "cuda" or ("/" in str(attention) and not recipe.trust_remote_code):
+        attention = None  # FlashAttention runs only on GPUs; kernels from the Hub are code
     options = {
         "dtype": recipe.dtype or "auto",
         "trust_remote_code": recipe.trust_remote_code,
         "quantization_config": quantization,
-        # Kernels such as FlashAttention run only on GPUs
-        "attn_implementation": recipe.attn_implementation if device.type == "cuda" else None,
+        "attn_implementation": attention,
     }
     try:
-        if (Path(path) / "adapter_config.json").is_file():
+        adapter = Path(path) / ADAPTER_CONFIG_NAME
+        if adapter.exists():
+            start = read_mapping(adapter).get("base_model_name_or_path")
+            if not (Path(path) / ADAPTER_SAFE_WEIGHTS_NAME).is_file():
+                raise OSError(f"an adapter must be saved as {ADAPTER_SAFE_WEIGHTS_NAME}, got no such file")
+            say(f"{name}: an adapter of {start}, which its {ADAPTER_CONFIG_NAME} names")
             model = AutoPeftModelForCausalLM.from_pretrained(path, **options)
+        elif Path(path).parent == run.folder:
+            model = AutoModelForCausalLM.from_pretrained(path, **options, use_safetensors=True)
         else:
-            revision = {"revision": recipe.model_revision} if name == BASE else {}
-            model = AutoModelForCausalLM.from_pretrained(path, **options, **revision)
+            say(f"{name}: {path}, which the run's {RECIPE} names")
+            model = AutoModelForCausalLM.from_pretrained(path, **options, revision=recipe.model_revision)
         return (model if quantization else model.to(device)).eval()
     except LOADING_ERRORS as error:
-        raise GenerateError(f"The model `{name}` in {path} cannot be loaded: {error}") from error
+        raise GenerateError(f"The model `{name}` in {path} cannot be loaded: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    if "trust_remote_code" in str(error):
+        return "it comes with Python code of its own. Read the code, and pass --trust-remote-code to run it."
+    return str(error)

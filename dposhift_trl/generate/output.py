@@ -9,6 +9,7 @@ stage, `sft` and `dpo`; `base` replaces a stage that the recipe does not have.
 - `settings`: what the answers depend on: `prompts` (name of the file, or null for the evaluation rows), `questions` (a
   digest of them), `limit`, `max_new_tokens`, `temperature`, `top_p`, `seed`.
 - `models`: names of the two models, the earlier one first. `modes`: `["greedy", "sampled"]`.
+- `weights`: `weights[model]` is a hash of the weights that answered, or the name and revision of a model from the Hub.
 - `questions`: number of questions that were asked. `left_out`: number of others, by reason: `empty` (a prompt without
   tokens), `too_long` (a prompt that fills the model's positions).
 - `statistics`: `statistics[model][mode]` is the output of [`answer_statistics`]. Each turn has one answer.
@@ -39,7 +40,7 @@ import hashlib
 import itertools
 import json
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,11 @@ def describe_settings(
     settings: GenerationSettings, prompts: str | Path | None, questions: list[Question]
 ) -> dict[str, Any]:
     """What the answers depend on, for comparison with a later call."""
-    text = json.dumps([dataclasses.asdict(question) for question in questions], default=str)
+    texts = [dataclasses.asdict(question) for question in questions]
+    for question in texts:
+        if not question["template_inputs"]:
+            del question["template_inputs"]
+    text = json.dumps(texts, default=str)
     described = {
         "prompts": None if prompts is None else Path(prompts).name,
         "questions": hashlib.blake2b(text.encode(), digest_size=16).hexdigest(),
@@ -69,18 +74,30 @@ def describe_settings(
     return described
 
 
-def prepare_destination(destination: Path, models: Sequence[str], described: dict[str, Any], overwrite: bool) -> None:
+def prepare_destination(
+    destination: Path, weights: Mapping[str, str], described: dict[str, Any], overwrite: bool
+) -> None:
     """
     Create the folder.
 
+    Args:
+        destination (`Path`):
+            The folder.
+        weights (`Mapping[str, str]`):
+            Which weights will answer, by the name of the model.
+        described (`dict[str, Any]`):
+            The settings, from [`describe_settings`].
+        overwrite (`bool`):
+            Whether other files are kept and other answers replaced.
+
     Raises:
-        GenerateError: If it cannot be written, or contains other files or answers with other settings and `overwrite`
-            is `False`.
+        GenerateError: If it cannot be written, or if `overwrite` is `False` and it contains other files, or answers
+            with other settings or of other weights.
     """
     try:
         destination.mkdir(parents=True, exist_ok=True)
         names = sorted(entry.name for entry in destination.iterdir())
-        written = {f"{model}-{mode}{end}" for model in models for mode in MODES for end in ANSWER_FILES}
+        written = {f"{model}-{mode}{end}" for model in weights for mode in MODES for end in ANSWER_FILES}
         written |= {STATISTICS, SIDE_BY_SIDE}
         others = [name for name in names if name.removesuffix(".tmp") not in written]
         if others and not overwrite:
@@ -89,23 +106,25 @@ def prepare_destination(destination: Path, models: Sequence[str], described: dic
                 "--overwrite."
             )
         if STATISTICS in names and not overwrite:
-            earlier = _earlier_settings(destination / STATISTICS)
+            earlier, answered = (_earlier(destination / STATISTICS, part) for part in ("settings", "weights"))
             changes = sorted(key for key in {*earlier, *described} if earlier.get(key) != described.get(key))
-            if changes:
+            retrained = [name for name in weights if answered.get(name) != weights[name]]
+            if changes or retrained:
+                what = f"with other settings: {', '.join(changes)}" if changes else ""
+                what = what or f"of other weights than `{'` and `'.join(retrained)}` now has"
                 raise GenerateError(
-                    f"`--output` {destination} contains answers with other settings: {', '.join(changes)}. Choose a "
-                    "new folder, or pass --overwrite."
+                    f"`--output` {destination} contains answers {what}. Choose a new folder, or pass --overwrite."
                 )
     except OSError as error:
         raise GenerateError(f"`--output` {destination} cannot be written: {error}") from error
 
 
-def _earlier_settings(path: Path) -> dict[str, Any]:
+def _earlier(path: Path, part: str) -> dict[str, Any]:
     try:
-        settings = read_mapping(path).get("settings")
+        found = read_mapping(path).get(part)
     except ArtifactError:
-        settings = None
-    return settings if isinstance(settings, dict) else {}
+        found = None
+    return found if isinstance(found, dict) else {}
 
 
 def save_answers(

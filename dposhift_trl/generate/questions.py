@@ -2,18 +2,19 @@
 
 import itertools
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
 from pyarrow import ArrowException
 from transformers import PreTrainedTokenizerBase
 from trl import maybe_extract_prompt
 
-from ..artifacts import EVAL_ROWS
+from ..artifacts import EVAL_ROWS, ArtifactError, check_file, read_rows
 from ..columns import SAVED_ROW_INDEX
+from ..console import say
+from ..data.messages import message_as_text, template_inputs
 from .settings import GenerateError
 
 
@@ -35,6 +36,8 @@ class Question:
             Category in MT-Bench.
         chosen (`str`, *optional*):
             The chosen answer.
+        template_inputs (`dict[str, Any]`, *optional*):
+            What the chat template is given with the conversation, such as `tools`.
     """
 
     question_id: int | str
@@ -43,6 +46,7 @@ class Question:
     follow_ups: tuple[str, ...] = ()
     category: str | None = None
     chosen: str | None = None
+    template_inputs: dict[str, Any] = field(default_factory=dict)
 
 
 def load_questions(
@@ -85,7 +89,11 @@ def load_questions(
     return questions
 
 
-def prompt_tokens(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict[str, Any]]) -> list[int]:
+def prompt_tokens(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str | list[dict[str, Any]],
+    template_inputs: Mapping[str, Any] | None = None,
+) -> list[int]:
     """
     Tokenize a prompt as TRL's `DPOTrainer` does: a conversation with the chat template and its generation prompt, a
     text with the special tokens that the tokenizer adds to any text.
@@ -101,7 +109,9 @@ def prompt_tokens(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict[st
             "conversations, or use questions with one turn."
         )
     try:
-        rendered = tokenizer.apply_chat_template(prompt, tokenize=True, return_dict=True, add_generation_prompt=True)
+        rendered = tokenizer.apply_chat_template(
+            prompt, tokenize=True, return_dict=True, add_generation_prompt=True, **(template_inputs or {})
+        )
     except Exception as error:  # a template is a program that runs on the content of the prompt
         raise GenerateError(f"the chat template cannot render a prompt: {error}: {prompt}") from error
     return list(rendered["input_ids"])
@@ -128,7 +138,7 @@ def select_questions(
     Raises:
         GenerateError: If no question is left.
     """
-    lengths = [len(prompt_tokens(tokenizer, question.prompt)) for question in questions]
+    lengths = [len(prompt_tokens(tokenizer, question.prompt, question.template_inputs)) for question in questions]
     limit = float("inf") if positions is None else positions
     kept = [question for question, length in zip(questions, lengths, strict=True) if 0 < length < limit]
     left_out = {"empty": lengths.count(0), "too_long": sum(length >= limit for length in lengths)}
@@ -139,17 +149,20 @@ def select_questions(
         )
     if sum(left_out.values()):
         reasons = ", ".join(f"{count} {reason}" for reason, count in left_out.items() if count)
-        print(f"Prompts left out: {reasons.replace('_', ' ')}", flush=True)
+        say(f"Prompts left out: {reasons.replace('_', ' ')}")
     return kept, left_out
 
 
 def _evaluation_rows(folder: Path, limit: int) -> list[dict[str, Any]]:
     path = folder / EVAL_ROWS
-    if not path.is_file():
+    if not path.exists():
         return []
     try:
-        rows: list[dict[str, Any]] = pq.read_table(path).slice(0, limit).to_pylist()
-    except (OSError, ArrowException) as error:
+        check_file(path)
+        rows = read_rows(path, limit)
+    except ArtifactError as error:
+        raise GenerateError(str(error)) from error
+    except (OSError, ValueError, ArrowException) as error:
         raise GenerateError(f"{path} cannot be read: {error}") from error
     if rows and not {"chosen", "rejected"} <= set(rows[0]):
         raise GenerateError(f"{path} must have the columns `chosen` and `rejected`, got {', '.join(rows[0])}.")
@@ -163,8 +176,9 @@ def _row_question(row: dict[str, Any], index: int) -> Question:
     elif prompt is None:
         explicit = maybe_extract_prompt({"chosen": chosen, "rejected": row["rejected"]})
         prompt, chosen = explicit["prompt"], explicit["chosen"]
-    answer = chosen if isinstance(chosen, str) else chosen[-1]["content"]
-    return Question(row.get(SAVED_ROW_INDEX, index), _as_text(prompt), prompt, chosen=answer)
+    answer = chosen if isinstance(chosen, str) else message_as_text(chosen[-1])
+    inputs = {name: value for name, value in template_inputs(row).items() if value is not None}
+    return Question(row.get(SAVED_ROW_INDEX, index), _as_text(prompt), prompt, chosen=answer, template_inputs=inputs)
 
 
 def _read_prompts(path: Path) -> Iterator[Any]:
@@ -234,5 +248,5 @@ def _as_text(prompt: str | list[dict[str, Any]]) -> str:
     if isinstance(prompt, str):
         return prompt
     if len(prompt) == 1:
-        return str(prompt[0]["content"])
-    return "\n".join(f"{message['role'].capitalize()}: {message['content']}" for message in prompt)
+        return message_as_text(prompt[0])
+    return "\n".join(f"{message['role'].capitalize()}: {message_as_text(message)}" for message in prompt)

@@ -80,7 +80,10 @@ def answer_questions(
     try:
         for turn in range(max((1 + len(question.follow_ups) for question in questions), default=0)):
             asked = [index for index, question in enumerate(questions) if turn <= len(question.follow_ups)]
-            prompts = {i: prompt_tokens(tokenizer, _conversation(questions[i], answers[i])) for i in asked}
+            prompts = {
+                i: prompt_tokens(tokenizer, _conversation(questions[i], answers[i]), questions[i].template_inputs)
+                for i in asked
+            }
             found: dict[int, Answer] = {}
             for batch, room in _batches(prompts, settings, positions(model)):
                 if room < 1:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, fields
 
-from ..data.errors import one_line
+from ..console import one_line
 
 
 MODES = ("greedy", "sampled")

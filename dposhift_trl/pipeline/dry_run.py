@@ -9,7 +9,6 @@ from datasets import Dataset
 from trl import SFTConfig
 
 from ..config import DPOShiftConfig
-from ..data.errors import DataError
 from ..data.sources import Rows
 from ..recipe import Recipe, dump_yaml
 from ..schedules import LambdaPlan
@@ -17,26 +16,31 @@ from ..training.batching import make_token_sampler, without_lost_rows
 from ..training.checks import check_rows_left
 from .errors import RunError
 from .loading import base_model, check_rows, findings, legend, load_rows, load_tokenizer
+from .preflight import check_lengths, check_model, check_settings
 from .processes import say
 
 
 def describe(recipe: Recipe) -> None:
     """Print the resolved recipe, the optimizer steps of each stage, and lambda at the start, middle and end."""
-    say(dump_yaml(recipe.resolved))
+    say(*dump_yaml(recipe.resolved).split("\n"))
+    check_settings(recipe)
     rows = {}
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            tokenizer = load_tokenizer(recipe, base_model(recipe, Path(folder)))
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            base = base_model(recipe, Path(folder))
+            tokenizer = load_tokenizer(recipe, base)
+        except RunError as error:  # without a tokenizer, the rows are neither read nor counted
+            say(f"The rows cannot be loaded: {error}")
+        else:
+            positions = check_model(recipe, base, tokenizer)
             rows = load_rows(recipe, tokenizer)
-        audits = findings(rows)
-        for split, audit in audits.items():
-            say(f"{split}: {audit}")
-        if (meaning := legend(audits)) is not None:
-            say(meaning)
-        check_rows(rows)
-    except (DataError, RunError) as error:
-        say(f"The rows cannot be loaded: {error}")
-        rows = {}
+            audits = findings(rows)
+            for split, audit in audits.items():
+                say(f"{split}: {audit}")
+            if (meaning := legend(audits)) is not None:
+                say(meaning)
+            check_rows(rows)
+            check_lengths(recipe, rows, positions)
     for name, args in recipe.stages.items():
         try:
             steps = _optimizer_steps(args, rows[name].train if name in rows else None)

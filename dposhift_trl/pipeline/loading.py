@@ -5,22 +5,33 @@ from pathlib import Path
 
 from accelerate import PartialState
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils import ADAPTER_CONFIG_NAME
 from trl import SFTConfig
 
-from ..artifacts import whole_folder
+from ..artifacts import ArtifactError, read_mapping, whole_folder
 from ..data.audit import AuditedRows, SplitAudit, audit_preferences
-from ..data.chat_template import use_plain_chat_template
+from ..data.chat_template import check_template, use_plain_chat_template
 from ..data.config import AUDIT_KINDS
 from ..data.demo import save_demo_model
+from ..data.shapes import convert
 from ..data.sources import load_preferences
 from ..recipe import Recipe
 from .errors import RunError
+from .processes import say
 
 
 def base_model(recipe: Recipe, demo_folder: Path) -> str:
     """Name or folder of the model that the first stage starts from; the demo model is created in `demo_folder`."""
-    if recipe.model.model_name_or_path != "demo":
-        return str(recipe.model.model_name_or_path)
+    name = str(recipe.model.model_name_or_path)
+    if name != "demo":
+        if (Path(name) / ADAPTER_CONFIG_NAME).is_file():
+            # Another model is loaded than the recipe names, with the consent that it gives
+            try:
+                start = read_mapping(Path(name) / ADAPTER_CONFIG_NAME).get("base_model_name_or_path")
+            except ArtifactError as error:
+                raise RunError(f"`model.model_name_or_path` {name!r} cannot be loaded: {error}") from error
+            say(f"{name} is an adapter of {start}, which its {ADAPTER_CONFIG_NAME} names")
+        return name
     if PartialState().is_main_process and not (demo_folder / "config.json").is_file():
         with whole_folder(demo_folder) as unfinished:
             save_demo_model(str(unfinished))
@@ -66,7 +77,15 @@ def load_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> dict[str, A
         RunError: If the template or EOS token that the stage `sft` sets cannot be used.
     """
     train, evaluation = load_preferences(recipe.data, recipe.seed)
+    train, changes = convert(train, tokenizer)
+    if evaluation is not None:
+        evaluation, eval_changes = convert(evaluation, tokenizer)
+        changes += [change for change in eval_changes if change not in changes]
+    if changes:
+        say(f"Rows converted: {'; '.join(changes)}.")
     use_plain_chat_template(train, tokenizer)
+    for note in check_template(train, tokenizer):
+        say(note)
     audited = audit_preferences(
         train,
         evaluation,

@@ -1,10 +1,11 @@
 """One voice and one view for all processes of a run."""
 
-import sys
 from typing import TypeVar
 
 import torch
 from accelerate import PartialState
+
+from .. import console
 
 
 T = TypeVar("T")
@@ -19,13 +20,13 @@ def from_main(value: T) -> T:
     return value
 
 
-def say(message: str) -> None:
-    """Print a line, on the main process only."""
+def say(*lines: object) -> None:
+    """Print lines, on the main process only."""
     if PartialState().is_main_process:
-        print(message, flush=True)
+        console.say(*lines)
 
 
 def complain(error: BaseException) -> None:
-    """Print an error to stderr, on the main process only."""
+    """Print an error to stderr, on the main process only; a recipe's mistakes are one line each."""
     if PartialState().is_main_process:
-        print(error, file=sys.stderr)
+        console.complain(*str(error).split("\n"))

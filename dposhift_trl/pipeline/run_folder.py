@@ -1,26 +1,46 @@
 """The run folder: taken by one command at a time, and only if what is in it fits the recipe."""
 
 import contextlib
-import json
+import itertools
+import os
 import re
-import shutil
 import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import PartialState
 from datasets import Dataset
 from filelock import FileLock, Timeout
 
-from ..artifacts import AUDIT, EVAL_ROWS, FINISHED, LOCK, RECIPE, WANDB_ID, write_whole
-from ..columns import PREFERENCE_COLUMNS, ROW_INDEX, SAVED_ROW_INDEX, with_row_index
+from ..artifacts import (
+    AUDIT,
+    EARLIER_RECIPE,
+    EVAL_ROWS,
+    FINISHED,
+    LOCK,
+    RECIPE,
+    START,
+    STATE,
+    WANDB_ID,
+    ArtifactError,
+    read_mapping,
+    write_whole,
+)
+from ..columns import PREFERENCE_COLUMNS, ROW_INDEX, SAVED_ROW_INDEX, TEMPLATE_COLUMNS, with_row_index
 from ..data.errors import one_line
 from ..data.sources import Rows
+from ..integrity import is_last, stage_fault
 from ..recipe import STAGES, Recipe, RecipeError, changed_keys, dump_yaml, read_yaml
+from .checkpoints import last_complete_checkpoint
 from .errors import RunError
 from .processes import from_main
+
+
+# Where the rows and the model come from; a stage that goes on compares what they contain
+PLACES = ("data.path", "model.model_name_or_path")
 
 
 @contextlib.contextmanager
@@ -80,45 +100,84 @@ def _refusal(recipe: Recipe, accept_changes: bool) -> str | None:
                     "choose a new `output_dir`, or pass --accept-changes to continue with the recipe given."
                 )
         else:
-            ignored = {"output_dir": None}
-            changes = changed_keys({**earlier, **ignored}, {**recipe.resolved, **ignored})
+            changes = recipe_changes(earlier, recipe.resolved)
             if not changes:
+                write_whole(saved, dump_yaml(recipe.resolved))  # with the places of today
                 return None
-            trained = [*folder.glob(f"*/{FINISHED}"), *folder.glob("*/checkpoint-*")]
-            if trained and not accept_changes:
+            if (refused := _unverified(changes, folder)) and not accept_changes:
                 return (
-                    f"{folder} was started with a different recipe: {', '.join(changes)} changed. Choose a new "
+                    f"{folder} was started with a different recipe: {', '.join(refused)} changed. Choose a new "
                     "`output_dir`, or pass --accept-changes to continue here; finished stages are not trained again."
                 )
-        number = 1 + len(list(folder.glob("recipe.*.yaml")))
-        shutil.copy(saved, folder / f"recipe.{number}.yaml")
+        free = (folder / EARLIER_RECIPE.format(number) for number in itertools.count(1))
+        write_whole(next(path for path in free if not path.exists()), saved.read_bytes())
     write_whole(saved, dump_yaml(recipe.resolved))
     return None
 
 
+def recipe_changes(earlier: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Dotted keys that differ between the recipes of a run folder, except for those that moving the folder changes."""
+    moved = changed_keys(_in_place(earlier), _in_place(now))
+    return [key for key in changed_keys(earlier, now) if key in moved]
+
+
+def _in_place(recipe: dict[str, Any]) -> dict[str, Any]:
+    """A recipe as seen from its run folder: without its place, and the names that follow from it."""
+    folder, model = Path(str(recipe.get("output_dir"))), recipe.get("model")
+    values = {**recipe, "output_dir": None}
+    # By default, or as a point of a sweep
+    if values.get("run_name") in (folder.name, f"{folder.parent.name}-{folder.name}"):
+        values["run_name"] = None
+    if isinstance(model, dict) and (start := model.get("model_name_or_path")):
+        values["model"] = {**model, "model_name_or_path": os.path.relpath(str(start), folder)}
+    return values
+
+
+def _unverified(changes: list[str], folder: Path) -> list[str]:
+    """The changes that matter once a stage is trained. Of rows and model it is their content, if that is recorded."""
+    trained = {path.parent for path in (*folder.glob(f"*/{FINISHED}"), *folder.glob("*/checkpoint-*"))}
+    if not trained:
+        return []
+    recorded = all((stage / START).is_file() for stage in trained)
+    return [key for key in changes if not (recorded and key in PLACES)]
+
+
 def _broken_file(folder: Path) -> str | None:
     """The first file in the folder that the run would read or replace and cannot, with what to do about it."""
-    in_stages = [f"{stage}/{name}" for stage in STAGES for name in (FINISHED, WANDB_ID)]
+    in_stages = [f"{stage}/{name}" for stage in STAGES for name in (FINISHED, START, STATE, WANDB_ID)]
     for name in (RECIPE, AUDIT, EVAL_ROWS, *in_stages):
-        if (folder / name).is_dir():
-            return f"{folder / name} must be a file, got a folder. Move it away."
+        path = folder / name
+        if path.exists() and not path.is_file():
+            found = "folder" if path.is_dir() else "pipe or a device"
+            return f"{path} must be a file, got a {found}. Move it away."
     for stage in STAGES:
-        for name, check, remedy in (
-            (FINISHED, _check_summary, "Delete it to finish the stage from its last checkpoint."),
-            (WANDB_ID, _check_wandb_id, "Delete it to start a new W&B run for the stage."),
-        ):
-            path = folder / stage / name
-            try:
-                if path.exists():
-                    check(path.read_text(encoding="utf-8"))
-            except (OSError, ValueError) as error:
-                return one_line(f"{path} cannot be used: {error}. {remedy}")
+        problem = _broken_stage(folder / stage)
+        if problem is not None:
+            return one_line(problem)
     return None
 
 
-def _check_summary(text: str) -> None:
-    if not isinstance(json.loads(text), dict):
-        raise ValueError("not a JSON object")
+def _broken_stage(stage: Path) -> str | None:
+    try:
+        if (stage / START).exists():
+            read_mapping(stage / START)
+    except ArtifactError as error:
+        return f"{error} Delete it to resume the stage without comparing its rows and model."
+    try:
+        if (stage / WANDB_ID).exists():
+            _check_wandb_id((stage / WANDB_ID).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        return f"{stage / WANDB_ID} cannot be used: {error}. Delete it to start a new W&B run for the stage."
+    if (stage / FINISHED).exists():
+        checkpoint = last_complete_checkpoint(stage).newest
+        again = f"finish the stage from {checkpoint.name}" if checkpoint else "train the stage again"
+        try:
+            fault = stage_fault(stage)
+        except ArtifactError as error:
+            return f"{error} Delete it to {again}."
+        if fault is not None and not (checkpoint and is_last(checkpoint)):
+            return f"{stage / FINISHED} is there, but {fault}. Restore the model, or delete {FINISHED} to {again}."
+    return None
 
 
 def _check_wandb_id(text: str) -> None:
@@ -144,9 +203,9 @@ def _check_shared(folder: Path) -> None:
 
 
 def save_evaluated_rows(rows: Rows | None, path: Path) -> None:
-    """Save the evaluation rows as text, with the `row_index` under which their scores are saved."""
+    """Save the evaluation rows before tokenization, with the `row_index` under which their scores are saved."""
     if isinstance(rows, Dataset):
         rows = with_row_index(rows)
-        names = [name for name in (*PREFERENCE_COLUMNS, ROW_INDEX) if name in rows.column_names]
+        names = [name for name in (*PREFERENCE_COLUMNS, *TEMPLATE_COLUMNS, ROW_INDEX) if name in rows.column_names]
         texts = rows.select_columns(names).rename_column(ROW_INDEX, SAVED_ROW_INDEX)
         write_whole(path, texts.with_format("arrow")[:])

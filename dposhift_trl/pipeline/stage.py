@@ -3,35 +3,37 @@
 import json
 import os
 import platform
-import shutil
 import time
 from importlib.metadata import version
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from accelerate import PartialState
+from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import is_peft_model
+from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled  # httpx's or httpx2's, which it is built on
 from peft import AutoPeftModelForCausalLM
 from transformers import PreTrainedTokenizerBase, TrainerState
-from transformers.trainer import TRAINER_STATE_NAME
 from trl import get_peft_config, get_quantization_config
 
 from .. import __version__
-from ..artifacts import FINISHED, MERGED, write_whole
+from ..artifacts import FINISHED, MERGED, STATE, set_earlier_aside, write_whole
+from ..command import Terminated
 from ..config import DPOShiftConfig
 from ..data.audit import AuditedRows
-from ..recipe import Recipe, dump_yaml
+from ..integrity import model_files, weights_fault
+from ..recipe import Recipe
 from ..report.verdict import verdict_of
 from ..training.checks import check_rows_left
-from ..training.model_card import append_recipe_section, log_until
-from ..training.sft import ChosenSFTTrainer
-from ..training.trainer import DPOShiftTrainer
-from .checkpoints import last_complete_checkpoint
-from .errors import RUN_AGAIN, RunError, Terminated
-from .processes import from_main, say
-from .sigterm import SaveOnSigterm
+from ..training.model_card import log_until
+from .checkpoints import explaining_load_errors
+from .errors import RunError, WriteError
+from .processes import say
+from .signals import SaveOnSignal
 from .tracking import wandb_run
+from .trainers import RunDPOShiftTrainer, RunSFTTrainer
 
 
 PACKAGES = ("trl", "transformers", "torch", "peft", "accelerate", "datasets")
@@ -43,10 +45,11 @@ def run_stage(
     start: str,
     tokenizer: PreTrainedTokenizerBase,
     rows: AuditedRows,
-    sigterm: SaveOnSigterm,
+    signals: SaveOnSignal,
+    checkpoint: Path | None,
 ) -> None:
     """
-    Train a stage, from its last complete checkpoint if there is one, and save the model in the folder of the stage.
+    Train a stage, from a checkpoint if there is one, and save the model in the folder of the stage.
 
     Args:
         name (`str`):
@@ -59,70 +62,87 @@ def run_stage(
             Tokenizer, saved with the model.
         rows ([`~data.audit.AuditedRows`]):
             Rows to train and evaluate on.
-        sigterm ([`SaveOnSigterm`]):
-            Stops the stage after SIGTERM.
+        signals ([`SaveOnSignal`]):
+            Stops the stage after a signal.
+        checkpoint (`Path` or `None`):
+            Checkpoint to resume from, from [`~pipeline.resume.resume_point`].
 
     Raises:
-        RunError: If the trainer cannot be created.
+        RunError: If the trainer cannot be created, or the checkpoint cannot be loaded.
         TrainingStopped: If training stops itself.
-        Terminated: If SIGTERM stopped it.
+        Terminated: If a signal stopped it.
+        WriteError: If the model cannot be pushed to the Hub.
     """
     folder = recipe.output_dir / name
-    folder.mkdir(parents=True, exist_ok=True)
-    checkpoint, incomplete = from_main(last_complete_checkpoint(folder))
-    for path in incomplete:
-        say(f"{name}: {path} is incomplete, skipped")
     say(f"{name}: " + (f"resuming from {checkpoint}" if checkpoint else f"starting from {start}"))
+    if checkpoint is None and PartialState().is_main_process and (place := set_earlier_aside(folder)):
+        say(f"{name}: the log and the scores of an earlier training are now in {place}")
     began = time.monotonic()
     trainer = _make_trainer(name, recipe, start, tokenizer, rows)
-    trainer.add_callback(sigterm)
-    if isinstance(trainer, DPOShiftTrainer):
+    trainer.add_callback(signals)
+    if isinstance(trainer, RunDPOShiftTrainer):
         say(
             f"{name}: "
             + ("reading shared tokens once" if trainer.shares_prompts else "reading both rows of each pair")
             + (", reference scores precomputed" if trainer.precompute_ref_logps else ", reference scored at each step")
         )
     with wandb_run(name, recipe):
-        _train(trainer, checkpoint)
-        if sigterm.stopped_at is not None:
-            raise Terminated(f"{name}: stopped by SIGTERM, saved at step {sigterm.stopped_at}. {RUN_AGAIN}")
+        with explaining_load_errors(name, checkpoint):
+            _train(trainer, checkpoint, signals)
         _save(trainer, recipe, name)
     if PartialState().is_main_process:
-        if is_peft_model(trainer.model):
-            _finish_adapter(trainer, folder, recipe.model.merge_adapter)
+        if recipe.model.merge_adapter and is_peft_model(trainer.model):
+            _merge_adapter(trainer, folder)
         write_whole(folder / FINISHED, json.dumps(_summary(trainer, time.monotonic() - began), indent=2))
     PartialState().wait_for_everyone()
     trainer.accelerator.free_memory()
+    # As transformers does between two arguments: what the stage set, such as its precision or DeepSpeed plugin, would
+    # otherwise hold for the next one. The processes stay connected
+    AcceleratorState._reset_state()
+    GradientState._reset_state()
 
 
-def _train(trainer: ChosenSFTTrainer | DPOShiftTrainer, checkpoint: Path | None) -> None:
+def _train(trainer: RunSFTTrainer | RunDPOShiftTrainer, checkpoint: Path | None, signals: SaveOnSignal) -> None:
     """Train from a checkpoint, or if it is the last one only load what training would have ended with."""
     args = trainer.args
-    state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME)) if checkpoint else None
-    if checkpoint and state and 0 < state.max_steps <= state.global_step:
-        # `train` would take one more step if `max_steps` ends within an epoch
-        final = checkpoint
-        if args.load_best_model_at_end and state.best_model_checkpoint:
-            final = Path(args.output_dir, Path(state.best_model_checkpoint).name)
-        if not final.is_dir():
+    state = TrainerState.load_from_json(str(checkpoint / STATE)) if checkpoint else None
+    best = checkpoint
+    if state and args.load_best_model_at_end and state.best_model_checkpoint:
+        # The run folder may have been moved
+        best = Path(args.output_dir, Path(state.best_model_checkpoint).name)
+        if (fault := weights_fault(best)) is not None:
+            got = f"{best}, in which {fault}" if best.is_dir() else f"no folder {best}"
             raise RunError(
-                f"`load_best_model_at_end` requires the best checkpoint, got no folder {final}. Restore it, or pass "
+                f"`load_best_model_at_end` requires the best checkpoint, got {got}. Restore it, or pass "
                 "`load_best_model_at_end=false` for this stage and --accept-changes to save the last weights."
             )
-        trainer._load_from_checkpoint(str(final))
+        state.best_model_checkpoint = str(best)
+    if state and 0 < state.max_steps <= state.global_step:
+        # `train` would take one more step if `max_steps` ends within an epoch
+        trainer._load_from_checkpoint(str(best))
         trainer.state = state
         return
     args.eval_on_start = args.eval_on_start and not checkpoint  # it has been logged already
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except Terminated:
+        if signals.has_begun:
+            trainer.callback_handler.on_train_end(args, trainer.state, trainer.control)  # closes the progress bar
+        raise
 
 
-def _save(trainer: ChosenSFTTrainer | DPOShiftTrainer, recipe: Recipe, name: str) -> None:
+def _save(trainer: RunSFTTrainer | RunDPOShiftTrainer, recipe: Recipe, name: str) -> None:
     args = trainer.args
     trainer.save_state()
-    trainer.save_model()
-    trainer.create_model_card(model_name=f"{recipe.run_name}-{name}", dataset_name=_hub_name(recipe))
-    if PartialState().is_main_process:
-        append_recipe_section(recipe.output_dir / name, dump_yaml(recipe.resolved))
+    try:
+        trainer.save_model()  # and pushes it with its card, if that was asked for
+    except (HTTPError, OfflineModeIsEnabled) as error:
+        raise WriteError(
+            f"{name}: the model is saved in {args.output_dir}, but not pushed to the Hub: "
+            f"{' '.join(str(error).split()).rstrip('.')}. Run the same command again to push it."
+        ) from error
+    if not args.push_to_hub:
+        trainer.create_model_card()
     if isinstance(args, DPOShiftConfig):
         best = trainer.state.best_model_checkpoint if args.load_best_model_at_end else None
         verdict = verdict_of(log_until(trainer.state.log_history, best), args.lambda_plan)
@@ -132,7 +152,7 @@ def _save(trainer: ChosenSFTTrainer | DPOShiftTrainer, recipe: Recipe, name: str
 
 def _make_trainer(
     name: str, recipe: Recipe, start: str, tokenizer: PreTrainedTokenizerBase, rows: AuditedRows
-) -> ChosenSFTTrainer | DPOShiftTrainer:
+) -> RunSFTTrainer | RunDPOShiftTrainer:
     args, model = recipe.stages[name], recipe.model
     init_kwargs = {
         "revision": model.model_revision,
@@ -159,25 +179,28 @@ def _make_trainer(
         else:
             options |= {"model": start, "peft_config": get_peft_config(model), "quantization_config": quantization}
             args.model_init_kwargs = init_kwargs
-        trainer = (ChosenSFTTrainer if name == "sft" else DPOShiftTrainer)(**options)
+        trainer = (RunSFTTrainer if name == "sft" else RunDPOShiftTrainer)(**options)
+        trainer.recipe, trainer.stage = recipe, name
         for split, dataset in (("train", trainer.train_dataset), ("eval", trainer.eval_dataset)):
             if dataset is not None:
                 check_rows_left(dataset, split, args.max_length)
         return trainer
-    except (OSError, ValueError, ImportError) as error:
+    except UnpicklingError as error:
+        raise RunError(
+            f"`model.model_name_or_path` must hold weights alone, got pickles with code in {start}, which is not run. "
+            "Use a model that is saved as safetensors."
+        ) from error
+    except (OSError, ValueError, ImportError, HTTPError) as error:
         raise RunError(f"Stage `{name}` cannot start: {' '.join(str(error).split())}") from error
 
 
-def _finish_adapter(trainer: ChosenSFTTrainer | DPOShiftTrainer, folder: Path, merge: bool) -> None:
-    # The frozen reference adapter is only needed for training; checkpoints keep it
-    shutil.rmtree(folder / "ref", ignore_errors=True)
-    if merge:
-        merged = trainer.accelerator.unwrap_model(trainer.model).merge_and_unload()
-        merged.save_pretrained(folder / MERGED)
-        trainer.processing_class.save_pretrained(folder / MERGED)
+def _merge_adapter(trainer: RunSFTTrainer | RunDPOShiftTrainer, folder: Path) -> None:
+    merged = trainer.accelerator.unwrap_model(trainer.model).merge_and_unload()
+    merged.save_pretrained(folder / MERGED)
+    trainer.processing_class.save_pretrained(folder / MERGED)
 
 
-def _summary(trainer: ChosenSFTTrainer | DPOShiftTrainer, seconds: float) -> dict[str, Any]:
+def _summary(trainer: RunSFTTrainer | RunDPOShiftTrainer, seconds: float) -> dict[str, Any]:
     """What `finished.json` records, with the last value of each logged metric."""
     args, metrics = trainer.args, {}
     for entry in trainer.state.log_history:
@@ -185,6 +208,7 @@ def _summary(trainer: ChosenSFTTrainer | DPOShiftTrainer, seconds: float) -> dic
     return {
         "step": trainer.state.global_step,
         "best_checkpoint": trainer.state.best_model_checkpoint,
+        "files": model_files(Path(args.output_dir)),
         "metrics": metrics,
         "seconds": round(seconds, 1),
         "processes": args.world_size,
@@ -198,8 +222,3 @@ def _hardware(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{platform.machine()}, {os.cpu_count()} cores"
-
-
-def _hub_name(recipe: Recipe) -> str | None:
-    path = recipe.data.path
-    return path if path and path != "demo" and not Path(path).exists() else None

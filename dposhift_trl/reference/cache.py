@@ -9,9 +9,10 @@ import json
 import logging
 import os
 import re
+import stat
 import uuid
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from huggingface_hub.constants import HF_HOME
 from .. import __version__
 from ..artifacts import write_whole
 from ..columns import REFERENCE_LOGPS
+from ..console import printable
 from .fingerprint import stable_hash
 
 
@@ -47,8 +49,20 @@ class ReferenceCacheError(OSError):
 
 
 def default_folder() -> Path:
-    """`DPOSHIFT_CACHE` if it is set, else `dposhift_trl/reference` in the Hugging Face home (`HF_HOME`)."""
-    return Path(os.environ.get("DPOSHIFT_CACHE") or Path(HF_HOME, "dposhift_trl", "reference")).expanduser()
+    """
+    `DPOSHIFT_CACHE` if it is set, else `dposhift_trl/reference` in the Hugging Face home (`HF_HOME`).
+
+    Raises:
+        ReferenceCacheError: If that is in the home of a user that has none.
+    """
+    folder = Path(os.environ.get("DPOSHIFT_CACHE") or Path(HF_HOME, "dposhift_trl", "reference"))
+    try:
+        return folder.expanduser()
+    except RuntimeError:
+        raise ReferenceCacheError(
+            f"The cache of reference scores, {folder}, needs a home directory, and this user has none. Set the "
+            "environment variable HOME, HF_HOME, or DPOSHIFT_CACHE."
+        ) from None
 
 
 def cached_reference_logps(
@@ -59,6 +73,7 @@ def cached_reference_logps(
     description: dict[str, Any],
     folder: str | Path | None = None,
     chunk_rows: int = 1024,
+    confirm: Callable[[dict[tuple[int, int], Scores]], str | None] | None = None,
 ) -> Scores:
     """
     Read reference log-probabilities from disk, and first score the rows that are missing there.
@@ -84,6 +99,9 @@ def cached_reference_logps(
             Cache folder. Defaults to [`default_folder`].
         chunk_rows (`int`, *optional*, defaults to `1024`):
             Number of rows per chunk, which is the most that an interruption can lose.
+        confirm (`Callable`, *optional*):
+            Takes the scores that were found, by first row and end, and returns how they differ from what `score`
+            returns, or `None`. Every process calls it. Scores that differ are scored again.
 
     Returns:
         `tuple[np.ndarray, np.ndarray]`: Log-probabilities of the chosen and of the rejected answers, in nats, bit for
@@ -98,18 +116,25 @@ def cached_reference_logps(
             "`key` must be the same on every process, got different keys. Load the same reference and rows on every "
             "process."
         )
-    entry, all_rows = _CacheEntry(Path(folder or default_folder()), key, num_rows, description), range(num_rows)
-    if (values := entry.on_main_process(entry.read, all_rows)) is not None:
+    entry, whole = _CacheEntry(Path(folder or default_folder()), key, num_rows, description), (0, num_rows)
+    confirm = confirm or (lambda found: None)
+    values = entry.on_main_process(entry.read, range(num_rows))
+    difference = None if values is None else confirm({whole: values})
+    if values is not None and difference is None:
         return values
     lock, seconds = filelock.FileLock(entry.folder / f"{key}.lock"), 0
     try:
         while not entry.on_main_process(entry.acquire, lock, seconds):
             seconds = POLL_SECONDS
-        if (values := entry.on_main_process(entry.read, all_rows)) is not None:
-            return values
-        parts = entry.on_main_process(entry.read_parts)
+        parts = entry.on_main_process(entry.find) if difference is None else {}
+        difference = confirm(parts) if parts else difference
+        if difference is not None:
+            entry.on_main_process(entry.discard, difference)
+            parts = {}
+        if whole in parts:
+            return parts[whole]
         for rows in _missing(parts, num_rows, chunk_rows):
-            parts[rows.start, rows.stop] = _validated(score(rows), rows)
+            parts[rows.start, rows.stop] = validated(score(rows), rows)
             entry.on_main_process(entry.write, rows, parts[rows.start, rows.stop])
         chosen, rejected = zip(*(parts[bounds] for bounds in sorted(parts)), strict=True)
         values = np.concatenate(chosen), np.concatenate(rejected)
@@ -127,6 +152,7 @@ class _CacheEntry:
     key: str
     num_rows: int
     description: dict[str, Any]
+    reported: set[Path] = field(default_factory=set)  # files that cannot be used
 
     def on_main_process(self, function: Callable[..., Any], *args: Any) -> Any:
         """Call a function on the main process. Its result is returned, or its exception raised, on every process."""
@@ -158,7 +184,9 @@ class _CacheEntry:
             lock.acquire(timeout=seconds)
             return True
         if not seconds:
-            logger.warning("Waiting for another run, which is computing %s.", self.path(range(self.num_rows)))
+            logger.warning(
+                "Waiting for another run, which is computing %s.", printable(self.path(range(self.num_rows)))
+            )
         return False
 
     def read(self, rows: range) -> Scores | None:
@@ -166,19 +194,26 @@ class _CacheEntry:
         path = self.path(rows)
         try:
             header, values = load_entry(path)
-            if (header["key"], header["rows"]) == (self.key, [rows.start, rows.stop, self.num_rows]):
+            if (header["key"], header["rows"]) != (self.key, [rows.start, rows.stop, self.num_rows]):
+                problem = "belongs to another key or to other rows"
+            elif any(len(x) != len(rows) or x.dtype.kind != "f" or not np.isfinite(x).all() for x in values):
+                problem = "holds values that are no scores of its rows"
+            else:
                 return values
-            problem = "belongs to another key or to other rows"
         except FileNotFoundError:
             return None
         except ValueError as error:
             problem = str(error)
-        logger.warning("%s %s; its %d rows are scored again.", path, problem, len(rows))
+        if path not in self.reported:
+            logger.warning("%s %s; its %d rows are scored again.", printable(path), problem, len(rows))
+        self.reported.add(path)
         return None
 
-    def read_parts(self) -> dict[tuple[int, int], Scores]:
-        """Scores of the finished chunks, by first row and end."""
+    def find(self) -> dict[tuple[int, int], Scores]:
+        """Scores of all rows, otherwise of the finished chunks, by first row and end."""
         found, end = {}, 0
+        if (values := self.read(range(self.num_rows))) is not None:
+            return {(0, self.num_rows): values}
         for start, stop in [
             (int(file[2]), int(file[3])) for file in entries(self.folder).get(self.key, []) if file[2]
         ]:
@@ -186,6 +221,13 @@ class _CacheEntry:
             if start >= end and (values := self.read(range(start, stop))) is not None:
                 found[start, stop], end = values, stop
         return found
+
+    def discard(self, difference: str) -> None:
+        """Remove scores that are not those of the reference."""
+        path = printable(self.path(range(self.num_rows)))
+        logger.warning("%s is not of this reference: %s; its rows are scored again.", path, difference)
+        for file in entries(self.folder).get(self.key, []):
+            (self.folder / file.string).unlink(missing_ok=True)
 
     def write(self, rows: range, values: Scores) -> None:
         """Store the scores of these rows."""
@@ -221,7 +263,13 @@ def _missing(done: Iterable[tuple[int, int]], num_rows: int, chunk_rows: int) ->
     return chunks
 
 
-def _validated(scored: tuple[torch.Tensor, torch.Tensor], rows: range) -> Scores:
+def validated(scored: tuple[torch.Tensor, torch.Tensor], rows: range) -> Scores:
+    """
+    Scores as arrays, half precision as float32.
+
+    Raises:
+        ValueError: If there are too few values or non-finite ones.
+    """
     half = (torch.float16, torch.bfloat16)
     chosen, rejected = ((x.float() if x.dtype in half else x).detach().cpu().numpy() for x in scored)
     if chosen.shape != (len(rows),) or rejected.shape != (len(rows),):
@@ -251,7 +299,11 @@ def load_entry(path: Path) -> tuple[dict[str, Any], Scores]:
 
     Raises:
         ValueError: If header and values are not bit for bit those that were written. The message continues the path.
+        OSError: If the file cannot be read.
     """
+    mode = path.lstat().st_mode
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        raise ValueError("is not a plain file")  # of which reading may wait for ever
     data = path.read_bytes()
     try:
         # Without Arrow's thread pools, which occasionally abort at exit: https://github.com/apache/arrow/issues/34314
@@ -262,7 +314,10 @@ def load_entry(path: Path) -> tuple[dict[str, Any], Scores]:
         raise ValueError("is damaged, or was not written by dposhift_trl") from error
     if checksum != _checksum(text, (chosen, rejected)):
         raise ValueError("does not match its checksum")
-    return json.loads(text), (chosen, rejected)
+    header = json.loads(text)
+    if not isinstance(header, dict) or not {"key", "rows", "date", "description"} <= set(header):
+        raise ValueError("was written by another version of dposhift_trl")
+    return header, (chosen, rejected)
 
 
 def _checksum(text: str, values: Scores) -> str:

@@ -1,8 +1,12 @@
 """Hashes of everything that determines reference log-probabilities: the weights, the rows and how they are scored."""
 
 import contextlib
+import functools
+import inspect
 import json
 import pickle
+import re
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -10,6 +14,7 @@ import pyarrow.compute as pc
 import torch
 import xxhash
 from accelerate.utils import gather_object, is_peft_model
+from torch.nn.modules import module as torch_module
 
 from ..columns import TOKEN_COLUMNS
 
@@ -17,7 +22,7 @@ from ..columns import TOKEN_COLUMNS
 if TYPE_CHECKING:
     from datasets import Dataset
 
-FORMAT = 1  # part of every key; increase it if the meaning of a score or the layout of the files changes
+FORMAT = 2  # part of every key; increase it if the meaning of a score or the layout of the files changes
 
 # Settings of a model or an adapter that saving or training may change without changing the model's outputs
 IRRELEVANT_SETTINGS = {
@@ -28,9 +33,20 @@ IRRELEVANT_SETTINGS = {
 }
 
 
+# Numbers that a module holds for training, or changes when it is used
+IRRELEVANT_NUMBERS = re.compile(r"^_|^p$|drop|^max_seq_len_cached$")
+
+
+# Packages whose hooks and forwards change no score, or are described by the key
+KNOWN = {"accelerate", "bitsandbytes", "deepspeed", "dposhift_trl", "peft", "torch", "transformers", "trl"}
+
+
 def reference_fingerprint(model: torch.nn.Module, adapter: str | None = None) -> str:
     """
-    Hash the configuration of a reference, its weights and their dtypes, and the active adapter.
+    Hash the configuration of a reference, its weights and their dtypes, its code, and the active adapter.
+
+    The code is the source of every module's class, except for PyTorch's, and the numbers that each module holds, such
+    as the epsilon of a norm. What it calls in other files is not included; see [`~scorer.ReferenceScorer`].
 
     A model without PEFT has the same fingerprint as a PEFT model with disabled adapters. Tied weights are read once.
     Persistent buffers are included, since quantized weights store their scales there. Other buffers are not: they
@@ -88,7 +104,12 @@ def _description(model: Any, adapter: str | None) -> list[Any]:
         for name, value in base.state_dict(keep_vars=True).items()
         if (bare := _bare_name(name, wrappers)) is not None
     }
-    description = [_relevant_settings(base.config.to_dict()), _digests(state)]
+    modules = {
+        bare: module
+        for name, module in base.named_modules()
+        if name not in wrappers and (bare := _bare_name(name, wrappers)) is not None
+    }
+    description = [_relevant_settings(base.config.to_dict()), _digests(state), *_code(modules)]
     if adapter is not None:
         # `save_embedding_layers=False`, because looking up whether the embeddings were resized would query the Hub
         whole = model.state_dict(keep_vars=True)
@@ -171,6 +192,65 @@ def _bare_name(name: str, wrappers: dict[str, str]) -> str | None:
         elif part != inner:
             return None
     return ".".join(bare)
+
+
+def _code(modules: dict[str, torch.nn.Module]) -> list[Any]:
+    """Class and numbers of each module, and the sources of the classes."""
+    described = [
+        [
+            name,
+            type(module).__qualname__,
+            {
+                key: x
+                for key, x in vars(module).items()
+                if type(x) in (int, float) and not IRRELEVANT_NUMBERS.search(key)
+            },
+        ]
+        for name, module in sorted(modules.items())
+    ]
+    classes = {cls for module in modules.values() for cls in type(module).__mro__}
+    return [described, sorted({digest for cls in classes if (digest := source_digest(cls)) is not None})]
+
+
+def source_digest(cls: type) -> str | None:
+    """Hash of the file that a class is defined in; `None` for PyTorch's classes, and for a class without a file."""
+    if cls.__module__.partition(".")[0] in ("builtins", "torch"):
+        return None
+    try:
+        return xxhash.xxh3_128_hexdigest(Path(inspect.getfile(cls)).read_bytes())
+    except (TypeError, OSError):
+        return None
+
+
+def cache_obstacle(model: torch.nn.Module) -> str | None:
+    """
+    Why the scores of a reference depend on more than its fingerprint, or `None` if they do not.
+
+    Args:
+        model (`torch.nn.Module`):
+            The reference, not wrapped for training. Hooks and forwards of the libraries that train it are known.
+    """
+    hooks: list[Any] = [*torch_module._global_forward_hooks.values(), *torch_module._global_forward_pre_hooks.values()]
+    for name, module in model.named_modules():
+        hooks += [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+        hooks += [vars(module)["forward"]] if "forward" in vars(module) else []
+        if foreign := next((hook for hook in hooks if _origin(hook) not in KNOWN), None):
+            what = getattr(foreign, "__qualname__", type(foreign).__qualname__)
+            return f"`{name or type(module).__name__}` runs a hook or a forward of its own, `{what}`"
+        for cls in type(module).__mro__:
+            if cls.__module__.partition(".")[0] not in ("builtins", "torch") and source_digest(cls) is None:
+                return f"the source of `{cls.__qualname__}` is not in a file"
+        hooks.clear()
+    return None
+
+
+def _origin(function: Any) -> str:
+    """The top-level package that a hook or a forward was written in, whatever it says that it wraps."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    function = getattr(function, "__func__", function)
+    module = getattr(function, "__globals__", {}).get("__name__") or type(function).__module__
+    return str(module).partition(".")[0]
 
 
 def _digests(state: dict[str, Any]) -> list[Any]:

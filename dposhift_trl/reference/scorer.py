@@ -1,23 +1,35 @@
 """Scores the rows of a dataset with the reference once, and frees the reference until it is needed again."""
 
 import gc
+import logging
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from accelerate import Accelerator
 from accelerate.data_loader import prepare_data_loader
-from accelerate.utils import is_peft_model
+from accelerate.utils import gather_object, is_peft_model
 from datasets import Dataset
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from ..columns import REFERENCE_LOGPS
+from ..console import printable
 from ..scoring import PREFIX
-from .cache import cached_reference_logps
-from .fingerprint import reference_fingerprint, reference_key
+from .cache import Scores, cached_reference_logps, validated
+from .fingerprint import cache_obstacle, reference_fingerprint, reference_key
+
+
+logger = logging.getLogger(__name__)
+
+SPOT_ROWS = 4  # of scores from the cache, which are compared with the reference
+# Relative and absolute difference, in nats per answer, that rounding explains: batches of another size or width round
+# otherwise. bfloat16 and TF32 round a logit of 25 by 0.1; over many tokens such errors average out.
+FULL_PRECISION, HALF_PRECISION = (1e-4, 1e-4), (0.02, 0.1)
 
 
 @dataclass(frozen=True)
@@ -45,6 +57,9 @@ class ScoringSettings:
 class ReferenceScorer:
     """
     Scores the rows of a dataset with the reference, and caches the scores on disk.
+
+    Scores from the cache are compared with the reference in a few rows, since code that a hash does not see, such as a
+    function replaced in another module, changes scores too. A reference with hooks of its own is not cached.
 
     Args:
         score_batch (`Callable`):
@@ -104,18 +119,52 @@ class ReferenceScorer:
             ld_alpha=self.settings.ld_alpha,
             precision=self._arithmetic(model),
         )
-        training = model.training
+        training, whole = model.training, range(len(dataset))
         move_model(model, self.accelerator.device).eval()
-        values = cached_reference_logps(
-            key,
-            len(dataset),
-            lambda rows: self._score_rows(model, dataset, rows, name, batch_size),
-            description={"model": model.config._name_or_path, "adapter": adapter, "rows": name},
-        )
+
+        def score(rows: range) -> tuple[torch.Tensor, torch.Tensor]:
+            return self._score_rows(model, dataset, rows, name, batch_size)
+
+        if obstacle := self._cache_obstacle(model):
+            if self.accelerator.is_main_process:
+                logger.warning("The reference's log-probabilities are not cached, since %s.", printable(obstacle))
+            values = validated(score(whole), whole)
+        else:
+            values = cached_reference_logps(
+                key,
+                len(dataset),
+                score,
+                description={"model": model.config._name_or_path, "adapter": adapter, "rows": name},
+                confirm=lambda found: self._difference(model, found, score),
+            )
         model.train(training)
         for column, scores in zip(REFERENCE_LOGPS, values, strict=True):
             dataset = dataset.add_column(column, scores)
         return dataset
+
+    def _cache_obstacle(self, model: Any) -> str | None:
+        """Why the scores must not be cached, on any process."""
+        obstacles = gather_object([cache_obstacle(self.accelerator.unwrap_model(model))])
+        return next((obstacle for obstacle in obstacles if obstacle is not None), None)
+
+    def _difference(
+        self,
+        model: Any,
+        found: dict[tuple[int, int], Scores],
+        score: Callable[[range], tuple[torch.Tensor, torch.Tensor]],
+    ) -> str | None:
+        """The largest difference of cached scores from the reference's in a few rows, or `None` if it is rounding."""
+        half = self.accelerator.mixed_precision != "no" or model.dtype in (torch.float16, torch.bfloat16)
+        half |= self.accelerator.device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32
+        relative, absolute = HALF_PRECISION if half else FULL_PRECISION
+        worst, reason = 1.0, None
+        for rows, values in spot_rows(found):
+            for cached, now in zip(values, validated(score(rows), rows), strict=True):
+                excess = np.abs(cached - now) / (absolute + relative * np.abs(now))
+                if excess.max() > worst:
+                    worst, at = float(excess.max()), int(excess.argmax())
+                    reason = f"row {rows[at]} has {cached[at]:.6g} nats there and {now[at]:.6g} now"
+        return reason
 
     def _arithmetic(self, model: Any) -> str:
         """Everything that determines rounding, and the version of the model's code, which a release may fix."""
@@ -127,7 +176,9 @@ class ReferenceScorer:
                 model.config._attn_implementation.removeprefix(PREFIX),
                 self.accelerator.device.type,
                 torch.get_float32_matmul_precision(),
+                torch.__version__,
                 transformers.__version__,
+                str(getattr(model.config, "_experts_implementation", None)),
                 type(base).__module__,  # contains the revision of code from the Hub
             )
         ) + (", shared prompt" if self.settings.shares_prompts else "")
@@ -137,14 +188,28 @@ class ReferenceScorer:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         # A separate generator, so that training draws the same numbers whether or not the scores are cached
         loader = DataLoader(dataset.select(rows), batch_size, collate_fn=self.collator, generator=torch.Generator())
+        place = f"{name}, rows {rows.start} to {rows.stop} of {len(dataset)}"
         progress = tqdm(
             prepare_data_loader(loader, self.accelerator.device, put_on_device=True),
-            desc=f"Reference log-probabilities ({name}, rows {rows.start} to {rows.stop} of {len(dataset)})",
-            disable=not (self.show_progress and self.accelerator.is_main_process),
+            desc=f"Reference log-probabilities ({printable(place)})",
+            disable=len(rows) <= SPOT_ROWS or not (self.show_progress and self.accelerator.is_main_process),
         )
         gather = self.accelerator.gather_for_metrics
         chosen, rejected = zip(*(gather(self.score_batch(model, batch)) for batch in progress), strict=True)
         return torch.cat(chosen), torch.cat(rejected)
+
+
+def spot_rows(
+    found: dict[tuple[int, int], Scores],
+) -> list[tuple[range, Scores]]:
+    """A few rows of what was found, spread over it, with their values."""
+    parts = sorted(found)[:: math.ceil(len(found) / SPOT_ROWS)]
+    spots = []
+    for start, stop in parts:
+        step = math.ceil((stop - start) / (SPOT_ROWS // len(parts)))
+        chosen_logps, rejected_logps = found[start, stop]
+        spots.append((range(start, stop, step), (chosen_logps[::step], rejected_logps[::step])))
+    return spots
 
 
 class StoredReference:

@@ -1,11 +1,18 @@
 """`python -m dposhift_trl.report RUN_DIR [RUN_DIR ...]`: write one self-contained HTML page and its figures."""
 
+if __name__ == "__main__":
+    from ..command import begin
+
+    begin()  # before the imports, which take seconds
+
 import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from ..artifacts import REPORT
+from ..command import call
+from ..console import complain, say
 from .page import write_report
 from .run_folder import ReportError
 
@@ -36,11 +43,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         page = write_report(folders, Path(options.output) if options.output else default)
     except ReportError as error:
-        print(error, file=sys.stderr)
+        complain(error)
         return 2
-    print(f"The report is {page}")
+    say(f"The report is {page}")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(call(main))

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..artifacts import GENERATIONS, SIDE_BY_SIDE, read_mapping, read_text
+from ..identity import weights_identity
 from .files import number, read_file
 
 
@@ -45,6 +46,8 @@ class Answers:
             Statistics by `"<model> <mode>"`; NaN where unknown.
         chosen (`dict[str, float]`, *optional*):
             The same statistics of the chosen answers in the data.
+        weights (`dict[str, Any]`):
+            Which weights answered, by model.
     """
 
     models: list[str]
@@ -52,6 +55,7 @@ class Answers:
     questions: int
     statistics: dict[str, dict[str, float]]
     chosen: dict[str, float] | None
+    weights: dict[str, Any]
 
     @property
     def final_greedy(self) -> dict[str, float]:
@@ -84,14 +88,42 @@ def read_answers(path: Path) -> Answers:
     models, modes = ([str(name) for name in content[key]] for key in ("models", "modes"))
     if not models or not modes:
         raise ValueError(f"`models` and `modes` must not be empty, got {models} and {modes}.")
-    chosen, settings = content.get("chosen"), content.get("settings")
+    chosen, settings, weights = (content.get(name) for name in ("chosen", "settings", "weights"))
     return Answers(
         models,
         settings if isinstance(settings, dict) else {},
         int(content["questions"]),
         {f"{model} {mode}": _numbers(content["statistics"][model][mode]) for model in models for mode in modes},
         None if chosen is None else _numbers(chosen),
+        weights if isinstance(weights, dict) else {},
     )
+
+
+def of_these_weights(answers: Answers, folder: Path, notes: list[str]) -> Answers | None:
+    """
+    The answers, or `None` if they are of other weights than a run's.
+
+    Args:
+        answers ([`Answers`]):
+            The answers.
+        folder (`Path`):
+            Run folder. Weights that are not in it are not compared.
+        notes (`list[str]`):
+            Notes for the reader of the report. The reason, or what was not compared, is appended.
+    """
+    found = {name: weights_identity(folder / name) for name in answers.models}
+    if other := [name for name, weights in found.items() if weights and weights != answers.weights.get(name)]:
+        notes.append(
+            f"The generated answers are not of the weights that {' and '.join(f'`{name}/`' for name in other)} now "
+            f"{'holds' if len(other) == 1 else 'hold'}, so they are left out. Generate them again."
+        )
+        return None
+    if unknown := [name for name, weights in found.items() if not weights]:
+        notes.append(
+            f"There are no weights in {' and '.join(f'`{name}/`' for name in unknown)}, so it is unknown whether the "
+            "generated answers are of this run."
+        )
+    return answers
 
 
 def _numbers(values: Any) -> dict[str, float]:

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ..artifacts import ArtifactError
+from ..artifacts import ArtifactError, check_file
 
 
 Content = TypeVar("Content")
@@ -37,8 +37,7 @@ def read_file(
     try:
         if not path.exists():
             raise ArtifactError(path, "is missing")
-        if path.is_dir():
-            raise ArtifactError(path, "must be a file, got a directory")
+        check_file(path)
         return reader(path)
     except ArtifactError as error:
         reason = error.reason

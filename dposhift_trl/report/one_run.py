@@ -9,6 +9,7 @@ import numpy as np
 
 from ..artifacts import FINISHED, GENERATIONS, STATISTICS
 from ..columns import SAVED_ROW_INDEX
+from ..data.messages import message_as_text, tool_calls
 from .answers import STATISTICS_OF_ANSWERS, degeneration, read_examples
 from .drawing import Drawing
 from .figures import Line, curves, density, histogram, scatter
@@ -42,10 +43,17 @@ def describe_run(run: Run) -> tuple[dict[str, Any], list[Drawing]]:
 
 
 def _last_scores(run: Run) -> dict[str, np.ndarray]:
-    """Columns of the scores of the last evaluation, without pairs whose scores are not finite."""
-    if not run.dpo.pairs:
+    """Columns of the scores of the last logged evaluation, without pairs whose scores are not finite."""
+    logged = {int(metrics["step"]): metrics for metrics in run.dpo.evaluations()}
+    steps = [step for step in run.dpo.pairs if step in logged or not logged]
+    if unlogged := sorted(set(run.dpo.pairs) - set(steps)):
+        run.notes.append(
+            f"The scores of pairs of step {', '.join(map(str, unlogged))} are left out, since the log has no "
+            "evaluation there: they are of an earlier training, or of steps after the last checkpoint."
+        )
+    if not steps:
         return {}
-    step = max(run.dpo.pairs)
+    step = max(steps)
     path = run.dpo.pairs[step]
     columns = read_file(path, read_columns, {}, run.notes, "the scores of the last evaluation")
     if not columns:
@@ -56,6 +64,12 @@ def _last_scores(run: Run) -> dict[str, np.ndarray]:
         run.notes.append(f"{path.name} lacks the columns {missing}, so its pairs are not shown.")
         return {}
     finite = np.logical_and.reduce([np.isfinite(columns[name]) for name in sorted(needed)])
+    if finite.all() and not _agree(columns, logged.get(step, {})):
+        run.notes.append(
+            f"{path.name} is left out, since its means are not those that the log has for step {step}: its scores are "
+            "of another training."
+        )
+        return {}
     if not finite.all():
         run.notes.append(
             f"{(~finite).sum()} of {len(finite)} evaluated pairs have a score that is not a number and are left out."
@@ -66,6 +80,18 @@ def _last_scores(run: Run) -> dict[str, np.ndarray]:
             f"The last scores of pairs are from step {step}, but the last logged evaluation is from step {last:g}."
         )
     return {name: values[finite] for name, values in columns.items()} if finite.any() else {}
+
+
+def _agree(columns: Mapping[str, np.ndarray], logged: Mapping[str, float]) -> bool:
+    """Whether the means over the pairs are those that were logged with them."""
+    means = {
+        "logps/chosen": "chosen_logps",
+        "logps/rejected": "rejected_logps",
+        "displacement/chosen": "chosen_logratios",
+        "displacement/rejected": "rejected_logratios",
+    }
+    known = [(float(columns[name].mean()), logged[metric]) for metric, name in means.items() if metric in logged]
+    return all(math.isclose(*pair, rel_tol=1e-6, abs_tol=1e-6) for pair in known if math.isfinite(pair[1]))
 
 
 def _draw_curves(run: Run) -> list[Drawing | None]:
@@ -195,7 +221,8 @@ def as_text(content: Any) -> str:
     if isinstance(content, list):
         text = "\n".join(map(as_text, content))
     elif isinstance(content, dict) and "role" in content:
-        text = f"{content['role']}: {as_text(content.get('content'))}"
+        has_calls = bool(tool_calls(content))
+        text = f"{content['role']}: {message_as_text(content) if has_calls else as_text(content.get('content'))}"
     elif isinstance(content, dict) and isinstance(content.get("text"), str):
         text = content["text"]
     elif content is None:

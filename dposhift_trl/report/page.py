@@ -10,7 +10,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescap
 from markupsafe import Markup, escape
 
 from .. import __version__
-from ..artifacts import FIGURES, PAGE, write_whole
+from ..artifacts import FIGURES, PAGE, whole_files, write_whole
 from .comparison import compare_runs
 from .drawing import Drawing, color_variables
 from .one_run import describe_run
@@ -19,18 +19,27 @@ from .run_folder import ReportError, Run, read_run
 
 MARK = '<meta name="generator" content="dposhift_trl'  # marks a page that may be replaced
 
+# Names of the figures of any report
+DRAWN = {
+    *("logps", "logratios", "margin", "accuracy", "lambda", "loss", "sft_loss"),
+    *("histogram_chosen", "histogram_rejected", "margin_density", "scatter", "trade_off_margin", "trade_off_accuracy"),
+    *("curves_chosen", "curves_rejected", "curves_margin", "curves_accuracy"),
+}
+
 
 def write_report(folders: Sequence[Path], destination: Path) -> Path:
     """
     Write `report.html`, `figures/*.png` and `figures/*.svg` about one run, or comparing several.
 
-    The page says what is missing from a run folder. A figure without numbers is left out.
+    The page says what is missing from a run folder. A figure without numbers is left out. The files are written
+    together: after a kill or on a full disk an earlier report stays, and the next call writes a new one.
 
     Args:
         folders (`Sequence[Path]`):
             Folders of `dposhift_trl.run`, or output folders of a [`DPOShiftTrainer`].
         destination (`Path`):
-            Folder to write to. It must be new, empty, or contain an earlier report.
+            Folder to write to. It must be new, empty, or contain an earlier report. Other files beside an earlier
+            report are kept.
 
     Returns:
         `Path`: The page.
@@ -47,10 +56,14 @@ def write_report(folders: Sequence[Path], destination: Path) -> Path:
     values, drawings = describe_run(runs[0]) if len(runs) == 1 else compare_runs(runs)
     page = _render(runs, values, drawings)
     try:
-        write_whole(destination / PAGE, page)
-        for drawing in drawings:
-            write_whole(destination / FIGURES / f"{drawing.name}.png", drawing.png)
-            write_whole(destination / FIGURES / f"{drawing.name}.svg", drawing.svg)
+        with whole_files(destination) as unfinished:
+            write_whole(unfinished / PAGE, page)
+            for drawing in drawings:
+                write_whole(unfinished / FIGURES / f"{drawing.name}.png", drawing.png)
+                write_whole(unfinished / FIGURES / f"{drawing.name}.svg", drawing.svg)
+        for name in DRAWN - {drawing.name for drawing in drawings}:  # in an earlier report only
+            for kind in (".png", ".svg"):
+                (destination / FIGURES / f"{name}{kind}").unlink(missing_ok=True)
     except OSError as error:
         raise ReportError(f"{destination}: the report cannot be written: {error.strerror or error}.") from error
     return destination / PAGE
@@ -60,10 +73,17 @@ def _check_destination(destination: Path) -> None:
     try:
         if destination.exists() and not destination.is_dir():
             raise ReportError(f"{destination} is a file. Choose a folder for the report.")
-        page = destination / PAGE
+        page, figures = destination / PAGE, destination / FIGURES
+        if figures.is_symlink() or (figures.exists() and not figures.is_dir()):
+            raise ReportError(f"{figures} must be a folder, got a file or a link. Choose a new folder.")
         if page.is_file() and MARK in page.read_text(encoding="utf-8", errors="replace")[:2000]:
             return
-        others = sorted(entry.name for entry in destination.iterdir()) if destination.is_dir() else []
+        names = sorted(entry.name for entry in destination.iterdir()) if destination.is_dir() else []
+        # What a report that was killed leaves: files on their way, and figures before their page
+        others = [name for name in names if not name.endswith(".tmp") and name != FIGURES]
+        if figures.is_dir():
+            names = sorted(entry.name for entry in figures.iterdir())
+            others += [f"{FIGURES}/{name}" for name in names if Path(name.removesuffix(".tmp")).stem not in DRAWN]
     except OSError as error:
         raise ReportError(f"{destination} cannot be read: {error.strerror or error}.") from error
     if others:

@@ -6,8 +6,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
-
 from ..artifacts import (
     AUDIT,
     EVAL_ROWS,
@@ -18,11 +16,13 @@ from ..artifacts import (
     STATE,
     STATISTICS,
     read_mapping,
+    read_rows,
     read_text,
 )
 from ..columns import SAVED_ROW_INDEX
+from ..console import one_line
 from ..schedules import ADAPTIVE, LambdaPlan, lambda_path
-from .answers import Answers, read_answers
+from .answers import Answers, of_these_weights, read_answers
 from .files import number, read_file
 from .recommendation import Outcome
 from .verdict import verdict
@@ -30,6 +30,9 @@ from .verdict import verdict
 
 class ReportError(ValueError):
     """A report that cannot be written. The message is one line."""
+
+    def __init__(self, message: str):
+        super().__init__(one_line(message))
 
 
 @dataclass
@@ -217,6 +220,7 @@ def read_run(folder: Path) -> Run:
     answers = None
     if (folder / GENERATIONS / STATISTICS).exists():
         answers = read_file(folder / GENERATIONS / STATISTICS, read_answers, None, notes, "the table of answers")
+        answers = None if answers is None else of_these_weights(answers, folder, notes)
     recipe = None if settings is None else read_text(folder / RECIPE)
     return Run(folder, folder.resolve().name, stages, recipe, audit, rows, notes, plan, answers)
 
@@ -289,4 +293,4 @@ def _has_step(entry: Any) -> bool:
 
 
 def _read_rows(path: Path) -> dict[int, dict[str, Any]]:
-    return {row[SAVED_ROW_INDEX]: row for row in pq.read_table(path).to_pylist()}
+    return {row[SAVED_ROW_INDEX]: row for row in read_rows(path)}

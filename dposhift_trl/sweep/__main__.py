@@ -1,12 +1,19 @@
 """`python -m dposhift_trl.sweep RECIPE key=value,value ... [-- accelerate options]`: many runs from one stage 1."""
 
+if __name__ == "__main__":
+    from ..command import begin
+
+    begin()  # before the imports, which take seconds
+
 import argparse
 import os
-import signal
 import sys
 import warnings
 from collections.abc import Sequence
 
+from ..command import call
+from ..console import complain, say
+from ..launcher import launcher_mistakes
 from ..recipe import RecipeError
 from .launch import Stopped
 from .plan import Sweep, plan
@@ -51,35 +58,35 @@ def main(argv: Sequence[str] | None = None) -> int:
                 "The sweep runs `accelerate launch` for each point. Write `python -m dposhift_trl.sweep ... -- "
                 "OPTIONS` instead of `accelerate launch OPTIONS -m dposhift_trl.sweep ...`."
             )
+        if mistakes := launcher_mistakes():
+            raise RecipeError(*mistakes)
         sweep = plan(options.recipe, options.overrides)
         if options.dry_run:
             print_points(sweep)
             return 0
         return run_sweep(sweep, words[end + 1 :])
     except RecipeError as error:
-        print(error, file=sys.stderr)
+        complain(*str(error).split("\n"))
         return 2
     except OSError as error:
-        print(f"The sweep folder cannot be written: {error}", file=sys.stderr)
+        complain(f"The sweep folder cannot be written: {error}")
         return 2
     except Stopped as error:
-        print(error, file=sys.stderr)
+        complain(error)
         return error.code
-    except KeyboardInterrupt:
-        return 128 + signal.SIGINT
 
 
 def print_points(sweep: Sweep) -> None:
     """Print each point with lambda at the start, middle and end, and its number of steps or epochs."""
-    print(sweep.summary)
+    say(sweep.summary)
     for point, dpo in zip(sweep.points, sweep.settings, strict=True):
         lambdas = dpo.lambda_plan.text
         if not dpo.lambda_plan.adaptive:
             values = ", ".join(f"{dpo.lambda_plan.at(progress):.4g}" for progress in (0, 0.5, 1))
             lambdas = f"{values} (start, middle, end)"
         length = f"steps: {dpo.max_steps}" if dpo.max_steps > 0 else f"epochs: {dpo.num_train_epochs:g}"
-        print(f"{point.name}: lambda {lambdas}, {length}{', finished' if point.finished else ''}")
+        say(f"{point.name}: lambda {lambdas}, {length}{', finished' if point.finished else ''}")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(call(main))

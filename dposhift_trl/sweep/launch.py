@@ -1,6 +1,7 @@
 """Launching one run: its process, the signals that stop it, and what its log says."""
 
 import contextlib
+import functools
 import itertools
 import os
 import re
@@ -9,12 +10,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
 from ..artifacts import LOCK
+from ..command import end_with_parent
+from ..console import complain, rewrite
 from .plan import BASE, SweepRun
 
 
@@ -50,7 +53,7 @@ def launch(run: SweepRun, launch_options: Sequence[str], received: list[int], he
         launch_options (`Sequence[str]`):
             Options of `accelerate launch`.
         received (`list[int]`):
-            Signals that were received, from [`catch_signals`].
+            Signals that were received, which a handler appends to.
         head (`str`):
             Start of every line that is printed.
 
@@ -68,21 +71,19 @@ def launch(run: SweepRun, launch_options: Sequence[str], received: list[int], he
         # In a session of its own, so that Ctrl-C reaches only this process, which then ends the run in order
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=stream, stderr=subprocess.STDOUT, env=environment,
-            start_new_session=True,
+            start_new_session=True, preexec_fn=functools.partial(end_with_parent, os.getpid()),
         )  # fmt: skip
         live, shown = sys.stdout.isatty(), 0.0
         while process.poll() is None and not received:
             time.sleep(POLL)
             if live and time.monotonic() > shown + 2:
                 shown = time.monotonic()
-                print(f"\r\033[K{head} {_progress(run.log)}", end="", flush=True)
+                rewrite(f"{head} {_progress(run.log)}")
         if live:
-            print("\r\033[K", end="", flush=True)
+            rewrite("")
         if not received or process.poll() == 0:
             return process.returncode
-    print(
-        f"{head} stopping after it has saved a checkpoint; repeat the signal to kill it", file=sys.stderr, flush=True
-    )
+    complain(f"{head} stopping after it has saved a checkpoint; repeat the signal to kill it")
     _stop(process, run, received)
     raise Stopped(received[0], f"during {run.name}")
 
@@ -101,22 +102,6 @@ def _stop(process: subprocess.Popen[bytes], run: SweepRun, received: list[int]) 
         count = max(count, len(received)) if echo else count
         time.sleep(POLL)
     lock.release()
-
-
-@contextlib.contextmanager
-def catch_signals() -> Iterator[list[int]]:
-    """Collect the signals that ask to stop instead of acting on them, since the current run must end in order."""
-    received: list[int] = []
-    earlier = {}
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
-            continue  # under nohup
-        earlier[number] = signal.signal(number, lambda number, frame: received.append(number))
-    try:
-        yield received
-    finally:
-        for number, handler in earlier.items():
-            signal.signal(number, handler)
 
 
 def _send(group: int, number: int) -> None:

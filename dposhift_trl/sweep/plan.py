@@ -10,9 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..artifacts import FINISHED, RECIPE, ArtifactError, read_mapping
+from ..artifacts import RECIPE, ArtifactError, read_mapping
 from ..config import DPOShiftConfig
-from ..recipe import Recipe, RecipeError, changed_keys, load_recipe
+from ..integrity import stage_fault
+from ..pipeline.run_folder import recipe_changes
+from ..recipe import Recipe, RecipeError, load_recipe
 from ..schedules import LAMBDA_DEFAULTS
 
 
@@ -52,13 +54,12 @@ class SweepRun:
 
     @property
     def finished(self) -> bool:
-        """Whether the run folder contains a finished run of this recipe."""
+        """Whether the run folder contains a finished run of this recipe, and its model."""
         try:
-            saved = read_mapping(self.folder / RECIPE)
+            changes = recipe_changes(read_mapping(self.folder / RECIPE), self.values)
+            return not changes and stage_fault(self.folder / self.stage) is None
         except ArtifactError:
-            return False  # if there is a broken recipe, the run says so
-        same = not changed_keys({**saved, "output_dir": None}, {**self.values, "output_dir": None})
-        return same and (self.folder / self.stage / FINISHED).is_file()
+            return False  # if a file is broken, the run says so
 
 
 @dataclass
@@ -196,6 +197,11 @@ def _mistakes(recipe: Recipe, varied: set[str]) -> Iterator[str]:
     path = recipe.source
     if "dpo" not in recipe.stages:
         yield f"{path}: `dpo` is missing. A sweep compares runs of it. Write `dpo: {{}}` for the default settings."
+    elif recipe.stages["dpo"].push_to_hub and recipe.resolved["dpo"].get("hub_model_id"):
+        yield (
+            f"{path}: `dpo.hub_model_id` is not supported in a sweep, whose points would replace each other there, "
+            f"got {recipe.resolved['dpo']['hub_model_id']!r}. Leave it out; each point is pushed under its own name."
+        )
     for key in sorted(varied):
         if key in ("output_dir", "run_name"):
             yield f"{path}: `{key}` must have one value in a sweep. Each point gets its own folder and name below it."

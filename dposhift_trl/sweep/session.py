@@ -2,16 +2,17 @@
 
 import collections
 import contextlib
-import sys
 import time
 from collections.abc import Sequence
 
 from filelock import FileLock
 
 from ..artifacts import FINISHED, LOCK, write_whole
+from ..command import handling
+from ..console import complain, say
 from ..recipe import dump_yaml
 from ..report.run_folder import ReportError
-from .launch import POLL, Stopped, catch_signals, command_of, last_error, launch, try_lock
+from .launch import POLL, Stopped, command_of, last_error, launch, try_lock
 from .plan import BASE, RECIPES, Sweep, SweepRun
 from .table import make_table
 
@@ -36,22 +37,23 @@ def run_sweep(sweep: Sweep, launch_options: Sequence[str] = ()) -> int:
     Raises:
         Stopped: If a signal stopped the sweep.
     """
-    print(sweep.summary, flush=True)
+    say(sweep.summary)
     sweep.folder.mkdir(parents=True, exist_ok=True)
     with _files_lock(sweep):
         for run in sweep.runs:
             header = f"# Written by the sweep. To run it alone:\n#\n#   {command_of(run.file, launch_options)}\n\n"
             # Atomically, since another command may be reading it
             write_whole(run.file, header + dump_yaml(run.values))
-    print(f"One run per point: {command_of(sweep.folder / RECIPES / 'NAME.yaml', launch_options)}", flush=True)
-    with catch_signals() as received:
+    say(f"One run per point: {command_of(sweep.folder / RECIPES / 'NAME.yaml', launch_options)}")
+    received: list[int] = []
+    with handling(received.append):  # the current run must end in order
         failed = _Session(sweep, launch_options, received).run()
     if sweep.base is not None and sweep.base.name in failed:
-        print("Stage 1 failed, so no point could run.", file=sys.stderr)
+        complain("Stage 1 failed, so no point could run.")
         return 1
     complete = _compare(sweep)
     if failed:
-        print(f"Failed: {', '.join(failed)}. Run the same command again to retry.", file=sys.stderr)
+        complain(f"Failed: {', '.join(failed)}. Run the same command again to retry.")
     return 1 if failed or not complete else 0
 
 
@@ -66,15 +68,15 @@ def _compare(sweep: Sweep) -> bool:
         if not finished:
             return True
         table, problems = make_table(finished)
-        print(table)
+        say(*table.split("\n"))
         for problem in problems:
-            print(problem, file=sys.stderr)
+            complain(problem)
         try:
             page = write_report(finished, sweep.folder / COMPARISON)
         except ReportError as error:
-            print(f"The comparison was not written: {error}", file=sys.stderr)
+            complain(f"The comparison was not written: {error}")
             return False
-        print(f"The comparison is {page}", flush=True)
+        say(f"The comparison is {page}")
     return not problems
 
 
@@ -101,7 +103,13 @@ class _Session:
         while queue:
             point, number = queue.popleft()
             later = [other for other, _ in queue]
-            if not self._run_one(point, number, later, wait=point.name in postponed):
+            try:
+                done = self._run_one(point, number, later, wait=point.name in postponed)
+            except OSError as error:  # the files of one point do not end the sweep
+                done = True
+                self.failed.append(point.name)
+                complain(f"{number} {point.name}: failed: {error}")
+            if not done:
                 postponed.add(point.name)
                 queue.append((point, number))
         return self.failed
@@ -111,12 +119,12 @@ class _Session:
         head = f"{number} {run.name}:"
         with contextlib.ExitStack() as claims:
             if not self._claim(run, head, wait, claims):
-                print(f"{head} running in another command, postponed", flush=True)
+                say(f"{head} running in another command, postponed")
                 return False
             if run.finished:
-                print(f"{head} finished before, skipped", flush=True)
+                say(f"{head} finished before, skipped")
                 return True
-            print(f"{head} started{self._time_left([run, *later])}, output in {run.log}", flush=True)
+            say(f"{head} started{self._time_left([run, *later])}, output in {run.log}")
             began = time.monotonic()
             start = run.log.stat().st_size if run.log.exists() else 0
             code = launch(run, self.launch_options, self.received, head)
@@ -124,13 +132,13 @@ class _Session:
         if code == 0:
             self.seconds.append(seconds)
             left = "" if run is self.sweep.base else self._time_left(later)
-            print(f"{head} done in {_duration(seconds)}{left}", flush=True)
+            say(f"{head} done in {_duration(seconds)}{left}")
         else:
             self.failed.append(run.name)
             with open(run.log, "rb") as stream:
                 stream.seek(start)
                 error = last_error(stream.read().decode("utf-8", "replace"))
-            print(f"{head} failed after {_duration(seconds)}: {error} ({run.log})", file=sys.stderr, flush=True)
+            complain(f"{head} failed after {_duration(seconds)}: {error} ({run.log})")
         return True
 
     def _claim(self, run: SweepRun, head: str, wait: bool, claims: contextlib.ExitStack) -> bool:
@@ -144,7 +152,7 @@ class _Session:
                     return False
                 self._check_signals(run)
                 if not announced:
-                    print(f"{head} waiting for another command that is running it", flush=True)
+                    say(f"{head} waiting for another command that is running it")
                 announced = True
                 time.sleep(POLL)
             if lock is among_sweeps:

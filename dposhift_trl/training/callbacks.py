@@ -1,6 +1,7 @@
 """Callbacks that set lambda, count tokens across resumed runs, and keep freed memory."""
 
 import math
+from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Any
 
@@ -13,7 +14,12 @@ from ..config import DPOShiftConfig
 from ..schedules import LambdaSchedule
 from .adaptive import LambdaController
 from .allocator import keep_freed_memory
+from .checks import TrainingStopped
 from .metrics import PairScores
+
+
+# Values of progress at which a schedule is sampled before training
+SAMPLES = [step / 1000 for step in range(1001)]
 
 
 class LambdaScheduleCallback(TrainerCallback):
@@ -32,37 +38,63 @@ class LambdaScheduleCallback(TrainerCallback):
     DPOShiftTrainer(..., callbacks=[LambdaScheduleCallback(lambda progress: 1 - 0.25 * progress**2)])
     ```
 
+    The schedule is sampled over [0, 1] before training. If it still fails later, the step that has just ended is saved
+    before training stops.
+
     Args:
         schedule (`Callable[[float], float]`):
             Lambda as a function of progress in [0, 1].
 
     Raises:
-        ValueError: If `schedule` returns a number that is not finite and above 0, or a number above 1 without
-            `allow_lambda_above_one=True` in the config.
+        TypeError: If `schedule` is not a function.
+        ValueError: If `schedule` returns anything but a finite number above 0 for a progress in [0, 1], or a number
+            above 1 without `allow_lambda_above_one=True` in the config.
     """
 
+    _failure: ValueError | None = None
+
     def __init__(self, schedule: LambdaSchedule):
+        if not callable(schedule):
+            raise TypeError(
+                f"`schedule` must be a function of progress, got {schedule!r}. Write for example "
+                "`LambdaScheduleCallback(lambda progress: 1 - 0.25 * progress)`."
+            )
         self.schedule = schedule
+        self.check(SAMPLES)
         self.shift_lambda = self._lambda_at(0.0)
 
-    def _lambda_at(self, progress: float) -> float:
-        shift_lambda = float(self.schedule(progress))
+    def check(self, samples: Iterable[float], allow_above_one: bool = True) -> None:
+        """
+        Check lambda at some values of progress.
+
+        Raises:
+            ValueError: If it is not a finite number above 0, or above 1 although that is not allowed.
+        """
+        for progress in samples:
+            self._lambda_at(progress, allow_above_one)
+
+    def _lambda_at(self, progress: float, allow_above_one: bool = True) -> float:
+        try:
+            shift_lambda = float(self.schedule(progress))
+        except Exception as error:  # of the user's own function
+            raise ValueError(
+                f"`schedule` must return a number, got {type(error).__name__} ({error}) at progress {progress}. "
+                "Return a number in (0, 1] for every progress in [0, 1]."
+            ) from error
         if not math.isfinite(shift_lambda) or shift_lambda <= 0:
             raise ValueError(
                 f"`schedule` must return a lambda above 0, got {shift_lambda} at progress {progress}. Return a number "
                 "in (0, 1] for every progress in [0, 1]."
             )
-        return shift_lambda
-
-    def _update(self, args: TrainingArguments, state: TrainerState) -> None:
-        progress = state.global_step / state.max_steps if state.max_steps > 0 else 0.0
-        shift_lambda = self._lambda_at(progress)
-        if shift_lambda > 1 and not getattr(args, "allow_lambda_above_one", False):
+        if shift_lambda > 1 and not allow_above_one:
             raise ValueError(
                 f"`schedule` must not exceed 1, got {shift_lambda} at progress {progress}. To use a lambda above 1, "
                 "set `allow_lambda_above_one=True` in `DPOShiftConfig`."
             )
-        self.shift_lambda = shift_lambda
+        return shift_lambda
+
+    def _update(self, args: TrainingArguments, state: TrainerState) -> None:
+        self.shift_lambda = self._lambda_at(_progress(state, state.global_step), _allows_above_one(args))
 
     def observe(self, matrix: torch.Tensor) -> None:
         """Receive the scores of a training batch from all processes; see [`~metrics.PairScores.as_matrix`]."""
@@ -70,6 +102,9 @@ class LambdaScheduleCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        self._failure = None
+        steps = range(state.global_step, state.max_steps + 1)
+        self.check((_progress(state, step) for step in steps), _allows_above_one(args))
         self._update(args, state)
 
     def on_step_begin(
@@ -80,7 +115,30 @@ class LambdaScheduleCallback(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._update(args, state)
+        try:
+            self._update(args, state)
+        except ValueError as error:
+            self._failure = error  # raised once the step is saved
+            control.should_evaluate = False
+            control.should_save = control.should_training_stop = True
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self._failure is not None:
+            raise TrainingStopped(f"{self._failure} Step {state.global_step} is saved.") from self._failure
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._failure is not None:  # another callback has asked not to save
+            raise TrainingStopped(str(self._failure)) from self._failure
+
+
+def _progress(state: TrainerState, step: int) -> float:
+    return step / state.max_steps if state.max_steps > 0 else 0.0
+
+
+def _allows_above_one(args: TrainingArguments) -> bool:
+    return bool(getattr(args, "allow_lambda_above_one", False))
 
 
 class AdaptiveLambdaCallback(LambdaScheduleCallback, ExportableState):
@@ -216,7 +274,7 @@ def check_schedules(args: DPOConfig, callbacks: list[Any]) -> None:
 
     Raises:
         ValueError: If `args` is not a [`DPOShiftConfig`], more than one callback sets lambda, or the loss does not
-            support a shift.
+            support a shift, or lambda exceeds 1 although the settings do not allow it.
     """
     schedules = [cb for cb in callbacks if is_schedule(cb)]
     if not schedules:
@@ -238,3 +296,5 @@ def check_schedules(args: DPOConfig, callbacks: list[Any]) -> None:
             "since both would set lambda. Remove `lambda_schedule` from the config, or the callback."
         )
     args.validate_loss_supports_shift()
+    if not isinstance(schedules[0], type):
+        schedules[0].check(SAMPLES, args.allow_lambda_above_one)

@@ -9,16 +9,45 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
+from peft.utils.other import TrainableTokensWrapper
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase, ProcessorMixin, TrainingArguments
 
 from ..artifacts import write_whole
 from ..columns import PREFERENCE_COLUMNS, ROW_INDEX
+from ..integrity import training_state_fault
 from .metrics import PairScores
+
+
+logger = get_logger(__name__)
+
+# Models of one family pad their embeddings to different sizes; Qwen2.5's differ by 128, tokenizers by thousands
+VOCABULARY_PADDING = 1024
 
 
 class TrainingStopped(ValueError):
     """Training stopped on purpose, for a reason that the message explains to the user."""
+
+
+def check_not_empty(**datasets: Any) -> None:
+    """
+    Refuse datasets without rows, which TRL answers with a bare `StopIteration`.
+
+    Args:
+        datasets (`Dataset`, `IterableDataset`, a dictionary of them, or anything else, which is not checked):
+            Each under the name of the argument that it was passed as.
+
+    Raises:
+        ValueError: If one has no row.
+    """
+    for argument, dataset in datasets.items():
+        sets = dataset if isinstance(dataset, dict) else {None: dataset}
+        for name, rows in sets.items():
+            if isinstance(rows, (Dataset, IterableDataset)) and next(iter(rows), None) is None:
+                where = f"`{argument}`" if name is None else f"`{argument}[{name!r}]`"
+                raise ValueError(f"{where} must have at least one row, got none. Pass a dataset with rows.")
 
 
 def check_rows_left(rows: Dataset | IterableDataset, split: str, max_length: int | None) -> None:
@@ -32,6 +61,82 @@ def check_rows_left(rows: Dataset | IterableDataset, split: str, max_length: int
         raise ValueError(
             f"No {split} examples left: every prompt is at least as long as `max_length` ({max_length}). Raise "
             "`max_length`."
+        )
+
+
+def vocabulary_mistake(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> str | None:
+    """What is wrong if a tokenizer has tokens that a model has no embedding of; `None` if it has one of each."""
+    size = getattr(config.get_text_config(), "vocab_size", None)
+    largest = max(tokenizer.get_vocab().values(), default=-1)
+    if size is None or largest < size:
+        return None
+    return (
+        f"the tokenizer has a token with the id {largest}, but the model has only {size} embeddings. Call "
+        "`model.resize_token_embeddings(len(tokenizer))` and save the model, or use the tokenizer it was trained with."
+    )
+
+
+def check_vocabularies(tokenizer: PreTrainedTokenizerBase | ProcessorMixin, model: Any, ref_model: Any | None) -> None:
+    """
+    Check that policy and reference read the tokens of the tokenizer.
+
+    Raises:
+        ValueError: If there are tokens that one of them has no embedding of, or if the vocabularies differ by more
+            than padding.
+    """
+    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # of a processor
+    for name, config in (("model", model.config), ("ref_model", getattr(ref_model, "config", None))):
+        if config is not None and (mistake := vocabulary_mistake(tokenizer, config)):
+            raise ValueError(f"`{name}` must have an embedding of every token: {mistake}")
+    if ref_model is None:
+        return
+    sizes = [getattr(config.get_text_config(), "vocab_size", 0) for config in (model.config, ref_model.config)]
+    if abs(sizes[0] - sizes[1]) >= VOCABULARY_PADDING:
+        raise ValueError(
+            f"`ref_model` must have the vocabulary of `model`, {sizes[0]} tokens, got one with {sizes[1]}. Pass a "
+            "reference that was trained with the same tokenizer."
+        )
+
+
+def check_reference(ref_model: Any) -> None:
+    """
+    Check that the reference that is passed to the trainer is a model.
+
+    Raises:
+        TypeError: If it is anything else, such as the name of one.
+    """
+    if ref_model is not None and not isinstance(ref_model, torch.nn.Module):
+        name = repr(ref_model) if isinstance(ref_model, (str, Path)) else "..."
+        raise TypeError(
+            f"`ref_model` must be a model, got {ref_model!r}. Pass `AutoModelForCausalLM.from_pretrained({name})`, or "
+            "leave it out to take the model that training starts from."
+        )
+
+
+def check_embeddings(model: Any) -> None:
+    """
+    Refuse single trainable tokens in embeddings that are tied to the LM head, which TRL's loss reads as one matrix.
+
+    Raises:
+        ValueError: If the adapter has `trainable_token_indices` and the embeddings are tied.
+    """
+    if is_peft_model(model) and isinstance(model.get_output_embeddings(), TrainableTokensWrapper):
+        raise ValueError(
+            "`trainable_token_indices` is not supported with embeddings that are tied to the LM head, got "
+            f"{model.active_peft_config.trainable_token_indices!r}. Train all tokens with `modules_to_save` instead, "
+            "or remove it."
+        )
+
+
+def warn_of_inexact_resume(checkpoint: str | None, args: TrainingArguments) -> None:
+    """Warn if a checkpoint lacks state that training needs to go on exactly; [`~transformers.Trainer`] does not."""
+    if checkpoint is None:
+        return
+    fault = training_state_fault(Path(checkpoint), processes=args.world_size, scales_loss=args.fp16)
+    if fault is not None:
+        logger.warning(
+            f"Training does not go on from {checkpoint} as if it had not been interrupted: {fault}. Without these "
+            "files it goes on with a new optimizer, the learning rate of the first step, or other random numbers."
         )
 
 

@@ -6,6 +6,7 @@ from typing import Any
 from ..artifacts import write_whole
 from ..config import DPOShiftConfig
 from ..report.verdict import verdict_of
+from .settings import LambdaInForce
 
 
 CARD_METRICS = (
@@ -34,29 +35,30 @@ def log_until(log_history: list[dict[str, Any]], checkpoint: str | None) -> list
 
 
 def append_shift_section(
-    args: DPOShiftConfig, log_history: list[dict[str, Any]], given_schedule: bool = False
+    folder: Path, args: DPOShiftConfig, lambda_in_force: LambdaInForce, log_history: list[dict[str, Any]]
 ) -> None:
     """
-    Append the lambda schedule, the settings, the verdict and the last logged metrics to `README.md` in `output_dir`.
+    Append the lambda schedule, the settings, the verdict and the last logged metrics to `README.md`.
 
     Args:
+        folder (`Path`):
+            Folder of the card.
         args ([`DPOShiftConfig`]):
-            Settings of the run.
+            Settings in force.
+        lambda_in_force ([`~settings.LambdaInForce`]):
+            What sets lambda.
         log_history (`list[dict[str, Any]]`):
             `trainer.state.log_history`.
-        given_schedule (`bool`, *optional*, defaults to `False`):
-            Whether a callback passed to the trainer set lambda, instead of the settings.
     """
     latest: dict[str, float] = {}
     for entry in log_history:
         latest.update(entry)
-    plan = args.lambda_plan
-    settings: dict[str, Any] = {"lambda schedule": "a function of progress, given in code"}
-    if not given_schedule:
-        smallest, largest = plan.range
-        settings["lambda schedule"] = args.lambda_schedule
+    settings: dict[str, Any] = {"lambda schedule": lambda_in_force.schedule}
+    if lambda_in_force.range is not None:
+        smallest, largest = lambda_in_force.range
         settings["lambda"] = smallest if smallest == largest else f"{smallest} to {largest}"
-    if plan.adaptive:
+    plan = lambda_in_force.plan
+    if plan is not None and plan.adaptive:
         settings["lambda target"] = f"{args.lambda_target} ({args.lambda_target_metric})"
     settings |= {
         "beta": args.beta,
@@ -78,7 +80,7 @@ def append_shift_section(
         "| --- | --- |",
         *(f"| {name} | {value} |" for name, value in settings.items()),
     ]
-    if paragraph := verdict_of(log_history, None if given_schedule else plan):
+    if paragraph := verdict_of(log_history, plan):
         lines += ["", paragraph]
     metrics = [(name, latest[name]) for name in CARD_METRICS if name in latest]
     if metrics:
@@ -90,7 +92,7 @@ def append_shift_section(
             "| --- | --- |",
             *(f"| `{name}` | {value:.4f} |" for name, value in metrics),
         ]
-    _append(Path(args.output_dir), lines)
+    _append(folder, lines)
 
 
 def append_recipe_section(folder: Path, recipe: str) -> None:

@@ -17,8 +17,11 @@ from transformers import (
 )
 from trl import SFTConfig, SFTTrainer, extract_prompt
 
-from ..columns import CHOSEN_IDS, CHOSEN_START, PROMPT_IDS, TOKEN_COLUMNS
-from .callbacks import KeepFreedMemoryCallback
+from ..columns import CHOSEN_IDS, CHOSEN_START, PROMPT_IDS, TOKEN_COLUMNS, as_python_values
+from .callbacks import KeepFreedMemoryCallback, TokenCountCallback
+from .checks import check_not_empty, warn_of_inexact_resume
+from .settings import name_best_metric
+from .streams import resume_position
 
 
 class ChosenSFTTrainer(SFTTrainer):
@@ -55,9 +58,12 @@ class ChosenSFTTrainer(SFTTrainer):
         peft_config: PeftConfig | None = None,
         formatting_func: Callable[[dict], str] | None = None,
     ):
+        check_not_empty(train_dataset=train_dataset, eval_dataset=eval_dataset)
         self._selects_chosen = formatting_func is None
         # A mask of the assistant's tokens needs a chat template of its own, so TRL tokenizes the text
         self._uses_tokens = not (args and args.assistant_only_loss)
+        if args is not None:
+            name_best_metric(args, eval_dataset)
         super().__init__(
             model=model,
             args=args,
@@ -76,6 +82,31 @@ class ChosenSFTTrainer(SFTTrainer):
             formatting_func=formatting_func,
         )
         self.add_callback(KeepFreedMemoryCallback())
+        self.add_callback(TokenCountCallback())
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Counts tokens from where the checkpoint ended that training was resumed from."""
+        tokens = next(cb for cb in self.callback_handler.callbacks if isinstance(cb, TokenCountCallback))
+        self._total_train_tokens = tokens.num_tokens
+        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        tokens.num_tokens = self._total_train_tokens
+        return result
+
+    def _init_training_state(
+        self,
+        max_steps: int,
+        num_update_steps_per_epoch: int,
+        num_train_epochs: int,
+        resume_from_checkpoint: str | None,
+        trial: Any,
+    ) -> tuple[int, int]:
+        """Resumes an iterable dataset in the pass that the checkpoint was saved in, not always in the first."""
+        position = super()._init_training_state(
+            max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
+        )
+        return resume_position(self, resume_from_checkpoint, position)
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
@@ -83,7 +114,13 @@ class ChosenSFTTrainer(SFTTrainer):
         """Evaluates on the chosen answers of the rows that are passed, too."""
         return super().evaluate(self._select_chosen(eval_dataset), ignore_keys, metric_key_prefix)
 
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Warns if the checkpoint lacks state, which transformers passes over silently."""
+        warn_of_inexact_resume(checkpoint, self.args)
+        super()._load_optimizer_and_scheduler(checkpoint)
+
     def _select_chosen(self, dataset: Any) -> Any:
+        dataset = as_python_values(dataset)
         return select_chosen(dataset, self._uses_tokens) if self._selects_chosen else dataset
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import shutil
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import torch
 import trl
-from accelerate.utils import is_peft_model
+from accelerate.utils import DynamoBackend, is_peft_model
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from peft import PeftConfig, PeftModel
 from torch.utils.data import DataLoader
@@ -23,6 +24,7 @@ from transformers import (
     TrainerCallback,
 )
 from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import DPOConfig, DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.utils import get_config_model_id
@@ -35,6 +37,7 @@ from ..columns import (
     SHARED_PROMPT,
     STREAM_ROW_INDEX,
     TOKEN_COLUMNS,
+    as_python_values,
     with_row_index,
 )
 from ..config import DPOShiftConfig
@@ -55,14 +58,25 @@ from .callbacks import (
     configured_schedule,
     is_schedule,
 )
-from .checks import TrainingStopped, check_starts_at_reference, stop_on_non_finite
+from .checks import (
+    TrainingStopped,
+    check_embeddings,
+    check_not_empty,
+    check_reference,
+    check_starts_at_reference,
+    check_vocabularies,
+    stop_on_non_finite,
+    warn_of_inexact_resume,
+)
 from .collator import PairCollator
 from .deferred import GatherLater, read_from_device
 from .model_card import append_shift_section, log_until
 from .recorder import PairRecorder, table_path
 from .references import References, lack_scores
 from .seam import Shift, ShiftedModel, seam_fault
+from .settings import LambdaInForce, check_unchanged, name_best_metric, settings_read
 from .sharing import draws_masks, prepare_shared_prompt
+from .streams import resume_position
 
 
 # Releases whose DPOTrainer scores both answers through one call of a fused LM head that runs on a CPU too
@@ -138,6 +152,10 @@ class DPOShiftTrainer(DPOTrainer):
         if isinstance(data_collator, PairCollator):  # of another trainer
             data_collator = data_collator.collator
         check_schedules(args, callbacks or [])
+        check_reference(ref_model)
+        train_dataset, eval_dataset = as_python_values(train_dataset), as_python_values(eval_dataset)
+        name_best_metric(args, eval_dataset)
+        check_not_empty(train_dataset=train_dataset, eval_dataset=eval_dataset)
         self._shifts = isinstance(args, DPOShiftConfig)
         if self._shifts:
             # With an iterable training dataset, TRL turns dispatching off
@@ -163,13 +181,17 @@ class DPOShiftTrainer(DPOTrainer):
             quantization_config=quantization_config,
             peft_config=peft_config,
         )
+        check_embeddings(self.model)
         if not self._shifts:
             return
+        check_vocabularies(self.processing_class, self.accelerator.unwrap_model(self.model), ref_model)
         if not self._schedules:
             super().add_callback(configured_schedule(args))
             self._schedule_is_configured = True
         self.add_callback(TokenCountCallback())
         self.add_callback(KeepFreedMemoryCallback())
+        self._args_in_force = settings_read(args)
+        self._trained_lambda: LambdaInForce | None = None
 
         self._starts_at_reference = ref_model is None  # to be checked on the first batch
         self._seam_is_checked = False
@@ -191,6 +213,7 @@ class DPOShiftTrainer(DPOTrainer):
             "the dataset holds images": self._is_vision_dataset,
             "its load-balancing loss counts every token of every row": self.aux_loss_enabled,
             "sharded models have not been verified": self.is_sharded,
+            "`torch_compile` would compile it anew for every batch": self._compiles,
             "the data collator is not TRL's, and may pad or cut rows in another way": not trl_collates,
         }
         obstacle = next((reason for reason, holds in obstacles.items() if holds), None)
@@ -200,6 +223,11 @@ class DPOShiftTrainer(DPOTrainer):
     def is_sharded(self) -> bool:
         """Whether FSDP or DeepSpeed divides the model among processes."""
         return self.is_fsdp_enabled or self.is_deepspeed_enabled
+
+    @property
+    def _compiles(self) -> bool:
+        # Also if `accelerate launch --dynamo_backend` asks for it
+        return bool(self.accelerator.state.dynamo_plugin.backend != DynamoBackend.NO)
 
     @property
     def _mode(self) -> str:
@@ -241,12 +269,24 @@ class DPOShiftTrainer(DPOTrainer):
             self._schedule_is_configured = False
         super().add_callback(callback)
 
+    def train(
+        self, resume_from_checkpoint: Any = None, trial: Any = None, ignore_keys_for_eval: list[str] | None = None
+    ) -> Any:
+        """Refuses settings that were changed too late, and notes those in force for the model card and trackers."""
+        if self._shifts:
+            check_unchanged(self.args, self._args_in_force)
+            self._args_in_force = settings_read(self.args)
+            self._trained_lambda = LambdaInForce.of(self.args, self.lambda_callback)
+            self.args.reported_lambda = self._trained_lambda.settings
+        return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """Lambda enters here: TRL's loss finds the references shifted (seam.py), and each pair's scores are kept."""
         if not self._shifts:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        check_unchanged(self.args, self._args_in_force)
         inputs, training = dict(inputs), self.model.training
         row_index, layout = inputs.pop(ROW_INDEX, None), inputs.pop(SHARED_PROMPT, None)
         if layout is None and self.shares_prompts:  # of an iterable dataset
@@ -367,6 +407,20 @@ class DPOShiftTrainer(DPOTrainer):
 
     # Batches
 
+    def _init_training_state(
+        self,
+        max_steps: int,
+        num_update_steps_per_epoch: int,
+        num_train_epochs: int,
+        resume_from_checkpoint: str | None,
+        trial: Any,
+    ) -> tuple[int, int]:
+        """Resumes an iterable dataset in the pass that the checkpoint was saved in, not always in the first."""
+        position = super()._init_training_state(
+            max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
+        )
+        return resume_position(self, resume_from_checkpoint, position)
+
     def _prepare_dataset(
         self, dataset: Any, processing_class: Any, args: DPOConfig, dataset_name: str
     ) -> Dataset | IterableDataset:
@@ -420,7 +474,7 @@ class DPOShiftTrainer(DPOTrainer):
         """Numbers the rows that are passed, and scores them by the reference even if it was put away."""
         if not self._shifts:
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-        eval_dataset = with_row_index(eval_dataset, self._dispatches)
+        eval_dataset = with_row_index(as_python_values(eval_dataset), self._dispatches)
         rows = self.eval_dataset if eval_dataset is None else eval_dataset
         rows = self.eval_dataset[rows] if isinstance(rows, str) else rows
         passed = eval_dataset is not None and not isinstance(eval_dataset, str)
@@ -431,7 +485,7 @@ class DPOShiftTrainer(DPOTrainer):
         """Numbers the rows that are passed, and scores them by the reference if they have no scores."""
         if not self._shifts:
             return super().predict(test_dataset, ignore_keys, metric_key_prefix)
-        test_dataset = with_row_index(test_dataset, self._dispatches)
+        test_dataset = with_row_index(as_python_values(test_dataset), self._dispatches)
         with self._evaluating(test_dataset), self._references.at_hand(needed=lack_scores(test_dataset)):
             return super().predict(test_dataset, ignore_keys, metric_key_prefix)
 
@@ -479,15 +533,29 @@ class DPOShiftTrainer(DPOTrainer):
             self._stop_on_non_finite("train")
         super()._save_checkpoint(model, trial)
 
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """Leaves the frozen copy of an adapter, the reference, out of everything but checkpoints."""
+        super()._save(output_dir, state_dict)
+        folder = Path(output_dir or self.args.output_dir)
+        copied = self.ref_model is None and is_peft_model(self.model) and "ref" in self.model.peft_config
+        if copied and not folder.name.startswith(PREFIX_CHECKPOINT_DIR):
+            shutil.rmtree(folder / "ref", ignore_errors=True)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Warns if the checkpoint lacks state, which transformers passes over silently."""
+        warn_of_inexact_resume(checkpoint, self.args)
+        super()._load_optimizer_and_scheduler(checkpoint)
+
     def create_model_card(
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
     ) -> None:
-        """Adds lambda, the verdict and the last metrics to TRL's card."""
+        """Adds the settings in force, the verdict and the last metrics to TRL's card."""
         super().create_model_card(model_name, dataset_name, tags)
         if self._shifts and self.is_world_process_zero():
+            in_force = self._trained_lambda or LambdaInForce.of(self._args_in_force, self.lambda_callback)
             best = self.state.best_model_checkpoint if self.args.load_best_model_at_end else None
             log_history = log_until(self.state.log_history, best)
-            append_shift_section(self.args, log_history, given_schedule=not self._schedule_is_configured)
+            append_shift_section(Path(self.args.output_dir), self._args_in_force, in_force, log_history)
 
 
 def _incompatible_trl_error(fault: str) -> TrainingStopped:
