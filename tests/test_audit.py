@@ -516,7 +516,7 @@ def test_a_dry_run_shows_what_was_found_and_what_it_means(bytes_model, tmp_path,
     out = capsys.readouterr().out
     assert "train: 4 of 4 rows kept: 4 identical (keep)" in out
     assert "identical: chosen and rejected are the same to the model\n" in out
-    assert main([path, "--dry-run", "data.audit=drop"]) == 0
+    assert main([path, "--dry-run", "data.audit=drop"]) == 2
     assert "train: 0 of 4 rows kept: 4 identical (drop)" in capsys.readouterr().out
 
 
