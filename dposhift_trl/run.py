@@ -14,11 +14,12 @@ import warnings
 from collections.abc import Sequence
 
 from accelerate import PartialState
-from transformers import set_seed
+from transformers import PreTrainedTokenizerBase, set_seed
 
 from . import console
 from .artifacts import AUDIT, EVAL_ROWS, FINISHED, REPORT, write_whole
 from .command import Terminated, call
+from .data.audit import AuditedRows
 from .data.errors import DataError, reading_rows
 from .launcher import launcher_mistakes
 from .pipeline.checkpoints import explaining_disk_errors
@@ -108,24 +109,11 @@ def run(recipe: Recipe, accept_changes: bool = False) -> None:
     claim = claimed(recipe, accept_changes)
     with claim, saving_on_signals() as signals, explaining_disk_errors(recipe.output_dir):
         set_seed(recipe.seed)
+        check_settings(recipe)
         start = base = base_model(recipe, recipe.output_dir / "base")
         tokenizer = load_tokenizer(recipe, start)
-        check_settings(recipe)
         positions = check_model(recipe, start, tokenizer)
-        rows = load_rows(recipe, tokenizer)
-        audits = findings(rows)
-        if PartialState().is_main_process:
-            found = {split: dataclasses.asdict(audit) for split, audit in audits.items()}
-            write_whole(recipe.output_dir / AUDIT, json.dumps(found, indent=2, ensure_ascii=False))
-        check_rows(rows)
-        check_lengths(recipe, rows, positions)
-        if PartialState().is_main_process and not (recipe.output_dir / "dpo" / FINISHED).is_file():
-            *_, last = rows.values()
-            save_evaluated_rows(last.evaluation, recipe.output_dir / EVAL_ROWS)
-        for split, audit in audits.items():
-            say(f"{split}: {audit}")
-        if (meaning := legend(audits)) is not None:
-            say(meaning)
+        rows = _audited_rows(recipe, tokenizer, positions)
         # Before a trainer changes the tokenizer
         hashes = row_fingerprints(rows, tokenizer) if PartialState().is_main_process else {}
         *_, last_stage = recipe.stages
@@ -148,6 +136,25 @@ def run(recipe: Recipe, accept_changes: bool = False) -> None:
 
             say(f"The report is {write_report([recipe.output_dir], recipe.output_dir / REPORT)}")
         say(f"The model is in {start}")
+
+
+def _audited_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, positions: int | None) -> dict[str, AuditedRows]:
+    """The rows of each stage, once they have been checked. What the audit found is saved in any case."""
+    rows = load_rows(recipe, tokenizer)
+    audits = findings(rows)
+    if PartialState().is_main_process:
+        found = {split: dataclasses.asdict(audit) for split, audit in audits.items()}
+        write_whole(recipe.output_dir / AUDIT, json.dumps(found, indent=2, ensure_ascii=False))
+    check_rows(rows)
+    check_lengths(recipe, rows, positions)
+    if PartialState().is_main_process and not (recipe.output_dir / "dpo" / FINISHED).is_file():
+        *_, last = rows.values()
+        save_evaluated_rows(last.evaluation, recipe.output_dir / EVAL_ROWS)
+    for split, audit in audits.items():
+        say(f"{split}: {audit}")
+    if (meaning := legend(audits)) is not None:
+        say(meaning)
+    return rows
 
 
 if __name__ == "__main__":
