@@ -188,6 +188,7 @@ SFT_SETTINGS = [
 @pytest.mark.filterwarnings("ignore:The `'keep_end'` truncation mode is deprecated:FutureWarning")
 def test_stage_1_trains_on_the_same_sequences_with_tokens_as_with_text(bytes_model, tmp_path):
     rows = [*ROWS["conversations"], *(chat(f"{n}?", "y" * n, "n") for n in range(1, 9))]
+    rows.append({**chat("Whose?"), "rejected": [user("Mine.")]})  # departs from the prompt before the chosen answer
     cases = [("plain", settings) for settings in SFT_SETTINGS] + [("reasoning dropped", {}), ("empty reasoning", {})]
     for template, settings in cases:
         tokenizer = make_tokenizer(TEMPLATES[template])
@@ -515,7 +516,7 @@ def test_a_dry_run_shows_what_was_found_and_what_it_means(bytes_model, tmp_path,
     out = capsys.readouterr().out
     assert "train: 4 of 4 rows kept: 4 identical (keep)" in out
     assert "identical: chosen and rejected are the same to the model\n" in out
-    assert main([path, "--dry-run", "data.audit=drop"]) == 0
+    assert main([path, "--dry-run", "data.audit=drop"]) == 2
     assert "train: 0 of 4 rows kept: 4 identical (drop)" in capsys.readouterr().out
 
 
