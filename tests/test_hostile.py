@@ -25,9 +25,10 @@ from trl import DPOConfig, DPOTrainer, SFTConfig
 
 from dposhift_trl import ChosenSFTTrainer, DPOShiftConfig, DPOShiftTrainer
 from dposhift_trl.data.audit import audit_preferences
-from dposhift_trl.data.chat_template import use_plain_chat_template
+from dposhift_trl.data.chat_template import check_template, use_plain_chat_template
 from dposhift_trl.data.config import DataConfig
 from dposhift_trl.data.errors import MAX_LINE, DataError, reading_rows
+from dposhift_trl.data.shapes import convert
 from dposhift_trl.data.sources import load_preferences
 from dposhift_trl.data.tokens import Truncation, shorten
 from dposhift_trl.recipe import SECTIONS, TOP_LEVEL, UNWRITABLE, RecipeError, dump_yaml, load_recipe, parse_yaml
@@ -439,8 +440,11 @@ def prepared(path, config, max_length):
     try:
         config = DataConfig(path=str(path), **config)
         train, evaluation = load_preferences(config, 0)
+        train, _ = convert(train, tokenizer)
+        evaluation = None if evaluation is None else convert(evaluation, tokenizer)[0]
         use_plain_chat_template(train, tokenizer)
-        audited = audit_preferences(train, evaluation, config, tokenizer, Truncation(max_length))
+        check_template(train, tokenizer)
+        audited = audited_rows(train, evaluation, config, tokenizer, max_length)
         with reading_rows():
             left = list(itertools.islice(audited.train, 50))
     except DataError as error:
@@ -451,6 +455,14 @@ def prepared(path, config, max_length):
     json.dumps(found, ensure_ascii=False).encode("utf-8")
     assert left
     return audited.train, tokenizer
+
+
+def audited_rows(train, evaluation, config, tokenizer, max_length):
+    """What the audit leaves of rows, or the error with which it refuses them."""
+    truncation = Truncation(max_length)
+    audited = audit_preferences(train, evaluation, config, tokenizer, [truncation])[truncation]
+    audited.check()
+    return audited
 
 
 def tokenized(rows, tokenizer):
@@ -526,8 +538,8 @@ def test_a_conversation_that_a_template_fails_on_is_refused(extra, max_length, s
     config, tokenizer = DataConfig(path=str(path), streaming=streaming), make_tokenizer()
     train, _ = load_preferences(config, 0)
     assert use_plain_chat_template(train, tokenizer)
-    with pytest.raises(DataError, match=r"^The chat template cannot render a row: "):
-        audit_preferences(train, None, config, tokenizer, Truncation(max_length))
+    with pytest.raises(DataError, match=r"^The row audit leaves .*1 refused"):
+        audited_rows(train, None, config, tokenizer, max_length)
 
 
 def test_a_stream_of_which_nothing_is_left_is_refused():
@@ -535,10 +547,9 @@ def test_a_stream_of_which_nothing_is_left_is_refused():
     config = DataConfig(path=str(write_rows(rows, ".jsonl", b"")), streaming=True)
     train, _ = load_preferences(config, 0)
     with pytest.raises(DataError) as raised:
-        audit_preferences(train, None, config, make_tokenizer(), Truncation(9))
+        audited_rows(train, None, config, make_tokenizer(), 9)
     assert str(raised.value) == (
-        "The row audit leaves none of the streamed train rows. Fix the data, raise `max_length`, or hold out fewer "
-        "rows."
+        "The row audit leaves none of the streamed train rows: 3 empty. Fix the data, or hold out fewer rows."
     )
 
 
