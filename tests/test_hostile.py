@@ -372,11 +372,12 @@ texts_or_chats = {
 }
 
 
-ROW = {"prompt": "w1", "chosen": "w2", "rejected": "w3"}
+ROW = {"prompt": "w1", "chosen": " w2", "rejected": " w3"}
 
 
 def as_chat(row):
-    return {name: [{"role": "user", "content": text}] for name, text in row.items()}
+    roles = {"prompt": "user", "chosen": "assistant", "rejected": "assistant"}
+    return {name: [{"role": roles[name], "content": text}] for name, text in row.items()}
 
 
 def rows_of(form):
@@ -611,7 +612,7 @@ def test_what_an_audit_shows_can_be_written():
 
 
 def test_a_column_s_name_cannot_stand_in_the_way_of_renaming_another():
-    rows = [{"our chosen": "w2", "our prompt": "w1", "rejected": "w3"}]
+    rows = [{"our chosen": " w2", "our prompt": "w1", "rejected": " w3"}]
     columns = {"chosen": "our chosen", "prompt": "our prompt"}
     for streaming in (False, True):
         path = str(write_rows(rows, ".jsonl", b""))

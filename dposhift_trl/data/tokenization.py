@@ -139,6 +139,8 @@ class PairTokenizer:
         kwargs = template_inputs(row)  # TRL reads it for text too
         prompt, answers = row["prompt"], [row["chosen"], row["rejected"]]
         if isinstance(prompt, list):
+            if "tokenize" in kwargs:
+                raise ValueError("`chat_template_kwargs` must not contain `tokenize`, which TRL sets")
             kwargs["tokenize"] = not self.renders_text
             with bounded():
                 return [
