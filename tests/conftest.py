@@ -109,3 +109,15 @@ def settings(tmp_path: Path) -> dict:
         "max_steps": 4,
         "seed": 3,
     }
+
+
+@pytest.fixture
+def here(capfd, request):
+    """Run the command that a test module imports as `main` in this process, and return its output."""
+
+    def run(*arguments, code=0):
+        capfd.readouterr()
+        assert request.module.main([*map(str, arguments)]) == code
+        return capfd.readouterr()
+
+    return run

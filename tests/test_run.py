@@ -43,18 +43,6 @@ def succeed(*arguments, **kwargs):
 
 
 @pytest.fixture
-def here(capfd):
-    """Run the command in this process and return its output."""
-
-    def run(*arguments, code=0):
-        capfd.readouterr()
-        assert main([*map(str, arguments)]) == code
-        return capfd.readouterr()
-
-    return run
-
-
-@pytest.fixture
 def recipe(tmp_path, tiny_model):
     return write_recipe(tmp_path, tiny_model)
 

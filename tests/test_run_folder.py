@@ -22,18 +22,6 @@ from dposhift_trl.run import main
 LORA = ["model.use_peft=true", "model.lora_target_modules=[c_attn]"]
 
 
-@pytest.fixture
-def here(capfd):
-    """Run the command in this process and return its output."""
-
-    def run_here(*arguments, code=0):
-        capfd.readouterr()
-        assert main([*map(str, arguments)]) == code
-        return capfd.readouterr()
-
-    return run_here
-
-
 def write_recipe(folder, model, **sections):
     make_rows(24).to_json(folder / "rows.jsonl")
     stage = {

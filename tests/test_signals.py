@@ -17,7 +17,6 @@ from dposhift_trl import ChosenSFTTrainer, DPOShiftTrainer, command
 from dposhift_trl.command import Terminated, handling
 from dposhift_trl.pipeline import signals
 from dposhift_trl.pipeline.signals import SaveOnSignal
-from dposhift_trl.run import main
 
 
 RUN = [sys.executable, "-m", "dposhift_trl.run"]
@@ -27,18 +26,6 @@ ENDLESS = ["sft=null", "dpo.max_steps=100000", "dpo.save_steps=100000", "dpo.eva
 @pytest.fixture
 def recipe(tmp_path, tiny_model):
     return write_recipe(tmp_path, tiny_model)
-
-
-@pytest.fixture
-def here(capfd):
-    """Run the command in this process and return its output."""
-
-    def run(*arguments, code=0):
-        capfd.readouterr()
-        assert main([*map(str, arguments)]) == code
-        return capfd.readouterr()
-
-    return run
 
 
 @pytest.fixture

@@ -25,7 +25,6 @@ from dposhift_trl import run
 from dposhift_trl.recipe import load_recipe
 from dposhift_trl.report import ReportError
 from dposhift_trl.sweep import launch, session
-from dposhift_trl.sweep.__main__ import main
 from dposhift_trl.sweep.launch import last_error
 from dposhift_trl.sweep.plan import plan, split_values
 
@@ -105,18 +104,6 @@ def compared(monkeypatch):
 
     monkeypatch.setitem(sys.modules, "dposhift_trl.report.page", types.SimpleNamespace(write_report=write_report))
     return asked
-
-
-@pytest.fixture
-def here(capfd):
-    """Run the command in this process and return its output."""
-
-    def run_here(*arguments, code=0):
-        capfd.readouterr()
-        assert main([*map(str, arguments)]) == code
-        return capfd.readouterr()
-
-    return run_here
 
 
 def names(path, *overrides):

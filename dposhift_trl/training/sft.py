@@ -19,12 +19,12 @@ from trl import SFTConfig, SFTTrainer, extract_prompt
 
 from ..columns import CHOSEN_IDS, CHOSEN_START, PROMPT_IDS, TOKEN_COLUMNS, as_python_values
 from .callbacks import KeepFreedMemoryCallback, TokenCountCallback
-from .checks import check_not_empty, warn_of_inexact_resume
+from .checks import check_not_empty
+from .exact_resume import ExactResume
 from .settings import name_best_metric
-from .streams import resume_position
 
 
-class ChosenSFTTrainer(SFTTrainer):
+class ChosenSFTTrainer(ExactResume, SFTTrainer):
     r"""
     Trainer for stage 1, supervised fine-tuning on the chosen answers of preference data.
 
@@ -94,30 +94,11 @@ class ChosenSFTTrainer(SFTTrainer):
         tokens.num_tokens = self._total_train_tokens
         return result
 
-    def _init_training_state(
-        self,
-        max_steps: int,
-        num_update_steps_per_epoch: int,
-        num_train_epochs: int,
-        resume_from_checkpoint: str | None,
-        trial: Any,
-    ) -> tuple[int, int]:
-        """Resumes an iterable dataset in the pass that the checkpoint was saved in, not always in the first."""
-        position = super()._init_training_state(
-            max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
-        )
-        return resume_position(self, resume_from_checkpoint, position)
-
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """Evaluates on the chosen answers of the rows that are passed, too."""
         return super().evaluate(self._select_chosen(eval_dataset), ignore_keys, metric_key_prefix)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Warns if the checkpoint lacks state, which transformers passes over silently."""
-        warn_of_inexact_resume(checkpoint, self.args)
-        super()._load_optimizer_and_scheduler(checkpoint)
 
     def _select_chosen(self, dataset: Any) -> Any:
         dataset = as_python_values(dataset)

@@ -66,24 +66,23 @@ from .checks import (
     check_starts_at_reference,
     check_vocabularies,
     stop_on_non_finite,
-    warn_of_inexact_resume,
 )
 from .collator import PairCollator
 from .deferred import GatherLater, read_from_device
+from .exact_resume import ExactResume
 from .model_card import append_shift_section, log_until
 from .recorder import PairRecorder, table_path
 from .references import References, lack_scores
 from .seam import Shift, ShiftedModel, seam_fault
 from .settings import LambdaInForce, check_unchanged, name_best_metric, settings_read
 from .sharing import draws_masks, prepare_shared_prompt
-from .streams import resume_position
 
 
 # Releases whose DPOTrainer scores both answers through one call of a fused LM head that runs on a CPU too
 TRL_WINDOW = "trl>=1.16,<1.17"
 
 
-class DPOShiftTrainer(DPOTrainer):
+class DPOShiftTrainer(ExactResume, DPOTrainer):
     r"""
     Trainer for [DPO-Shift](https://huggingface.co/papers/2502.07599), a drop-in replacement for [`~trl.DPOTrainer`].
 
@@ -413,20 +412,6 @@ class DPOShiftTrainer(DPOTrainer):
 
     # Batches
 
-    def _init_training_state(
-        self,
-        max_steps: int,
-        num_update_steps_per_epoch: int,
-        num_train_epochs: int,
-        resume_from_checkpoint: str | None,
-        trial: Any,
-    ) -> tuple[int, int]:
-        """Resumes an iterable dataset in the pass that the checkpoint was saved in, not always in the first."""
-        position = super()._init_training_state(
-            max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
-        )
-        return resume_position(self, resume_from_checkpoint, position)
-
     def _prepare_dataset(
         self, dataset: Any, processing_class: Any, args: DPOConfig, dataset_name: str
     ) -> Dataset | IterableDataset:
@@ -546,11 +531,6 @@ class DPOShiftTrainer(DPOTrainer):
         copied = self.ref_model is None and is_peft_model(self.model) and "ref" in self.model.peft_config
         if copied and not folder.name.startswith(PREFIX_CHECKPOINT_DIR):
             shutil.rmtree(folder / "ref", ignore_errors=True)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Warns if the checkpoint lacks state, which transformers passes over silently."""
-        warn_of_inexact_resume(checkpoint, self.args)
-        super()._load_optimizer_and_scheduler(checkpoint)
 
     def create_model_card(
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None

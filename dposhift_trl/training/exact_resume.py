@@ -1,4 +1,4 @@
-"""Where training on an iterable dataset resumes."""
+"""What a trainer does about resuming that [`~transformers.Trainer`] leaves out."""
 
 import os
 from typing import Any
@@ -6,6 +6,31 @@ from typing import Any
 from transformers import Trainer, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import has_length
+
+from .checks import warn_of_inexact_resume
+
+
+class ExactResume(Trainer):
+    """Trainer that resumes iterable datasets where they were, and warns of checkpoints that lack state."""
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Warns if the checkpoint lacks state, which transformers passes over silently."""
+        warn_of_inexact_resume(checkpoint, self.args)
+        super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _init_training_state(
+        self,
+        max_steps: int,
+        num_update_steps_per_epoch: int,
+        num_train_epochs: int,
+        resume_from_checkpoint: str | None,
+        trial: Any,
+    ) -> tuple[int, int]:
+        """Resumes an iterable dataset in the pass that the checkpoint was saved in, not always in the first."""
+        position = super()._init_training_state(
+            max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
+        )
+        return resume_position(self, resume_from_checkpoint, position)
 
 
 def resume_position(trainer: Trainer, checkpoint: Any, position: tuple[int, int]) -> tuple[int, int]:
