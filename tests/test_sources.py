@@ -19,9 +19,9 @@ from datasets import Dataset, Features, Image, List, Value
 from trl import SFTConfig
 
 from dposhift_trl import ChosenSFTTrainer, DPOShiftConfig, DPOShiftTrainer
-from dposhift_trl.columns import STREAM_ROW_INDEX
+from dposhift_trl.columns import FILE_ROW, FILE_SOURCE, STREAM_ROW_INDEX
 from dposhift_trl.data import formats
-from dposhift_trl.data.config import DataConfig, DataSource
+from dposhift_trl.data.config import ROW_ID, DataConfig, DataSource
 from dposhift_trl.data.errors import DataError
 from dposhift_trl.data.files import folder_conflict
 from dposhift_trl.data.sources import load_preferences
@@ -65,12 +65,15 @@ def write(name, content):
     return name
 
 
+NUMBERS = (STREAM_ROW_INDEX, FILE_ROW, FILE_SOURCE, ROW_ID)
+
+
 def load(seed=0, **settings):
-    """Rows without their numbers in a stream, by default in the order of their files."""
+    """Rows without their numbers and ids, by default in the order of their files."""
     if settings.get("streaming"):
         settings.setdefault("shuffle_buffer", 0)
     train, evaluation = load_preferences(DataConfig(**settings), seed)
-    return [{name: row[name] for name in row if name != STREAM_ROW_INDEX} for row in train], evaluation
+    return [{name: row[name] for name in row if name not in NUMBERS} for row in train], evaluation
 
 
 def prompts(**settings):
@@ -456,13 +459,14 @@ def test_only_the_first_rows_are_shuffled_where_a_number_is_set():
         ),
         (
             {"shuffle_buffer": -1, "streaming": True},
-            "`shuffle_buffer` must be at least 0, got -1. Write for example 10000, or 0 to train in the order of the "
-            "files.",
+            "`shuffle_buffer` must be at least 0, got -1. Write for example `shuffle_buffer: 10000`, or 0 to train in "
+            "the order of the files.",
         ),
         *(
             (
                 {"max_expanded_gib": value},
-                f"`max_expanded_gib` must be finite and greater than 0, got {value}. Write for example 4.",
+                f"`max_expanded_gib` must be finite and greater than 0, got {value}. Write for example "
+                "`max_expanded_gib: 4`.",
             )
             for value in (0, -1.0, float("inf"), float("nan"))
         ),
