@@ -11,6 +11,7 @@ os.environ["WANDB_MODE"] = "offline"
 os.environ["WANDB_SILENT"] = "true"
 
 import random
+import signal
 import tempfile
 from pathlib import Path
 
@@ -27,6 +28,12 @@ _CACHE = tempfile.TemporaryDirectory(prefix="dposhift-cache-")
 os.environ["DPOSHIFT_CACHE"] = _CACHE.name
 
 WORDS = [f"w{index}" for index in range(40)]
+
+
+# What a script starts in the background ignores Ctrl-C, and under nohup SIGHUP; tests send both
+for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(number) == signal.SIG_IGN:
+        signal.signal(number, handler)
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:

@@ -271,8 +271,8 @@ def test_the_previous_sigterm_handler_is_restored_after_the_run(options, code, r
 
 def test_sigterm_while_the_audit_reads_a_row_is_no_mistake_of_the_data(recipe, tmp_path):
     script = (
-        "import signal, sys; from dposhift_trl import run; from dposhift_trl.data import tokens; "
-        "tokens.is_conversational = lambda row: signal.raise_signal(signal.SIGTERM); "
+        "import signal, sys; from dposhift_trl import run; from dposhift_trl.data import tokenization; "
+        "tokenization.split_pair = lambda *ids: signal.raise_signal(signal.SIGTERM); "
         "sys.exit(run.main(sys.argv[1:]))"
     )
     done = subprocess.run(

@@ -17,6 +17,7 @@ from dposhift_trl import ChosenSFTTrainer, DPOShiftTrainer, command
 from dposhift_trl.command import Terminated, handling
 from dposhift_trl.pipeline import signals
 from dposhift_trl.pipeline.signals import SaveOnSignal
+from dposhift_trl.run import main as main
 
 
 RUN = [sys.executable, "-m", "dposhift_trl.run"]

@@ -25,6 +25,7 @@ from dposhift_trl import run
 from dposhift_trl.recipe import load_recipe
 from dposhift_trl.report import ReportError
 from dposhift_trl.sweep import launch, session
+from dposhift_trl.sweep.__main__ import main as main
 from dposhift_trl.sweep.launch import last_error
 from dposhift_trl.sweep.plan import plan, split_values
 

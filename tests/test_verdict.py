@@ -10,7 +10,9 @@ from dposhift_trl.report.answers import degeneration
 from dposhift_trl.report.recommendation import Outcome, recommend_lambda
 from dposhift_trl.report.verdict import verdict
 from dposhift_trl.schedules import LAMBDA_DEFAULTS, LambdaPlan
+from dposhift_trl.training.callbacks import configured_schedule
 from dposhift_trl.training.model_card import append_shift_section
+from dposhift_trl.training.settings import LambdaInForce
 
 
 SFT = {"displacement/chosen": 0.0, "displacement/rejected": 0.0, "rewards/margins": 0.0, "perplexity/chosen": 2.0}
@@ -313,7 +315,8 @@ def test_for_an_adaptive_lambda_the_advice_is_another_bound_or_target_and_no_fix
 )
 def test_the_model_card_says_how_lambda_was_set(settings, says, tmp_path):
     (tmp_path / "README.md").write_text("# Card\n")
-    append_shift_section(DPOShiftConfig(str(tmp_path), bf16=False, use_cpu=True, **settings), [])
+    args = DPOShiftConfig(str(tmp_path), bf16=False, use_cpu=True, **settings)
+    append_shift_section(tmp_path, args, LambdaInForce.of(args, configured_schedule(args)), [])
     card = (tmp_path / "README.md").read_text(encoding="utf-8")
     assert says in card
     assert ("lambda target" in card) == ("lambda_target" in settings)
