@@ -299,3 +299,31 @@ def test_a_full_disk_while_the_demo_model_is_saved_is_one_line(tmp_path, here, m
         f"The run: cannot write to {tmp_path / 'run'}: [Errno 28] No space left on device: "
         f"'{tmp_path / 'run' / 'base.tmp'}'. Free some space and run the same command again.\n"
     )
+
+
+def test_what_a_run_shows_may_change_before_it_goes_on(interrupted, finished, here):
+    recipe, folder = interrupted
+    shown = ["wandb.mode=offline", "dpo.logging_steps=1", "dpo.disable_tqdm=true", f"output_dir={folder}"]
+    assert f"dpo: resuming from {folder}/dpo/checkpoint-4" in here(recipe, *shown).out
+    assert same_weights(folder, finished[1])
+
+
+@pytest.mark.parametrize(
+    ("change", "changes"),
+    [({"path": "../rows.jsonl"}, ["data.mixture.path"]), ({"weight": 2.0}, ["data.mixture"])],
+)
+def test_places_of_a_mixture_are_told_apart_from_what_is_drawn(change, changes):
+    earlier = {"output_dir": "run", "data": {"mixture": [{"path": "rows.jsonl", "weight": 1.0}, {"path": "other"}]}}
+    first, second = earlier["data"]["mixture"]
+    now = {**earlier, "data": {"mixture": [{**first, **change}, second]}}
+    assert recipe_changes(earlier, now) == changes
+
+
+@pytest.mark.parametrize(("steps", "last"), [(2, 4), (12, 6)])
+def test_steps_that_a_checkpoint_does_not_fit_are_refused(steps, last, finished, interrupted, here):
+    recipe, folder = interrupted
+    if last == 6:
+        shutil.copytree(finished[1] / "dpo" / "checkpoint-6", folder / "dpo" / "checkpoint-6")
+    options = recipe, f"output_dir={folder}", f"dpo.max_steps={steps}", "--accept-changes"
+    error = last_line(here(*options, code=2))
+    assert f"cannot be resumed: `max_steps` is {steps} now, and {folder}/dpo/checkpoint-{last} is of step" in error

@@ -101,7 +101,7 @@ def explaining_load_errors(name: str, checkpoint: Path | None) -> Iterator[None]
             remedy = "pass `load_best_model_at_end=false` for this stage and --accept-changes to save the last weights"
         else:
             what, remedy = str(checkpoint), "move the folder away to go on from an older checkpoint"
-        reason = " ".join((str(error) or type(error).__name__).split())
+        reason = " ".join((str(error) or type(error).__name__).split()).rstrip(".")
         raise RunError(
             f"Stage `{name}` cannot load {what}: {reason}. If it is damaged, restore it, or {remedy}."
         ) from error

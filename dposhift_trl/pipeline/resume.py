@@ -9,7 +9,7 @@ from trl import SFTConfig
 
 from ..artifacts import FINISHED, START, ArtifactError, read_mapping, set_aside, write_whole
 from ..config import DPOShiftConfig
-from ..integrity import is_last, stage_fault
+from ..integrity import is_last, read_step, stage_fault
 from .checkpoints import last_complete_checkpoint
 from .errors import RunError
 from .processes import from_main, say
@@ -103,6 +103,12 @@ def _resume_point(
         write_whole(folder / START, json.dumps(now, indent=2))
         return None, lines
 
+    step, last_step = read_step(checkpoint)
+    if 0 < args.max_steps < step or (is_last(checkpoint) and 0 < args.max_steps != last_step):
+        raise RunError(
+            f"Stage `{name}` cannot be resumed: `max_steps` is {args.max_steps} now, and {checkpoint} is of step "
+            f"{step} of {last_step}. Set `max_steps` as it was, or choose a new `output_dir`."
+        )
     changed = _changes(now if before is None else before, now)
     if changed and not accept_changes and not is_last(checkpoint):
         raise RunError(

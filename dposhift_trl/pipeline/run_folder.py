@@ -40,7 +40,9 @@ from .processes import from_main
 
 
 # Where the rows and the model come from; a stage that goes on compares what they contain
-PLACES = ("data.path", "model.model_name_or_path")
+PLACES = ("data.path", "model.model_name_or_path", "data.mixture.path")
+# What a run shows of itself, and where; neither rows nor weights depend on it
+SHOWN = re.compile(r"report|wandb\..*|(sft|dpo)\.(report_to|disable_tqdm|logging_steps|log_level|log_level_replica)")
 
 
 @contextlib.contextmanager
@@ -118,7 +120,18 @@ def _refusal(recipe: Recipe, accept_changes: bool) -> str | None:
 def recipe_changes(earlier: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """Dotted keys that differ between the recipes of a run folder, except for those that moving the folder changes."""
     moved = changed_keys(_in_place(earlier), _in_place(now))
-    return [key for key in changed_keys(earlier, now) if key in moved]
+    changes = [key for key in changed_keys(earlier, now) if key in moved]
+    only_places = "data.mixture" in changes and _sources(earlier) == _sources(now)
+    return ["data.mixture.path" if only_places and key == "data.mixture" else key for key in changes]
+
+
+def _sources(recipe: dict[str, Any]) -> Any:
+    """The sources of a mixture without their places."""
+    data = recipe.get("data")
+    sources = data.get("mixture") if isinstance(data, dict) else None
+    if not isinstance(sources, list):
+        return sources
+    return [{**source, "path": None} if isinstance(source, dict) else source for source in sources]
 
 
 def _in_place(recipe: dict[str, Any]) -> dict[str, Any]:
@@ -135,6 +148,7 @@ def _in_place(recipe: dict[str, Any]) -> dict[str, Any]:
 
 def _unverified(changes: list[str], folder: Path) -> list[str]:
     """The changes that matter once a stage is trained. Of rows and model it is their content, if that is recorded."""
+    changes = [key for key in changes if not SHOWN.fullmatch(key)]
     trained = {path.parent for path in (*folder.glob(f"*/{FINISHED}"), *folder.glob("*/checkpoint-*"))}
     if not trained:
         return []
