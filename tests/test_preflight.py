@@ -111,6 +111,7 @@ def gpt2(**changes):
         ("dpo.lr_scheduler_kwargs={cycles: 3}", "`dpo.lr_scheduler_type` cannot be 'linear' here: "),
         ("dpo.torch_compile_backend=indcutor", "`dpo.torch_compile_backend` must be one of "),
         ("dpo.fp16=true", "`dpo.fp16` requires a GPU, got True."),
+        ("dpo.activation_offloading=true", "`dpo.activation_offloading` requires a GPU, got True."),
         ("dpo.push_to_hub=true", "`dpo.push_to_hub` requires the Hub, got `HF_HUB_OFFLINE=1`."),
         ("dpo.router_aux_loss_coef=0.1", "`dpo.router_aux_loss_coef` requires a mixture of experts"),
         (
@@ -125,6 +126,12 @@ def test_a_setting_of_stage_two_that_cannot_work_here_is_told_before_stage_one_t
 ):
     overrides = [override, f"model.model_name_or_path={tiny_model}"]
     assert refuse(*overrides).startswith(line)
+
+
+@pytest.mark.filterwarnings("ignore:.*pad_token")  # TRL's, which deprecates it for DPO only
+def test_a_padding_token_of_stage_two_that_is_unknown_is_told_before_stage_one_trains(refuse):
+    line = refuse("dpo.pad_token=nonsense")
+    assert line == "`dpo.pad_token` must be in the tokenizer's vocabulary, got 'nonsense'. Remove it."
 
 
 def test_all_mistakes_are_told_together_and_a_finished_stage_is_not_asked(recipe, tmp_path):
@@ -289,6 +296,16 @@ def test_long_rows_that_are_truncated_to_the_positions_are_trained_on(recipe, tm
     rows[5]["chosen"] += " w1" * 60
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     assert main([str(recipe), "--dry-run", "data.audit=keep"]) == 0
+
+
+def test_rows_that_make_no_batch_are_not_all_dropped(refuse, recipe):
+    line = refuse("dpo.dataloader_drop_last=true", "dpo.per_device_train_batch_size=13", "dpo.max_steps=-1")
+    assert line == (
+        "`dpo.dataloader_drop_last` must be false with fewer train rows than a batch of 13, got True with 12. Remove "
+        "it, or lower `per_device_train_batch_size`."
+    )
+    overrides = ["dpo.dataloader_drop_last=true", "dpo.per_device_train_batch_size=12"]
+    assert main([str(recipe), "--dry-run", *overrides]) == 0
 
 
 def test_a_stream_s_rows_are_not_known_so_its_length_must_fit(refuse):

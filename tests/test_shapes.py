@@ -16,6 +16,7 @@ from dposhift_trl.artifacts import read_rows
 from dposhift_trl.columns import (
     FILE_ROW,
     PREFERENCE_COLUMNS,
+    REFUSAL,
     ROW_INDEX,
     STREAM_ROW_INDEX,
     TEMPLATE_COLUMNS,
@@ -317,13 +318,41 @@ def test_each_row_is_converted_by_itself(streaming):
     assert changes == [shapes.SHAREGPT, shapes.SINGLE, shapes.TEXT_ANSWERS]
 
 
-def test_text_is_json_only_if_that_of_all_first_rows_is(streaming):
+def test_text_is_json_only_if_most_of_the_first_rows_is(streaming):
     as_json = {**CHAT, "chosen": json.dumps(CHAT["chosen"]), "rejected": json.dumps(CHAT["rejected"])}
     other = {**CHAT, "chosen": "[1, 2]", "rejected": json.dumps(CHAT["rejected"])}
     literal = {**CHAT, "chosen": [assistant("[1, 2]")]}
     assert converted([as_json, other], streaming)[0] == [{**CHAT, "chosen": [assistant(as_json["chosen"])]}, literal]
     found, _ = converted([as_json] * 100 + [other], streaming)
     assert found == [CHAT] * 100 + [literal]
+
+
+@pytest.mark.parametrize("cell", ["", " ", "[]", json.dumps(CHAT["chosen"])[:-4]])
+@pytest.mark.parametrize("column", PREFERENCE_COLUMNS)
+def test_a_blank_or_broken_cell_among_the_first_does_not_turn_the_others_into_text(column, cell, streaming):
+    as_json = {name: json.dumps(CHAT[name]) for name in PREFERENCE_COLUMNS}
+    found, changes = converted([as_json, {**as_json, column: cell}, as_json], streaming)
+    assert found == [CHAT, {**CHAT, column: None}, CHAT]
+    assert changes == [shapes.PARSED]
+
+
+def test_blank_cells_for_the_chat_template_are_nothing_and_others_are_json(streaming):
+    cells = [
+        {"tools": "", "chat_template_kwargs": '{"enable_thinking": false}'},
+        {"tools": "[]", "chat_template_kwargs": ""},
+        {"tools": "none", "chat_template_kwargs": ""},
+        {"tools": "", "chat_template_kwargs": '{"add_generation_prompt": true}'},
+    ]
+    rows = [{**CHAT, "prompt": [user(f"{place}")], **cell} for place, cell in enumerate(cells)]
+    found = load(rows, streaming)
+    columns = [PairTokenizer(TOKENIZER, "train").one(row) for row in found]
+    assert [row[REFUSAL] for row in columns] == [
+        None,
+        None,
+        "`tools` must be JSON, got 'none'",
+        "`chat_template_kwargs` must not contain `add_generation_prompt`, which TRL sets",
+    ]
+    assert len(list(audit(found).train)) == 2
 
 
 def test_pairs_of_a_row_have_numbers_that_are_unique_and_name_the_row(streaming):

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, IterableDataset, Value
 from transformers import PreTrainedTokenizerBase
 from trl import maybe_extract_prompt
 
@@ -141,7 +141,8 @@ def audit_preferences(
 
 def _tokenized(rows: Rows, name: str, tokenizer: PreTrainedTokenizerBase, num_proc: int | None) -> _Split:
     rows = with_row_index(rows)
-    if "chat_template_kwargs" in column_names(rows):
+    is_text = (rows.features or {}).get("chat_template_kwargs") == Value("string")  # read by `template_inputs`
+    if "chat_template_kwargs" in column_names(rows) and not is_text:
         rows = rows.map(_with_template_kwargs)
     form = _Form()
     if isinstance(rows, IterableDataset):

@@ -9,8 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..columns import PREFERENCE_COLUMNS
 from .errors import DataError, reading_rows
-from .messages import is_conversation as is_conversation
-from .messages import message_text, tool_calls
+from .messages import is_conversation, message_text, tool_calls
 from .rendering import bounded, render
 from .sources import Rows
 

@@ -3,6 +3,8 @@
 import json
 from typing import Any
 
+from ..columns import TEMPLATE_COLUMNS
+
 
 def is_conversation(value: Any) -> bool:
     """Whether a value is a non-empty list of messages."""
@@ -46,9 +48,18 @@ def message_as_text(message: dict[str, Any]) -> str:
 
 def template_inputs(row: dict[str, Any]) -> dict[str, Any]:
     """What the chat template is given with the messages of a row: its `tools`, and its `chat_template_kwargs`."""
-    tools = row.get("tools")
-    tools = json.loads(tools) if isinstance(tools, str) else tools
-    return {"tools": tools, **(row.get("chat_template_kwargs") or {})}
+    tools, kwargs = (_from_json(name, row.get(name)) for name in TEMPLATE_COLUMNS)
+    return {"tools": tools, **(kwargs or {})}
+
+
+def _from_json(name: str, value: Any) -> Any:
+    """A value, read from JSON if it is text. A blank cell of a CSV file is nothing."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value) if value.strip() else None
+    except ValueError as error:
+        raise ValueError(f"`{name}` must be JSON, got {value[:50]!r}") from error
 
 
 def is_empty(answer: str | list[dict[str, Any]]) -> bool:

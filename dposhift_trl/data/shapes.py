@@ -42,7 +42,7 @@ ONE_CHOSEN = "lists of one chosen answer became that answer"
 SEVERAL = "each rejected answer of a list became a pair"
 CHANGES = (PARSED, SHAREGPT, SINGLE, TEXT_ANSWERS, FLATTENED, NULLS, ONE_CHOSEN, SEVERAL)
 
-VERSION = 1  # part of the key of cached rows; increase it if rows are converted in another way
+VERSION = 2  # part of the key of cached rows; increase it if rows are converted in another way
 
 WANTED = "text or a list of messages with `role` and `content`"
 
@@ -235,23 +235,39 @@ def _is_list_of_one_answer(value: Any) -> bool:
 
 
 def _holds_json(values: Iterable[Any]) -> bool:
-    """Whether all values that are not null are text that a message or a list of messages can be read from."""
+    """Whether all values are text or null, and a message or a list of messages can be read from most of the text."""
     texts = [value for value in values if value is not None]
-    return bool(texts) and all(isinstance(text, str) and _parsed(text, set()) is not text for text in texts)
+    if not all(isinstance(text, str) for text in texts):
+        return False
+    holds = [_messages_in(text) is not None for text in texts if text.strip()]
+    return 2 * sum(holds) > len(holds)
 
 
 def _parsed(text: Any, changes: set[str]) -> Any:
-    """The messages that a text holds; if it holds none, the text."""
-    value = _loads(text) if isinstance(text, str) else None
-    messages = value if isinstance(value, list) else [value]
-    if not messages or not all(map(_resembles_message, messages)):
+    """The messages that a text holds; null if it is blank, empty, or broken JSON; any other text as it is."""
+    if not isinstance(text, str):
         return text
+    messages = _messages_in(text)
+    if messages is None:
+        is_text = _loads(text) if _begins_json(text) else text.strip()
+        return text if is_text else None
     changes.add(PARSED)
-    return value
+    return messages
+
+
+def _messages_in(text: str) -> Any:
+    """The message or the list of messages that a text holds, or `None`."""
+    value = _loads(text)
+    messages = value if isinstance(value, list) else [value]
+    return value if messages and all(map(_resembles_message, messages)) else None
+
+
+def _begins_json(text: str) -> bool:
+    return text.lstrip().startswith(("[", "{"))
 
 
 def _loads(text: str) -> Any:
-    if not text.lstrip().startswith(("[", "{")):
+    if not _begins_json(text):
         return None
     try:
         return json.loads(text)

@@ -19,7 +19,7 @@ from .rendering import TemplateLimitError, bounded, render
 from .tokens import shorten, split_pair
 
 
-FORMAT = 1  # part of every cache key; increase it if the columns or their meaning change
+FORMAT = 2  # part of every cache key; increase it if the columns or their meaning change
 
 COLUMNS = {
     **{name: List(Value("int64")) for name in TOKEN_COLUMNS},
@@ -139,8 +139,8 @@ class PairTokenizer:
         kwargs = template_inputs(row)  # TRL reads it for text too
         prompt, answers = row["prompt"], [row["chosen"], row["rejected"]]
         if isinstance(prompt, list):
-            if "tokenize" in kwargs:
-                raise ValueError("`chat_template_kwargs` must not contain `tokenize`, which TRL sets")
+            if reserved := {"tokenize", "add_generation_prompt"} & set(kwargs):
+                raise ValueError(f"`chat_template_kwargs` must not contain `{min(reserved)}`, which TRL sets")
             kwargs["tokenize"] = not self.renders_text
             with bounded():
                 return [

@@ -46,10 +46,12 @@ from ..columns import CHOSEN_IDS, PROMPT_IDS, REJECTED_IDS, ROW_INDEX
 from ..config import DPOShiftConfig
 from ..data.audit import AuditedRows
 from ..data.errors import one_line
+from ..data.sources import Rows
 from ..recipe import Recipe
 from ..reference.cache import ReferenceCacheError, default_folder
 from ..training.checks import vocabulary_mistake
 from .errors import RunError
+from .loading import as_trained
 from .processes import from_main
 
 
@@ -99,8 +101,13 @@ def check_model(recipe: Recipe, base: str, tokenizer: PreTrainedTokenizerBase) -
     _refuse(list(_kind_mistakes(base, config)))
     model = _model_without_weights(recipe, config)
     mistakes = list(_file_mistakes(base, config, tokenizer, is_adapter))
+    vocabulary = as_trained(tokenizer, recipe).get_vocab()
     for name, args in _stages_left(recipe).items():
         mistakes += [f"`{name}.{mistake}" for mistake in _training_mistakes(args, config, model)]
+        if args.pad_token is not None and args.pad_token not in vocabulary:
+            mistakes.append(
+                f"`{name}.pad_token` must be in the tokenizer's vocabulary, got {args.pad_token!r}. Remove it."
+            )
     if model is None:
         _refuse(mistakes)
         return None
@@ -114,7 +121,8 @@ def check_model(recipe: Recipe, base: str, tokenizer: PreTrainedTokenizerBase) -
 
 def check_lengths(recipe: Recipe, rows: dict[str, AuditedRows], positions: int | None) -> None:
     """
-    Check that no row that is trained or evaluated on is longer than the positions of the model.
+    Check that no row that is trained or evaluated on is longer than the positions of the model, and that the rows make
+    a batch.
 
     Args:
         recipe ([`~recipe.Recipe`]):
@@ -127,11 +135,12 @@ def check_lengths(recipe: Recipe, rows: dict[str, AuditedRows], positions: int |
     Raises:
         RunError: With one line per stage and split that has such rows.
     """
-    if positions is None:
-        return
     mistakes = []
     for name, args in _stages_left(recipe).items():
-        if name not in rows or (args.max_length is not None and args.max_length <= positions):
+        if name not in rows:
+            continue
+        mistakes += [f"`{name}.{mistake}" for mistake in _batch_mistakes(args, rows[name].train)]
+        if positions is None or (args.max_length is not None and args.max_length <= positions):
             continue
         remedy = f"Set `{name}.max_length: {positions}`."
         # The other strategies number the positions of each row anew
@@ -188,6 +197,8 @@ def _setting_mistakes(args: SFTConfig | DPOShiftConfig) -> Iterator[str]:
         yield f"torch_compile_backend` must be one of {known}, got {args.torch_compile_backend!r}."
     if args.fp16 and args.device.type == "cpu":
         yield "fp16` requires a GPU, got True. Set `bf16: true` to train in half precision on a CPU."
+    if args.activation_offloading and args.device.type == "cpu":
+        yield "activation_offloading` requires a GPU, got True. Remove it to train on a CPU."
     if args.fsdp and args.parallel_mode != ParallelMode.DISTRIBUTED:
         yield f"fsdp` requires several processes, got {args.fsdp!r} with one. Start with `accelerate launch`."
     if isinstance(args, SFTConfig) and args.packing and args.max_length is None:
@@ -381,6 +392,19 @@ def _adapter_mistakes(model: PreTrainedModel, adapter: LoraConfig) -> Iterator[s
 
 
 # Rows
+
+
+def _batch_mistakes(args: SFTConfig | DPOShiftConfig, rows: Rows) -> Iterator[str]:
+    """Mistakes of a stage with so few rows. Each goes on after "`stage."."""
+    if not args.dataloader_drop_last or not isinstance(rows, Dataset):
+        return
+    by_tokens = args.packing if isinstance(args, SFTConfig) else args.max_tokens_per_batch
+    batch = args.train_batch_size * args.world_size
+    if not by_tokens and len(rows) < batch:
+        yield (
+            f"dataloader_drop_last` must be false with fewer train rows than a batch of {batch}, got True with "
+            f"{len(rows)}. Remove it, or lower `per_device_train_batch_size`."
+        )
 
 
 def _lengths(rows: Dataset, answers: tuple[str, ...]) -> list[int]:
