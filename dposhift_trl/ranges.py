@@ -116,7 +116,7 @@ RANGES: dict[str, Range] = {
     ),
     **dict.fromkeys(("max_train_rows", "max_eval_rows"), Range(ROWS, "Remove it to use all rows.")),
     "shuffle_buffer": Range(
-        COUNT_OR_NONE, "Write for example `shuffle_buffer: 10000`, or 0 to train in the order of the files."
+        COUNT_OR_NONE, "Write for example `shuffle_buffer: 1000`, or 0 to train in the order of the files."
     ),
     **_write(POSITIVE, max_expanded_gib=4),
     "min_rows_kept": Range(

@@ -96,9 +96,22 @@ def gpt2(**changes):
 # Settings
 
 
+def test_a_model_folder_that_does_not_exist_is_told_at_once(refuse):
+    assert refuse("model.model_name_or_path=/no/where") == (
+        "`model.model_name_or_path` must be a Hub name or a folder, got '/no/where', which does not exist. Correct the "
+        "path."
+    )
+
+
 @pytest.mark.parametrize(
     ("override", "line"),
     [
+        ("dpo.metric_for_best_model=dpo_los", "`dpo.metric_for_best_model` must be one of loss, entropy, "),
+        ("sft.metric_for_best_model=rewards/margins", "`sft.metric_for_best_model` must be one of loss, entropy, "),
+        (
+            "model.model_name_or_path=/no/where",
+            "`model.model_name_or_path` must be a Hub name or a folder, got '/no/w",
+        ),
         ("dpo.report_to=comet_ml", "`dpo.report_to` requires the package of 'comet_ml', which is not installed."),
         ("dpo.report_to=[tensorboard]", "`dpo.report_to` requires the package of 'tensorboard', which is not insta"),
         ("dpo.use_liger_kernel=true", "`dpo.use_liger_kernel` requires liger-kernel, got True."),
@@ -281,7 +294,7 @@ def test_rows_beyond_the_positions_are_told_with_their_number(refuse, tmp_path, 
     assert line.startswith(
         f"`dpo.max_length` must be at most 32, the positions of the model, got {length}: 1 train rows"
     )
-    assert line.endswith("the first one is row 5. Set `dpo.max_length: 32`.")
+    assert line.endswith("the first one is row 5 of the split. Set `dpo.max_length: 32`.")
 
 
 def test_stage_one_reads_no_rejected_answer_so_none_is_too_long_for_it(recipe, tmp_path):

@@ -459,7 +459,7 @@ def test_only_the_first_rows_are_shuffled_where_a_number_is_set():
         ),
         (
             {"shuffle_buffer": -1, "streaming": True},
-            "`shuffle_buffer` must be at least 0, got -1. Write for example `shuffle_buffer: 10000`, or 0 to train in "
+            "`shuffle_buffer` must be at least 0, got -1. Write for example `shuffle_buffer: 1000`, or 0 to train in "
             "the order of the files.",
         ),
         *(

@@ -10,7 +10,7 @@ from ..ranges import check_ranges
 
 AUDIT_POLICIES = ("drop", "keep", "error")
 
-SHUFFLE_BUFFER = 10_000
+SHUFFLE_BUFFER = 1_000  # as in datasets; each look at the first row of a stream fills it
 
 
 class AuditKind(NamedTuple):
@@ -121,7 +121,7 @@ class DataConfig(DataSource):
             Read rows during training, without a copy on disk. Every stage then needs `max_steps`.
         shuffle_buffer (`int`, *optional*):
             With `streaming`, number of training rows in memory from which the next ones are drawn at random, as in
-            [`datasets.IterableDataset.shuffle`]; 10,000 by default. 0 trains in the order of the files. Without
+            [`datasets.IterableDataset.shuffle`]; 1,000 by default. 0 trains in the order of the files. Without
             `streaming`, all rows are shuffled.
         max_expanded_gib (`float`, *optional*, defaults to `4.0`):
             Largest size of a compressed local file when expanded, in GiB.

@@ -5,6 +5,7 @@ Each check asks the library that would fail later, with as little as it takes: t
 model without weights, on the `meta` device.
 """
 
+import dataclasses
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -42,6 +43,7 @@ from transformers.utils import is_liger_kernel_available
 from trl import SFTConfig, get_peft_config
 
 from ..artifacts import FINISHED
+from ..choices import did_you_mean
 from ..columns import CHOSEN_IDS, PROMPT_IDS, REJECTED_IDS, ROW_INDEX
 from ..config import DPOShiftConfig
 from ..data.audit import AuditedRows
@@ -50,6 +52,7 @@ from ..data.sources import Rows
 from ..recipe import Recipe
 from ..reference.cache import ReferenceCacheError, default_folder
 from ..training.checks import vocabulary_mistake
+from ..training.metrics import PairScores, evaluation_metrics, pair_metrics
 from .errors import RunError
 from .loading import as_trained
 from .processes import from_main
@@ -69,7 +72,7 @@ def check_settings(recipe: Recipe) -> None:
     Raises:
         RunError: With one line per mistake.
     """
-    mistakes = [
+    mistakes = list(_place_mistakes(str(recipe.model.model_name_or_path))) + [
         f"`{name}.{mistake}" for name, args in _stages_left(recipe).items() for mistake in _setting_mistakes(args)
     ]
     if (recipe.model.load_in_4bit or recipe.model.load_in_8bit) and not is_bnb_available():
@@ -162,7 +165,7 @@ def check_lengths(recipe: Recipe, rows: dict[str, AuditedRows], positions: int |
                 mistakes.append(
                     f"`{name}.max_length` must be at most {positions}, the positions of the model, got "
                     f"{args.max_length}: {len(beyond)} {split} rows have more tokens, the longest one "
-                    f"{max(lengths)}, the first one is row {dataset[beyond[0]][ROW_INDEX]}. {remedy}"
+                    f"{max(lengths)}, the first one is row {dataset[beyond[0]][ROW_INDEX]} of the split. {remedy}"
                 )
     _refuse(mistakes)
 
@@ -182,6 +185,15 @@ def _refuse(mistakes: list[str]) -> None:
 
 def _sentence(error: Exception) -> str:
     return f"{str(error).strip().rstrip('.') or type(error).__name__}."
+
+
+def _place_mistakes(model: str) -> Iterator[str]:
+    looks_like_a_path = model.startswith(("/", "./", "../", "~")) or model.count("/") > 1
+    if looks_like_a_path and not Path(model).exists():
+        yield (
+            f"`model.model_name_or_path` must be a Hub name or a folder, got {model!r}, which does not exist. Correct "
+            "the path."
+        )
 
 
 # Settings. Each mistake goes on after "`stage."
@@ -213,8 +225,24 @@ def _setting_mistakes(args: SFTConfig | DPOShiftConfig) -> Iterator[str]:
             default_folder()
         except ReferenceCacheError as error:
             yield f"precompute_ref_log_probs` needs a folder: {error}"
+    metric, metrics = (args.metric_for_best_model or "loss").removeprefix("eval_"), _evaluation_metrics(args)
+    if metric not in metrics:
+        yield (
+            f"metric_for_best_model` must be one of {', '.join(metrics)}, got {args.metric_for_best_model!r}."
+            f"{did_you_mean(metric, metrics)}"
+        )
     if args.push_to_hub and (fault := from_main(_hub_fault(args.hub_token))):
         yield f"push_to_hub` {fault}"
+
+
+def _evaluation_metrics(args: SFTConfig | DPOShiftConfig) -> list[str]:
+    """Metrics that an evaluation logs."""
+    metrics = ["loss", "entropy", "mean_token_accuracy", "num_tokens", "aux_loss"]
+    metrics += ["runtime", "samples_per_second", "steps_per_second"]
+    if isinstance(args, DPOShiftConfig):
+        scores = PairScores(*torch.ones(len(dataclasses.fields(PairScores)), 2).unbind())
+        metrics += ["logits/chosen", "logits/rejected", *pair_metrics(scores, 1.0), *evaluation_metrics(scores, 1.0)]
+    return metrics
 
 
 def _hub_fault(token: str | None) -> str | None:

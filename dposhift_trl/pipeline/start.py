@@ -81,7 +81,7 @@ def stage_start(model: str, base: str, revision: str | None, hashes: Start) -> S
         RunError: If the base model of an adapter is gone.
     """
     if PartialState().is_main_process:
-        _relocate_adapter(Path(model), Path(base))
+        _relocate_adapter(Path(model), Path(base), is_stage=model != base)
     PartialState().wait_for_everyone()
     if (recorded := _lost_base(Path(model))) is not None:
         raise RunError(
@@ -131,8 +131,10 @@ def _lost_base(folder: Path) -> str | None:
     return recorded if isinstance(recorded, str) and os.path.isabs(recorded) and not Path(recorded).exists() else None
 
 
-def _relocate_adapter(folder: Path, base: Path) -> None:
-    """Write into a saved adapter where its base model is now: that of the run, or the demo model beside its stage."""
+def _relocate_adapter(folder: Path, base: Path, is_stage: bool) -> None:
+    """Write into an adapter that a stage has saved where its base is now: the demo model beside it, or the run's."""
+    if not is_stage:
+        return
     recorded, path = _lost_base(folder), folder / ADAPTER_CONFIG
     found = [place for place in (folder.parent / "base", base) if (place / "config.json").is_file()]
     if recorded is not None and found:
