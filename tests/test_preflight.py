@@ -98,8 +98,8 @@ def gpt2(**changes):
 
 def test_a_model_folder_that_does_not_exist_is_told_at_once(refuse):
     assert refuse("model.model_name_or_path=/no/where") == (
-        "`model.model_name_or_path` must be a Hub name or a folder, got '/no/where', which does not exist. Correct the "
-        "path."
+        "`model.model_name_or_path` must be a Hub name or a folder, got '/no/where', which does not exist. Correct "
+        "the path."
     )
 
 
