@@ -1,19 +1,24 @@
 """The numbers and words that settings may hold: every field is in the table, and what passes it can be built."""
 
+import contextlib
 import dataclasses
+import io
 import math
 import re
 import typing
 
 import pytest
+from conftest import make_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ruamel.yaml import YAML
 from trl import DPOConfig
 
 from dposhift_trl import DPOShiftConfig
 from dposhift_trl.choices import CHOICES
 from dposhift_trl.ranges import RANGES, check_ranges, range_mistake
 from dposhift_trl.recipe import DECIDED_ELSEWHERE, SECTIONS, RecipeError, load_recipe
+from dposhift_trl.run import main
 
 
 HINTS = {section: typing.get_type_hints(cls) for section, cls in SECTIONS.items()}
@@ -161,6 +166,23 @@ def test_the_config_reports_all_its_numbers_out_of_range_at_once(tmp_path):
     check_ranges(DPOConfig(output_dir=str(tmp_path), bf16=False))
 
 
+@pytest.fixture(scope="module")
+def whole_recipe(tmp_path_factory, tiny_model):
+    """A recipe whose stages could train here."""
+    folder = tmp_path_factory.mktemp("ranges")
+    make_rows(12).to_json(folder / "rows.jsonl")
+    stage = {"bf16": False, "use_cpu": True, "report_to": "none", "gradient_checkpointing": False, "max_length": 64}
+    values = {
+        "output_dir": str(folder / "run"),
+        "model": {"model_name_or_path": tiny_model},
+        "data": {"path": str(folder / "rows.jsonl"), "eval_size": 3},
+        "sft": stage,
+        "dpo": stage,
+    }
+    YAML(typ="safe").dump(values, folder / "recipe.yaml")
+    return str(folder / "recipe.yaml")
+
+
 def can_be_set(section, name):
     return not (section in ("sft", "dpo") and name in DECIDED_ELSEWHERE)
 
@@ -176,6 +198,19 @@ def test_any_number_in_any_field_is_refused_by_name_or_makes_arguments(recipe, f
     lines = refusals(recipe, f"{key}=[{text}]" if field[1] == "loss_weights" else f"{key}={text}")
     assert lines in ([], lines[:1])
     assert all(f"`{key}`" in line or f"`{field[1]}`" in line for line in lines), lines
+
+
+@settings(derandomize=True, deadline=None, database=None, max_examples=60)
+@given(field=st.sampled_from([field for field in NUMERIC if can_be_set(*field)]), value=st.sampled_from(NUMBERS))
+def test_any_number_in_any_field_is_refused_in_one_line_or_starts(whole_recipe, field, value):
+    key, text = ".".join(field), f"{value!r}".replace("inf", ".inf").replace("nan", ".nan")
+    override = f"{key}=[{text}]" if field[1] == "loss_weights" else f"{key}={text}"
+    with contextlib.redirect_stderr(io.StringIO()) as errors, contextlib.redirect_stdout(io.StringIO()):
+        code = main([whole_recipe, "--dry-run", override])
+    lines = errors.getvalue().splitlines()
+    assert code in (0, 2)
+    assert not any("Traceback" in line for line in lines)
+    assert code == 0 or field[1] in lines[-1]
 
 
 # Words
