@@ -945,7 +945,7 @@ def test_tools_count_where_the_prompt_is_implicit_too(chat_tokenizer):
     [
         pytest.param(None, {}, "Cannot use chat template functions", id="no template"),
         pytest.param("{{ raise_exception('No system role.') }}", {}, "No system role.", id="template that refuses"),
-        pytest.param(TEMPLATE, {"tools": "{{{"}, "Expecting property name", id="tools that are no JSON"),
+        pytest.param(TEMPLATE, {"tools": "{{{"}, "`tools` must be JSON, got '{{{'", id="tools that are no JSON"),
     ],
 )
 def test_a_conversation_that_cannot_be_rendered_is_refused(template, extra, reason, tokenizer, streaming):

@@ -108,10 +108,6 @@ def test_a_model_folder_that_does_not_exist_is_told_at_once(refuse):
     [
         ("dpo.metric_for_best_model=dpo_los", "`dpo.metric_for_best_model` must be one of loss, entropy, "),
         ("sft.metric_for_best_model=rewards/margins", "`sft.metric_for_best_model` must be one of loss, entropy, "),
-        (
-            "model.model_name_or_path=/no/where",
-            "`model.model_name_or_path` must be a Hub name or a folder, got '/no/w",
-        ),
         ("dpo.report_to=comet_ml", "`dpo.report_to` requires the package of 'comet_ml', which is not installed."),
         ("dpo.report_to=[tensorboard]", "`dpo.report_to` requires the package of 'tensorboard', which is not insta"),
         ("dpo.use_liger_kernel=true", "`dpo.use_liger_kernel` requires liger-kernel, got True."),
