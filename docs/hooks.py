@@ -57,4 +57,6 @@ def on_page_content(content: str, page: Page, config: MkDocsConfig, files: Files
         # The converter leaves no space behind the names of functions
         return re.sub(r"(<mi>(?:log|exp|cos)</mi>)", r'\1<mspace width="0.167em" />', convert(tex, display=display))
 
-    return re.sub(r'<(?:span|div) class="arithmatex">(\\[(\[])(.*?)\\[)\]]</(?:span|div)>', mathml, content, flags=re.S)
+    return re.sub(
+        r'<(?:span|div) class="arithmatex">(\\[(\[])(.*?)\\[)\]]</(?:span|div)>', mathml, content, flags=re.S
+    )
