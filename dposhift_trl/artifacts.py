@@ -26,6 +26,9 @@ REPORT = "report"
 GENERATIONS = "generations"
 LOCK = ".lock"
 
+# In the folder of a diagnosis, beside those of a run folder
+DIAGNOSIS = "diagnosis.json"
+
 # In the folder of a stage
 START = "start.json"
 FINISHED = "finished.json"

@@ -209,17 +209,12 @@ def load_recipe(path: str, overrides: Sequence[str] = ()) -> Recipe:
             closest valid one.
     """
     values = read_yaml(path)
-    for override in overrides:
-        _apply_override(values, override, path)
-    _check_size(values, path)
-    unwritable = [f"{path}: {mistake}" for mistake in _unwritable(values)]
-    if unwritable:
-        raise RecipeError(*unwritable)
+    apply_overrides(values, overrides, path)
     _check_keys_and_types(values, path)
     resolved = _with_defaults(values, path)
-    data: DataConfig = _build(DataConfig, resolved["data"], "data", path)
-    model = _build(RecipeModelConfig, resolved["model"], "model", path)
-    wandb = _build(WandbConfig, resolved["wandb"], "wandb", path)
+    data: DataConfig = build_section(DataConfig, resolved["data"], "data", path)
+    model = build_section(RecipeModelConfig, resolved["model"], "model", path)
+    wandb = build_section(WandbConfig, resolved["wandb"], "wandb", path)
     stages = {}
     mistakes = []
     for name, stage in STAGES.items():
@@ -233,7 +228,7 @@ def load_recipe(path: str, overrides: Sequence[str] = ()) -> Recipe:
         }
         try:
             hub = hub_defaults(decided["run_name"], resolved[name])
-            stages[name] = _build(stage, {**resolved[name], **decided, **hub}, name, path)
+            stages[name] = build_section(stage, {**resolved[name], **decided, **hub}, name, path)
         except RecipeError as error:
             mistakes.append(str(error))
     if mistakes:
@@ -380,6 +375,21 @@ def _unwritable(value: Any, key: str = "") -> Iterator[str]:
         yield f"`{key}` must be an integer with at most 63 bits, got one with {value.bit_length()}."
 
 
+def apply_overrides(values: dict[str, Any], overrides: Sequence[str], path: str) -> None:
+    """
+    Set the values of `key=value` overrides in those of a recipe.
+
+    Raises:
+        RecipeError: If an override cannot be read, or the values cannot be saved and read back.
+    """
+    for override in overrides:
+        _apply_override(values, override, path)
+    _check_size(values, path)
+    unwritable = [f"{path}: {mistake}" for mistake in _unwritable(values)]
+    if unwritable:
+        raise RecipeError(*unwritable)
+
+
 def _apply_override(values: dict[str, Any], override: str, path: str) -> None:
     key, equals, text = override.partition("=")
     parts = key.strip().split(".")
@@ -402,17 +412,35 @@ def _apply_override(values: dict[str, Any], override: str, path: str) -> None:
     node[parts[-1]] = value
 
 
-def _check_keys_and_types(values: dict[str, Any], path: str) -> None:
+def key_mistakes(values: dict[str, Any], top_level: dict[str, Any], sections: dict[str, type], path: str) -> list[str]:
+    """
+    Mistakes in the keys of a recipe and in the types and ranges of their values, one line each.
+
+    Args:
+        values (`dict[str, Any]`):
+            The recipe. Single values for lists become lists.
+        top_level (`dict[str, Any]`):
+            Types of the keys without a section.
+        sections (`dict[str, type]`):
+            Dataclasses of the sections.
+        path (`str`):
+            What the messages call the recipe.
+    """
     mistakes = []
     for key, value in values.items():
-        if key not in SECTIONS and key not in TOP_LEVEL:
-            mistakes.append(f"{path}: unknown key `{key}`.{did_you_mean(key, [*TOP_LEVEL, *SECTIONS])}")
-        elif key in TOP_LEVEL:
-            mistakes += _value_mistakes({key: value}, {key: _Accepted(TOP_LEVEL[key], as_list=False)}, "", path)
+        if key not in sections and key not in top_level:
+            mistakes.append(f"{path}: unknown key `{key}`.{did_you_mean(key, [*top_level, *sections])}")
+        elif key in top_level:
+            mistakes += _value_mistakes({key: value}, {key: _Accepted(top_level[key], as_list=False)}, "", path)
         elif value is not None and not isinstance(value, dict):
             mistakes.append(f"{path}: section `{key}` must be a mapping, got {value!r}.")
         elif value is not None:
-            mistakes += _section_mistakes(key, value, SECTIONS[key], path)
+            mistakes += _section_mistakes(key, value, sections[key], path)
+    return mistakes
+
+
+def _check_keys_and_types(values: dict[str, Any], path: str) -> None:
+    mistakes = key_mistakes(values, TOP_LEVEL, SECTIONS, path)
     for name in ("output_dir", "model", "data"):
         if not values.get(name):
             mistakes.append(f"{path}: `{name}` is missing. Every recipe needs `output_dir`, `model` and `data`.")
@@ -531,7 +559,8 @@ def _with_defaults(values: dict[str, Any], path: str) -> dict[str, Any]:
     return resolved
 
 
-def _build(cls: type, values: dict[str, Any], section: str, path: str) -> Any:
+def build_section(cls: type, values: dict[str, Any], section: str, path: str) -> Any:
+    """The dataclass of a section. Its own checks raise a [`RecipeError`]."""
     try:
         # `TrainingArguments` prints advice
         with contextlib.redirect_stdout(io.StringIO()):

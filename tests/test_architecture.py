@@ -33,7 +33,7 @@ LAYERS = (
     ("training",),
     ("recipe",),
     ("pipeline",),
-    ("run", "sweep", "generate"),
+    ("run", "sweep", "generate", "diagnose"),
     ("__main__",),
 )
 
