@@ -76,13 +76,13 @@ def diagnose(settings: DiagnoseSettings, overwrite: bool = False) -> Diagnosis:
     policy, reference = models = find_models(settings)
     for source in models:
         say(f"{source.role}: {source.text}")
-    described = describe(settings, {source.role: source.weights for source in models})
-    folder = choose_folder(settings, described, overwrite)
     configs = {source: load_config(source, settings.trust_remote_code) for source in models}
     audited, tokenizer = _audited_pairs(settings, policy, reference)
     rows = audited.train
     assert isinstance(rows, Dataset)  # streams are refused
     check_sizes(rows, configs, settings)
+    described = describe(settings, models, rows)
+    folder = choose_folder(settings, described, overwrite)
     sizes = [config.get_text_config().vocab_size for config in configs.values()]
     padding = tokenizer.pad_token_id
     scorer = AnswerScorer(0 if padding is None or padding >= min(sizes) else padding, settings)

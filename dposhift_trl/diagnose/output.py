@@ -9,8 +9,11 @@ The folder that a diagnosis is written to, `diagnosis/<policy>` by default.
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from datasets import Dataset
 
 from ..artifacts import (
     AUDIT,
@@ -28,8 +31,10 @@ from ..artifacts import (
 from ..data.audit import AuditedRows
 from ..pipeline.run_folder import save_evaluated_rows
 from ..recipe import dump_yaml
+from ..reference.fingerprint import reference_key
 from ..training.metrics import PairScores
 from ..training.recorder import table_path
+from .models import ModelSource
 from .settings import DiagnoseError, DiagnoseSettings
 
 
@@ -39,10 +44,13 @@ WRITTEN = (RECIPE, DIAGNOSIS, AUDIT, EVAL_ROWS, PAIRS, REPORT)
 FREE = {"output_dir", "batch_size"}
 
 
-def describe(settings: DiagnoseSettings, weights: dict[str, str | None]) -> dict[str, Any]:
+def describe(settings: DiagnoseSettings, models: Sequence[ModelSource], rows: Dataset) -> dict[str, Any]:
     """What the numbers of a diagnosis depend on, for comparison with a later call."""
     values = {name: value for name, value in settings.resolved.items() if name not in FREE}
-    return {**values, "weights": weights}
+    tokens = reference_key(
+        rows, "", max_length=None, truncation_mode=settings.truncation.mode, ld_alpha=None, precision=""
+    )
+    return {**values, "weights": {source.role: source.weights for source in models}, "tokens": tokens}
 
 
 def choose_folder(settings: DiagnoseSettings, described: dict[str, Any], overwrite: bool) -> Path:
@@ -50,8 +58,8 @@ def choose_folder(settings: DiagnoseSettings, described: dict[str, Any], overwri
     The folder to write to: the one asked for, or the first in `diagnosis` that is free or holds this diagnosis.
 
     Raises:
-        DiagnoseError: If the folder asked for contains other files, or a diagnosis with other settings or of other
-            weights, and `overwrite` is `False`.
+        DiagnoseError: If the folder asked for contains other files, or a diagnosis with other settings, or of
+            other weights or pairs, and `overwrite` is `False`.
     """
     if settings.output_dir is not None:
         folder = Path(settings.output_dir).expanduser()
