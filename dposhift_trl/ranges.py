@@ -59,7 +59,7 @@ RANGES: dict[str, Range] = {
     # How much is read, and how often
     **_write(COUNT, per_device_train_batch_size=8, per_device_eval_batch_size=8, gradient_accumulation_steps=1),
     **_write(COUNT, eval_accumulation_steps=10, torch_empty_cache_steps=10, precompute_ref_batch_size=8),
-    **_write(COUNT, max_length=1024, ref_model_sync_steps=512, batch_size=8, limit=500),
+    **_write(COUNT, max_length=1024, ref_model_sync_steps=512),
     **_write(COUNT, dataset_num_proc=1, dataloader_prefetch_factor=2, ddp_bucket_cap_mb=25, ddp_timeout=1800),
     **_write(COUNT_OR_NONE, dataloader_num_workers=0),
     **_write(POSITIVE, num_train_epochs=1),

@@ -1,7 +1,6 @@
 """What is diagnosed, on which pairs: the keys of a recipe, and the flags that are their short form."""
 
 import dataclasses
-import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -10,7 +9,7 @@ from ..console import one_line
 from ..data.config import DataConfig
 from ..data.tokens import Truncation
 from ..ranges import check_ranges
-from ..recipe import RecipeError, apply_overrides, build_section, key_mistakes, read_yaml
+from ..recipe import RecipeError, build_section, key_mistakes, keys_of, read_values
 
 
 NO_RECIPE = "diagnose"  # what messages call the settings of a command line without a recipe
@@ -73,6 +72,9 @@ class DiagnoseSettings:
 
     def __post_init__(self) -> None:
         check_ranges(self)
+        for name, example in (("limit", 500), ("batch_size", 8)):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {value}. Write for example `{name}: {example}`.")
         if self.data.streaming:
             raise ValueError(
                 "`data.streaming` is not supported in a diagnosis, got True. Remove it, and set `limit` to score only "
@@ -112,8 +114,7 @@ def load_settings(
         RecipeError: With one line per mistake.
     """
     name = path or NO_RECIPE
-    values = {} if path is None else read_yaml(path)
-    apply_overrides(values, overrides, name)
+    values = read_values(path, overrides, name)
     flags = dict(flags or {})
     source, split = flags.pop("data", None), flags.pop("split", None)
     values |= flags
@@ -123,7 +124,8 @@ def load_settings(
         values["data"]["path"] = source
     if split is not None:
         values["data"] |= {"train_split": split, "eval_split": None, "eval_size": None}
-    mistakes = key_mistakes(values, TOP_LEVEL, {"data": DataConfig}, name)
+    top_level = {key: found for key, found in keys_of("", DiagnoseSettings).items() if key != "data"}
+    mistakes = key_mistakes(values, top_level, ("data",), name)
     mistakes += [
         f"{name}: `{key}` is missing. Pass --{key}, or write it in a recipe."
         for key in ("policy", "data")
@@ -136,7 +138,3 @@ def load_settings(
         return DiagnoseSettings(**{**values, "data": data})
     except ValueError as error:
         raise RecipeError(*(f"{name}: {line}" for line in str(error).split("\n"))) from None
-
-
-HINTS = typing.get_type_hints(DiagnoseSettings)
-TOP_LEVEL = {field.name: HINTS[field.name] for field in dataclasses.fields(DiagnoseSettings) if field.name != "data"}
