@@ -76,8 +76,8 @@ def find_models(settings: DiagnoseSettings) -> tuple[ModelSource, ModelSource]:
         return policy, _find("reference", settings.reference)
     if policy.base is None:
         raise DiagnoseError(
-            f"`reference` must be set unless `policy` is an adapter, got the whole model {policy.place}. Pass --reference "
-            "with the model that training started from."
+            f"`reference` must be set unless `policy` is an adapter, got the whole model {policy.place}. Pass "
+            "--reference with the model that training started from."
         )
     return policy, ModelSource("reference", policy.place, policy.base, without_adapter=True)
 
