@@ -31,7 +31,8 @@ from dposhift_trl.data.errors import MAX_LINE, DataError, reading_rows
 from dposhift_trl.data.shapes import convert
 from dposhift_trl.data.sources import load_preferences
 from dposhift_trl.data.tokens import Truncation, shorten
-from dposhift_trl.recipe import SECTIONS, TOP_LEVEL, UNWRITABLE, RecipeError, dump_yaml, load_recipe, parse_yaml
+from dposhift_trl.recipe import SECTIONS, RecipeError, dump_yaml, load_recipe, parse_yaml, recipe_keys
+from dposhift_trl.recipe.checks import UNWRITABLE
 from dposhift_trl.run import main
 from dposhift_trl.schedules import check_knots
 
@@ -43,6 +44,7 @@ data: {path: demo, eval_split: test}
 sft: {bf16: false, use_cpu: true}
 dpo: {bf16: false, use_cpu: true}
 """
+TOP_LEVEL = [key.name for key in recipe_keys("")]
 FIELDS = [(key,) for key in (*TOP_LEVEL, *SECTIONS)] + [
     (section, field.name) for section, cls in SECTIONS.items() for field in dataclasses.fields(cls)
 ]
