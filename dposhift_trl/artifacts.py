@@ -26,11 +26,15 @@ REPORT = "report"
 GENERATIONS = "generations"
 LOCK = ".lock"
 
+# In the folder of a diagnosis, beside those of a run folder
+DIAGNOSIS = "diagnosis.json"
+
 # In the folder of a stage
 START = "start.json"
 FINISHED = "finished.json"
 STATE = "trainer_state.json"
 PAIRS = "pairs"  # <prefix>-<step>.parquet, the scores that an evaluation gave each pair
+TOKENS = "tokens"  # in PAIRS, <prefix>-<step>.parquet: the tokens of the pairs that fell and rose most
 WANDB_ID = "wandb_id"
 MERGED = "merged"
 EARLIER = "earlier"  # <n>: log and scores of an earlier training
