@@ -1,4 +1,4 @@
-"""Hooks of MkDocs: pages that are outside of docs/, links to them, and formulas as MathML."""
+"""Hooks of MkDocs: pages that are outside of docs/ or made from the code, links to them, and formulas as MathML."""
 
 import html
 import posixpath
@@ -9,6 +9,7 @@ from latex2mathml.converter import convert
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
+from recipe_keys import recipe_page  # beside this file
 
 
 ROOT = Path(__file__).parent.parent
@@ -26,7 +27,8 @@ COPIED = ("recipes", "examples")
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the pages and files that are outside of docs/."""
+    """Add the pages and files that are outside of docs/, and the list of all keys."""
+    files.append(File.generated(config, "recipe_reference.md", content=recipe_page()))
     copied = [path.relative_to(ROOT).as_posix() for name in COPIED for path in (ROOT / name).rglob("*.*")]
     for source, target in {**PAGES, **{path: path for path in copied}}.items():
         files.append(File.generated(config, target, content=(ROOT / source).read_bytes()))
