@@ -147,7 +147,7 @@ def _save(trainer: RunSFTTrainer | RunDPOShiftTrainer, recipe: Recipe, name: str
         best = trainer.state.best_model_checkpoint if args.load_best_model_at_end else None
         verdict = verdict_of(log_until(trainer.state.log_history, best), args.lambda_plan)
         if verdict:
-            say(verdict)
+            say(str(verdict))
 
 
 def _make_trainer(

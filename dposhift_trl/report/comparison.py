@@ -31,6 +31,7 @@ def compare_runs(runs: Sequence[Run]) -> tuple[dict[str, Any], list[Drawing]]:
     drawings = [drawing for drawing in [*_trade_offs(runs), *_overlays(runs)] if drawing]
     answered = [run.answers for run in runs if run.answers is not None]
     columns = [*COLUMNS, *(ANSWER_COLUMNS if answered else ())]
+    by_name = {run.name: run for run in runs}
     table: list[dict[str, Any]] = [
         {
             "name": run.name,
@@ -45,6 +46,8 @@ def compare_runs(runs: Sequence[Run]) -> tuple[dict[str, Any], list[Drawing]]:
     betas = [beta for run in runs if (beta := run.beta) is not None]
     values = {
         "title": f"{len(runs)} runs compared",
+        "headline": "No recommendation" if recommended is None else f"Recommended: {_named(by_name[recommended])}",
+        "cards": [(by_name[row["name"]], row["recommended"]) for row in table],
         "table": table,
         "columns": [label for label, _ in columns],
         "sorted_by": SORTED_BY,
@@ -55,6 +58,11 @@ def compare_runs(runs: Sequence[Run]) -> tuple[dict[str, Any], list[Drawing]]:
         "other_betas": bool(betas) and max(betas) > 1.01 * min(betas),
     }
     return values, drawings
+
+
+def _named(run: Run) -> str:
+    """A run with its lambda."""
+    return f"{run.name} ({run.lambda_text})"
 
 
 def _value(run: Run, name: str) -> float:

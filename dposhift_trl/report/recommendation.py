@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from .verdict import finite, first_and_last_lambda
+from .findings import finite
 
 
 KEPT_MARGIN = 0.5  # share of DPO's margin that a recommended run must keep; a convention of this report
@@ -19,7 +19,7 @@ class Outcome:
         name (`str`):
             Name of the run.
         lambdas (`tuple[float, float]`, *optional*):
-            Lambda at the first and at the last evaluation.
+            Lambda at the start of training and at the last evaluation.
         chosen (`float`, *optional*):
             Mean chosen log-ratio, in nats per answer.
         margin, accuracy (`float`, *optional*):
@@ -28,7 +28,7 @@ class Outcome:
             Mean log-probability of the chosen answers under the SFT model. It shows whether two runs started from the
             same model and were evaluated on the same pairs.
         shifted_between (`bool`, *optional*, defaults to `False`):
-            Whether lambda differed from 1 at any step, even if it was 1 at both evaluations.
+            Whether lambda differed from 1 at any step, even if it was 1 at start and end.
     """
 
     name: str
@@ -47,15 +47,15 @@ class Outcome:
     def of(
         cls,
         name: str,
-        first: Mapping[str, float],
         last: Mapping[str, float],
+        lambdas: tuple[float, float] | None = None,
         shifted_between: bool = False,
     ) -> "Outcome":
-        """Read the outcome from the metrics of two evaluations, as [`~report.verdict.verdict`] takes them."""
+        """Read the outcome from the metrics of the last evaluation, as [`~report.verdict.verdict`] takes them."""
         logps, chosen = finite(last, "logps/chosen"), finite(last, "displacement/chosen")
         return cls(
             name,
-            first_and_last_lambda(first, last),
+            lambdas,
             chosen,
             finite(last, "rewards/margins"),
             finite(last, "rewards/margins_low"),

@@ -21,11 +21,12 @@ from ..artifacts import (
 )
 from ..columns import SAVED_ROW_INDEX
 from ..console import one_line
-from ..schedules import ADAPTIVE, LambdaPlan, lambda_path
+from ..schedules import ADAPTIVE, LambdaPlan
+from .advice import path_of_lambda
 from .answers import Answers, of_these_weights, read_answers
 from .files import number, read_file
 from .recommendation import Outcome
-from .verdict import verdict
+from .verdict import Verdict, verdict
 
 
 class ReportError(ValueError):
@@ -131,26 +132,22 @@ class Run:
         return self.stages.get("dpo") or Stage(self.folder)
 
     @property
-    def first_and_last(self) -> tuple[dict[str, float], dict[str, float]]:
-        """Metrics of the first and the last evaluation of the DPO stage."""
-        found = self.dpo.evaluations()
-        return (found[0], found[-1]) if found else ({}, {})
-
-    @property
     def last(self) -> dict[str, float]:
         """Metrics of the last evaluation of the DPO stage."""
-        return self.first_and_last[1]
+        found = self.dpo.evaluations()
+        return found[-1] if found else {}
 
     @property
-    def verdict(self) -> str:
-        """What the first and the last evaluation say."""
-        return verdict(*self.first_and_last, self.plan)
+    def verdict(self) -> Verdict:
+        """What the last evaluation says."""
+        return verdict(self.last, self.plan, self.logged_lambdas)
 
     @property
     def outcome(self) -> Outcome:
         """What the comparison of runs needs to know."""
-        shifted = any(abs(value - 1) > 1e-9 for value in self.logged_lambdas())
-        return Outcome.of(self.name, *self.first_and_last, shifted_between=shifted)
+        path, planned = self.lambdas, self.plan.range if self.plan.start is not None else ()
+        shifted = any(abs(value - 1) > 1e-9 for value in (*self.logged_lambdas, *planned))
+        return Outcome.of(self.name, self.last, (path[0], path[-1]) if path else None, shifted)
 
     @property
     def beta(self) -> float | None:
@@ -160,26 +157,24 @@ class Run:
         margin = last.get("rewards/margins", math.nan)
         return margin / difference if math.isfinite(margin) and abs(difference) > 1e-6 else None
 
-    def logged_lambdas(self, first: float = -math.inf, last: float = math.inf) -> list[float]:
-        """Every lambda logged between two steps, in training and in evaluations."""
-        return [
-            value
-            for name in ("shift/lambda", f"{self.dpo.prefix}shift/lambda")
-            for step, value in zip(*self.dpo.series(name), strict=True)
-            if first <= step <= last and math.isfinite(value)
-        ]
+    @property
+    def logged_lambdas(self) -> list[float]:
+        """Every lambda that was logged until the last evaluation, in training and in evaluations."""
+        end, names = self.last.get("step", math.inf), ("shift/lambda", f"{self.dpo.prefix}shift/lambda")
+        values = [number(entry.get(name)) for entry in self.dpo.history if entry["step"] <= end for name in names]
+        return [value for value in values if math.isfinite(value)]
+
+    @property
+    def lambdas(self) -> list[float]:
+        """How lambda changed, as [`~report.advice.path_of_lambda`] says."""
+        return path_of_lambda(self.plan, self.logged_lambdas)
 
     @property
     def lambda_text(self) -> str:
-        """How lambda moved, in a few words."""
+        """How lambda changed, in a few words."""
         if self.plan.adaptive:
             return f"λ {self.plan.text}"
-        ends = self.outcome.lambdas
-        if ends is None:
-            return "λ unknown"
-        first, last = self.first_and_last
-        logged = self.logged_lambdas(first["step"], last["step"])
-        return f"λ {' to '.join(f'{value:.4g}' for value in lambda_path(*ends, logged))}"
+        return f"λ {' to '.join(f'{value:.4g}' for value in self.lambdas) or 'unknown'}"
 
 
 def read_run(folder: Path) -> Run:
