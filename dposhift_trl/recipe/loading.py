@@ -145,7 +145,7 @@ def _with_defaults(values: dict[str, Any], path: str) -> dict[str, Any]:
             stage["metric_for_best_model"] = BEST_METRIC[name]
             stage["greater_is_better"] = False
         resolved[name] = stage
-    resolved["wandb"] = dict(values.get("wandb") or {})
+    resolved["wandb"] = {key: value for key, value in (values.get("wandb") or {}).items() if value is not None}
     return resolved
 
 
