@@ -107,7 +107,7 @@ def _draw_curves(run: Run) -> list[Drawing | None]:
 
 def _constant_lambda(run: Run) -> float | None:
     """Lambda, if every log has the same one. It needs no figure then."""
-    logged = run.logged_lambdas()
+    logged = run.logged_lambdas
     return logged[0] if logged and math.isclose(min(logged), max(logged), abs_tol=1e-9) else None
 
 
