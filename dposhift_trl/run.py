@@ -35,7 +35,7 @@ from .pipeline.signals import saving_on_signals
 from .pipeline.stage import run_stage
 from .pipeline.start import row_fingerprints, stage_start
 from .recipe import Recipe, RecipeError, load_recipe
-from .report.run_folder import ReportError
+from .report.errors import ReportError
 from .training.checks import TrainingStopped
 
 
