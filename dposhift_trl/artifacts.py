@@ -31,6 +31,7 @@ START = "start.json"
 FINISHED = "finished.json"
 STATE = "trainer_state.json"
 PAIRS = "pairs"  # <prefix>-<step>.parquet, the scores that an evaluation gave each pair
+TOKENS = "tokens"  # in PAIRS, <prefix>-<step>.parquet: the tokens of the pairs that fell and rose most
 WANDB_ID = "wandb_id"
 MERGED = "merged"
 EARLIER = "earlier"  # <n>: log and scores of an earlier training

@@ -1,5 +1,7 @@
 """One self-contained HTML page about a run, or comparing several, and its figures as files."""
 
+import base64
+import hashlib
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -16,13 +18,14 @@ from .drawing import Drawing, color_variables
 from .errors import ReportError
 from .one_run import describe_run
 from .run_folder import Run, read_run
+from .tokens import signed
 
 
 MARK = '<meta name="generator" content="dposhift_trl'  # marks a page that may be replaced
 
 # Names of the figures of any report
 DRAWN = {
-    *("logps", "logratios", "margin", "accuracy", "lambda", "loss", "sft_loss"),
+    *("chosen", "logps", "logratios", "margin", "accuracy", "lambda", "loss", "sft_loss"),
     *("histogram_chosen", "histogram_rejected", "margin_density", "scatter", "trade_off_margin", "trade_off_accuracy"),
     *("curves_chosen", "curves_rejected", "curves_margin", "curves_accuracy"),
 }
@@ -112,11 +115,17 @@ def _render(runs: Sequence[Run], values: Mapping[str, Any], drawings: Sequence[D
         lstrip_blocks=True,
     )
     environment.filters["number"] = lambda value: f"{value:.3f}" if math.isfinite(value) else "–"
+    environment.filters["amount"] = _amount
+    environment.filters["signed"] = signed
     environment.filters["prose"] = lambda text: Markup(re.sub("`([^`]+)`", r"<code>\1</code>", str(escape(text))))
     # Safe without escaping: drawn from numbers and names of metrics; names of runs are escaped by matplotlib
     environment.filters["drawn"] = lambda drawing: Markup(drawing.inline)
+    style, script = ((Path(__file__).parent / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
     return environment.get_template("report.html.j2").render(
         version=__version__,
+        style=Markup(style),
+        script=Markup(script),
+        script_hash=f"sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}",
         light=color_variables(dark=False),
         dark=color_variables(dark=True),
         runs=runs,
@@ -124,3 +133,10 @@ def _render(runs: Sequence[Run], values: Mapping[str, Any], drawings: Sequence[D
         several=len(runs) > 1,
         **values,
     )
+
+
+def _amount(value: float | None, unit: str) -> str:
+    """A number of a tile: nats with their sign, a share in percent."""
+    if value is None:
+        return "–"
+    return f"{value:.1%}" if unit == "share" else signed(value, 2 if abs(value) < 100 else 1)

@@ -8,6 +8,7 @@ from ..intervals import t_interval
 from .findings import Estimate, finite
 
 
+UNKNOWN = Estimate()
 KEPT_MARGIN = 0.5  # share of DPO's margin that a recommended run must keep; a convention of this report
 
 
@@ -38,9 +39,9 @@ class Outcome:
 
     name: str
     lambdas: tuple[float, float] | None = None
-    chosen: Estimate = Estimate()
-    margin: Estimate = Estimate()
-    accuracy: Estimate = Estimate()
+    chosen: Estimate = UNKNOWN
+    margin: Estimate = UNKNOWN
+    accuracy: Estimate = UNKNOWN
     reference_chosen: float | None = None
     shifted_between: bool = False
     settings: Mapping[str, float] = field(default_factory=dict)
@@ -110,7 +111,7 @@ def mean_over_seeds(estimates: Sequence[Estimate]) -> Estimate:
     """Mean of one value per seed and its 95% interval; unknown if one of them is."""
     values = [estimate.value for estimate in estimates if estimate.value is not None]
     if len(values) < len(estimates) or not values:
-        return Estimate()
+        return UNKNOWN
     low, high = t_interval(values) or (None, None)
     return Estimate(math.fsum(values) / len(values), low, high)
 
@@ -136,7 +137,7 @@ def difference(one: Outcome, other: Outcome, name: str) -> Estimate:
         return mean_over_seeds([Estimate(first - second) for first, second in paired])
     first, second = getattr(one, name), getattr(other, name)
     if first.value is None or second.value is None:
-        return Estimate()
+        return UNKNOWN
     value = first.value - second.value
     if first.interval is None or second.interval is None:
         return Estimate(value)
@@ -150,9 +151,9 @@ RULE = (
     "Runs that differ only in their seed count as one, with means and 95% intervals over the seeds, and differences "
     "are taken seed by seed. A run qualifies if it learned the preference (the 95% intervals of margin and accuracy "
     "are above 0 and 0.5), if its accuracy is not significantly below DPO's, and if it keeps at least half of DPO's "
-    "margin. Of these runs, the one whose chosen answers kept most of their log-probability is recommended, if that is "
-    "measurably more than in DPO; of runs that are not told apart, the one whose lambda is closest to 1. All runs must "
-    "start from the same SFT model and be evaluated on the same pairs."
+    "margin. Of these runs, the one whose chosen answers kept most of their log-probability is recommended, if that "
+    "is measurably more than in DPO; of runs that are not told apart, the one whose lambda is closest to 1. All runs "
+    "must start from the same SFT model and be evaluated on the same pairs."
 )
 
 
@@ -244,8 +245,8 @@ def _without_a_better_one(
 def _choice(best: Outcome, top: Outcome, count: int, alike: Sequence[Outcome], dpo: Outcome) -> str:
     """Why this one."""
     qualified = (
-        f"of the {count} runs whose accuracy is not significantly below that of {dpo.name} and that keep at least half "
-        "of its margin, "
+        f"of the {count} runs whose accuracy is not significantly below that of {dpo.name} and that keep at least "
+        "half of its margin, "
     )
     if len(alike) == 1:
         return f"{qualified}this one kept the chosen answers most likely"

@@ -50,6 +50,8 @@ class Run:
             What the recipe, or the controller's saved state, says about lambda.
         answers ([`Answers`], *optional*):
             Statistics of the generated answers.
+        settings (`dict[str, Any]`, *optional*):
+            The resolved recipe.
     """
 
     folder: Path
@@ -61,6 +63,7 @@ class Run:
     notes: list[str]
     plan: LambdaPlan
     answers: Answers | None
+    settings: dict[str, Any] | None = None
 
     @property
     def dpo(self) -> Stage:
@@ -83,7 +86,13 @@ class Run:
         """What the comparison of runs needs to know."""
         path, planned = self.lambdas, self.plan.range if self.plan.start is not None else ()
         shifted = any(abs(value - 1) > 1e-9 for value in (*self.logged_lambdas, *planned))
-        return Outcome.of(self.name, self.last, (path[0], path[-1]) if path else None, shifted)
+        section = (self.settings or {}).get("dpo")
+        numbers = {
+            f"dpo.{key}": float(value)
+            for key, value in (section if isinstance(section, dict) else {}).items()
+            if isinstance(value, int | float) and not isinstance(value, bool)
+        }
+        return Outcome.of(self.name, self.last, (path[0], path[-1]) if path else None, shifted, numbers)
 
     @property
     def beta(self) -> float | None:
@@ -162,7 +171,7 @@ def read_run(folder: Path, beta: float | None = None) -> Run:
         answers = read_file(folder / GENERATIONS / STATISTICS, read_answers, None, notes, "the table of answers")
         answers = None if answers is None else of_these_weights(answers, folder, notes)
     recipe = None if settings is None else read_text(folder / RECIPE)
-    return Run(folder, folder.resolve().name, stages, recipe, audit, rows, notes, plan, answers)
+    return Run(folder, folder.resolve().name, stages, recipe, audit, rows, notes, plan, answers, settings)
 
 
 def _read_plan(recipe: dict[str, Any], stage: Stage, notes: list[str]) -> LambdaPlan:
