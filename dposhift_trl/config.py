@@ -78,6 +78,8 @@ class DPOShiftConfig(DPOConfig):
         save_pair_scores (`bool`, *optional*, defaults to `True`):
             Whether to save the log-probabilities and log-ratios of every pair at each evaluation, as
             `pairs/<prefix>-<step>.parquet` in `output_dir`. About 80 bytes per pair.
+        print_verdict (`bool`, *optional*, defaults to `True`):
+            Whether to print what the last evaluation shows, once after `train` and after each `evaluate` of your own.
 
     Raises:
         ValueError: If a value is out of range, or if lambda can differ from 1 with a loss that does not support it: a
@@ -165,6 +167,13 @@ class DPOShiftConfig(DPOConfig):
         metadata={
             "help": "Whether to save the log-probabilities and log-ratios of every pair at each evaluation, as "
             "`pairs/<prefix>-<step>.parquet` in `output_dir`. About 80 bytes per pair.",
+        },
+    )
+    print_verdict: bool = field(
+        default=True,
+        metadata={
+            "help": "Whether to print what the last evaluation shows, once after `train` and after each `evaluate` "
+            "of your own.",
         },
     )
 

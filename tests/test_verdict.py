@@ -166,7 +166,7 @@ def test_without_lengths_or_lambda_no_advice_is_given():
     last = {n: v for n, v in metrics().items() if n not in ("perplexity/chosen", "displacement/chosen_per_token")}
     assert "it is unknown whether this fall is large" in said(last)
     last = {n: v for n, v in metrics().items() if n != "shift/lambda"}
-    assert "Lambda was not logged" in said(last)
+    assert "Which lambda the model was trained with is unknown. If it was trained with DPO, train" in said(last)
 
 
 def test_it_is_one_paragraph_that_reads_the_same_twice():

@@ -44,7 +44,8 @@ def load_pairs(settings: DiagnoseSettings, tokenizer: PreTrainedTokenizerBase) -
     for note in check_template(rows, tokenizer):
         say(note)
     audited = audit_preferences(rows, None, settings.data, tokenizer, [settings.truncation])[settings.truncation]
-    audited.train = without_lost_rows(audited.train, settings.max_length, settings.truncation.mode)
+    if settings.data.policy("lost") == "keep":  # no answer is left of them
+        audited.train = without_lost_rows(audited.train, settings.max_length, settings.truncation.mode)
     return audited
 
 
