@@ -18,7 +18,7 @@ SECTIONS = {
     "model": ("model", "TRL's `ModelConfig`, and what this package adds."),
     "data": ("data", "[Data formats](data_formats.md) shows rows, and what the audit does."),
     "sft": ("sft", "Stage 1: TRL's `SFTConfig`. Without this section there is no stage 1."),
-    "dpo": ("dpo", "Stage 2: `DPOShiftConfig`, TRL's `DPOConfig` with lambda. Without this section there is no stage 2."),
+    "dpo": ("dpo", "Stage 2: `DPOShiftConfig`, TRL's `DPOConfig` with lambda. Without this section there is none."),
     "wandb": ("wandb", "Weights & Biases. [Environment variables](environment.md) fill in what is left open."),
 }
 MOST_WORDS = 12
@@ -43,8 +43,9 @@ def recipe_page() -> str:
 def _table(keys: Sequence[RecipeKey], whole: bool) -> str:
     """Keys in a table, with all of their help or its first sentence."""
     rows = [
-        f"| `{key.name}` | {_cell(_type(key))} | {_code(key.default_text)} | {_cell(key.help if whole else key.sentence)} |"
+        f"| `{key.name}` | {_cell(_type(key))} | {_code(key.default_text)} | {_cell(text)} |"
         for key in keys
+        for text in [key.help if whole else key.sentence]
     ]
     return "\n".join(["| Key | Takes | Default | What it does |", "| --- | --- | --- | --- |", *rows, ""])
 

@@ -51,13 +51,9 @@ def main() -> None:
         report_to="none",
     )
     trainer = DPOShiftTrainer(options.model, args=args, train_dataset=train_rows, eval_dataset=eval_rows)
-    trainer.train()
+    trainer.train()  # prints the verdict at the end
     trainer.save_model()
-
-    last = [entry for entry in trainer.state.log_history if "eval_displacement/chosen" in entry][-1]
-    print(f"chosen answers: {last['eval_displacement/chosen']:+.2f} nats per answer, "
-          f"{last['eval_displacement/chosen_fell']:.0%} of them fell")  # fmt: skip
-    print(f"margin {last['eval_rewards/margins']:.3f}, accuracy {last['eval_rewards/accuracies']:.3f}")
+    print(f"The report is {trainer.report()}")
 
 
 if __name__ == "__main__":

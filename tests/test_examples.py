@@ -37,6 +37,7 @@ def test_the_notebook_runs_from_top_to_bottom(pairs, tiny_model, tmp_path, monke
     results = names["results"]
     assert list(results) == [1.0, 0.75]
     assert results.loc["displacement/chosen", 1.0] != results.loc["displacement/chosen", 0.75]
+    assert capsys.readouterr().out.count("report.html") == 2
     assert len(names["panels"][0].lines) == 3
     assert all(log[0]["step"] == 0 and log[-1]["step"] == 1 for log in names["evaluations"].values())
 
@@ -53,5 +54,7 @@ def test_the_script_trains_and_says_what_happened_to_the_chosen_answers(
     }  # fmt: skip
     monkeypatch.setattr(sys, "argv", ["train.py", *(str(word) for pair in arguments.items() for word in pair)])
     script.main()
-    assert "nats per answer" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "nats per answer" in told
+    assert f"The report is {tmp_path / 'out' / 'report' / 'report.html'}" in told
     assert (tmp_path / "out" / "model.safetensors").is_file()

@@ -13,7 +13,9 @@ from test_docs import PAGES, ROOT, section
 
 import dposhift_trl
 from dposhift_trl.__main__ import COMMANDS, module_of
+from dposhift_trl.diagnose.settings import load_settings
 from dposhift_trl.recipe import load_recipe
+from dposhift_trl.recipe.keys import recipe_keys
 from dposhift_trl.schedules import ADAPTIVE, LAMBDA_SCHEDULES
 
 
@@ -51,7 +53,7 @@ def command_lines():
 
 
 COMMAND = re.compile(r"-m dposhift_trl\.(\w+)")
-RUNS = [line for line in command_lines() if "-m dposhift_trl.run " in line]
+RUNS = [line for line in command_lines() if re.search(r"-m dposhift_trl\.run (?!--)", line)]
 OTHERS = [line for line in command_lines() if COMMAND.search(line) and line not in RUNS]
 # Commands of other programs, and scripts of the repository, which are there
 PROGRAMS = "pip|pytest|ruff|mypy|nox|mkdocs|source|pre-commit|python -m venv"
@@ -116,6 +118,10 @@ def test_every_python_block_runs(block, tmp_path, monkeypatch):
 @pytest.mark.parametrize("block", blocks("yaml"))
 def test_every_recipe_and_every_part_of_one_has_valid_keys(block, tmp_path):
     values = yaml.safe_load(block)
+    if "policy" in values:
+        (tmp_path / "diagnosis.yaml").write_text(block)
+        assert load_settings(str(tmp_path / "diagnosis.yaml")).limit == 500
+        return
     if "model" not in values:
         values = {"output_dir": "runs/x", "model": {"model_name_or_path": "demo"}, "data": {"path": "demo"}} | values
     path = tmp_path / "recipe.yaml"
@@ -137,7 +143,7 @@ def test_the_site_has_every_page_and_no_other():
     config = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
     nav = [pages for group in yaml.safe_load(config)["nav"] for pages in group.values()]
     listed = [name for pages in nav for name in ([pages] if isinstance(pages, str) else flat(pages))]
-    outside = {"index.md", "benchmarks.md", "contributing.md", "security.md", "changelog.md"}
+    outside = {"index.md", "benchmarks.md", "contributing.md", "security.md", "changelog.md", "recipe_reference.md"}
     assert len(listed) == len(set(listed))
     assert set(listed) - outside == {path.name for path in (ROOT / "docs").glob("*.md")}
 
@@ -155,12 +161,23 @@ def test_the_python_api_has_every_public_name():
         assert getattr(import_module(module), name) is getattr(dposhift_trl, name)
 
 
-@pytest.fixture(scope="module")
-def pictures():
-    spec = importlib.util.spec_from_file_location("pictures", ROOT / "docs" / "pictures.py")
+def test_the_recipe_reference_has_every_key():
+    text = script("recipe_keys").recipe_page()
+    assert [key.dotted for key in recipe_keys() if f"| `{key.name}` |" not in text] == []
+    assert [line for line in text.splitlines() if line.strip().startswith("|") and line.count(" | ") < 3] == []
+    assert "<" not in re.sub(r"`[^`]*`", "", text)  # nothing that a browser would read as HTML
+
+
+def script(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    return script("pictures")
 
 
 def test_every_picture_is_what_its_numbers_give(pictures):
