@@ -111,9 +111,10 @@ def _render(runs: Sequence[Run], values: Mapping[str, Any], drawings: Sequence[D
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["number"] = lambda value: f"{value:.3f}" if math.isfinite(value) else "–"
+    environment.filters["number"] = lambda value: _plain(value, 3) if math.isfinite(value) else "–"
     environment.filters["amount"] = _amount
     environment.filters["signed"] = signed
+    environment.filters["plain"] = _plain
     environment.filters["prose"] = lambda text: Markup(re.sub("`([^`]+)`", r"<code>\1</code>", str(escape(text))))
     # Safe without escaping: drawn from numbers and names of metrics; names of runs are escaped by matplotlib
     environment.filters["drawn"] = lambda drawing: Markup(drawing.inline)
@@ -130,6 +131,10 @@ def _render(runs: Sequence[Run], values: Mapping[str, Any], drawings: Sequence[D
         several=len(runs) > 1,
         **values,
     )
+
+
+def _plain(value: float, digits: int = 2) -> str:
+    return f"{value:.{digits}f}".replace("-", "−")
 
 
 def _amount(value: float | None, unit: str) -> str:
