@@ -14,6 +14,7 @@ from ..artifacts import TOKENS
 from ..columns import SAVED_ROW_INDEX
 from .files import read_file
 from .run_folder import Run
+from .texts import signed
 
 
 MOST_TOKENS = 1_000  # of an answer that are shown
@@ -154,8 +155,3 @@ def _continues(before: str, after: str) -> bool:
 
 def _visible(text: str) -> str:
     return text.strip() or text.replace("\n", "⏎").replace(" ", "␣").replace("\t", "⇥")
-
-
-def signed(value: float, digits: int = 2) -> str:
-    """A number with its sign; a minus sign is as wide as a plus."""
-    return f"{value:+.{digits}f}".replace("-", "−")
