@@ -29,13 +29,14 @@ from .pipeline.errors import RUN_AGAIN, RunError, WriteError
 from .pipeline.loading import base_model, check_rows, findings, legend, load_rows, load_tokenizer
 from .pipeline.preflight import check_lengths, check_model, check_settings
 from .pipeline.processes import complain, say
+from .pipeline.prospects import why_no_verdict
 from .pipeline.resume import is_finished, resume_point
 from .pipeline.run_folder import claimed, save_evaluated_rows
 from .pipeline.signals import saving_on_signals
 from .pipeline.stage import run_stage
 from .pipeline.start import row_fingerprints, stage_start
 from .recipe import Recipe, RecipeError, load_recipe
-from .report.run_folder import ReportError
+from .report.errors import ReportError
 from .training.checks import TrainingStopped
 
 
@@ -110,6 +111,8 @@ def run(recipe: Recipe, accept_changes: bool = False) -> None:
     with claim, saving_on_signals() as signals, explaining_disk_errors(recipe.output_dir):
         set_seed(recipe.seed)
         check_settings(recipe)
+        if (reason := why_no_verdict(recipe)) is not None:
+            say(reason)
         start = base = base_model(recipe, recipe.output_dir / "base")
         tokenizer = load_tokenizer(recipe, start)
         positions = check_model(recipe, start, tokenizer)

@@ -18,12 +18,15 @@ from .errors import RunError
 from .loading import base_model, check_rows, findings, legend, load_rows, load_tokenizer
 from .preflight import check_lengths, check_model, check_settings
 from .processes import say
+from .prospects import why_no_verdict
 
 
 def describe(recipe: Recipe) -> None:
     """Print the resolved recipe, the optimizer steps of each stage, and lambda at the start, middle and end."""
     say(*dump_yaml(recipe.resolved).split("\n"))
     check_settings(recipe)
+    if (reason := why_no_verdict(recipe)) is not None:
+        say(reason)
     rows = {}
     with tempfile.TemporaryDirectory() as folder:
         try:

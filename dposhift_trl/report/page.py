@@ -15,8 +15,9 @@ from .. import __version__
 from ..artifacts import FIGURES, PAGE, whole_files, write_whole
 from .comparison import compare_runs
 from .drawing import Drawing, color_variables
+from .errors import ReportError
 from .one_run import describe_run
-from .run_folder import ReportError, Run, read_run
+from .run_folder import Run, read_run
 from .texts import plain, signed
 
 
@@ -30,7 +31,7 @@ DRAWN = {
 }
 
 
-def write_report(folders: Sequence[Path], destination: Path) -> Path:
+def write_report(folders: Sequence[Path], destination: Path, beta: float | None = None) -> Path:
     """
     Write `report.html`, `figures/*.png` and `figures/*.svg` about one run, or comparing several.
 
@@ -43,6 +44,8 @@ def write_report(folders: Sequence[Path], destination: Path) -> Path:
         destination (`Path`):
             Folder to write to. It must be new, empty, or contain an earlier report. Other files beside an earlier
             report are kept.
+        beta (`float`, *optional*):
+            Beta of runs of a stock `DPOTrainer`, as [`~report.run_folder.read_run`] takes it.
 
     Returns:
         `Path`: The page.
@@ -54,7 +57,7 @@ def write_report(folders: Sequence[Path], destination: Path) -> Path:
     if not folders:
         raise ReportError("`folders` must name at least one run, got none.")
     _check_destination(destination)
-    runs = [read_run(folder) for folder in folders]
+    runs = [read_run(folder, beta) for folder in folders]
     _make_names_unique(runs)
     values, drawings = describe_run(runs[0]) if len(runs) == 1 else compare_runs(runs)
     page = _render(runs, values, drawings)
