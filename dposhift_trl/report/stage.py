@@ -146,7 +146,7 @@ def _read_pairs_alone(stage: Stage, run: Path, beta: float | None, notes: list[s
     if beta is None:
         beta = next(iter(betas)) if len(betas) == 1 else None
     notes.append(
-        f"{stage.folder.name}: there is no {STATE}, so all numbers are computed from the scores of pairs"
+        f"{stage.folder.name}: no {STATE} can be read, so all numbers are computed from the scores of pairs"
         + ("." if beta else ", with margins at beta 1: pass `--beta` for those of the run.")
     )
     for step, path in sorted(stage.pairs.items()):
