@@ -182,13 +182,12 @@ def recommend_lambda(outcomes: Sequence[Outcome]) -> tuple[str | None, str]:
             "The runs started from different models or were evaluated on different pairs, so their log-ratios cannot "
             "be compared."
         )
-    references = [outcome for outcome in usable if outcome.is_dpo]
-    if not references:
+    dpo = dpo_among(usable)
+    if dpo is None:
         return None, (
             "No recommendation: no run has lambda 1 throughout, so there is no DPO run to compare with. Add one with "
             "`dpo.shift_lambda=1.0`."
         )
-    dpo = max(references, key=lambda outcome: (outcome.accuracy.value or 0.0, outcome.chosen.value))
     if not dpo.learned:
         return None, (
             f"No recommendation: the DPO run, {dpo.name}, did not learn the preference by its intervals, so there is "
@@ -211,6 +210,12 @@ def recommend_lambda(outcomes: Sequence[Outcome]) -> tuple[str | None, str]:
             _confidence(best),
         ]
     )
+
+
+def dpo_among(outcomes: Sequence[Outcome]) -> Outcome | None:
+    """The run at lambda 1 that the others are compared with, the most accurate one, or `None` if there is none."""
+    references = [outcome for outcome in outcomes if outcome.complete and outcome.is_dpo]
+    return max(references, key=lambda outcome: (outcome.accuracy.value or 0.0, _chosen(outcome)), default=None)
 
 
 def _qualifies(outcome: Outcome, dpo: Outcome) -> bool:
