@@ -203,7 +203,7 @@ def recommend_lambda(outcomes: Sequence[Outcome]) -> tuple[str | None, str]:
     best = max(alike, key=lambda outcome: (min(outcome.lambdas or (0.0,)), _chosen(outcome)))
     return best.name, " ".join(
         [
-            f"{best.name}: {_choice(best, top, len(candidates), alike, dpo)}: log-ratio {best.chosen.value:.2f} nats "
+            f"{best.name}: {_choice(best, len(candidates) + 1, alike, dpo)}: log-ratio {best.chosen.value:.2f} nats "
             f"against {dpo.chosen.value:.2f} ({_by_how_much(gains[best.name])}), accuracy {best.accuracy.value:.3f} "
             f"against {dpo.accuracy.value:.3f}, margin {best.margin.value:.3g} against {dpo.margin.value:.3g}.",
             *_edges(best, usable),
@@ -247,8 +247,8 @@ def _without_a_better_one(
     )
 
 
-def _choice(best: Outcome, top: Outcome, count: int, alike: Sequence[Outcome], dpo: Outcome) -> str:
-    """Why this one."""
+def _choice(best: Outcome, count: int, alike: Sequence[Outcome], dpo: Outcome) -> str:
+    """Why this one, of a number of runs that qualify, DPO among them."""
     qualified = (
         f"of the {count} runs whose accuracy is not significantly below that of {dpo.name} and that keep at least "
         "half of its margin, "
