@@ -23,6 +23,7 @@ from .choices import did_you_mean
 from .command import Terminated, call
 from .data.audit import AuditedRows
 from .data.errors import DataError, reading_rows
+from .data.origin import sources_of
 from .launcher import launcher_mistakes
 from .pipeline.checkpoints import explaining_disk_errors
 from .pipeline.checkpoints import last_complete_checkpoint as last_complete_checkpoint
@@ -182,7 +183,7 @@ def _audited_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, positions:
     check_lengths(recipe, rows, positions)
     if PartialState().is_main_process and not (recipe.output_dir / "dpo" / FINISHED).is_file():
         *_, last = rows.values()
-        save_evaluated_rows(last.evaluation, recipe.output_dir / EVAL_ROWS)
+        save_evaluated_rows(last.evaluation, recipe.output_dir / EVAL_ROWS, sources_of("eval", recipe.data))
     for split, audit in audits.items():
         say(f"{split}: {audit}")
     if (meaning := legend(audits)) is not None:

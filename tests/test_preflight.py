@@ -290,7 +290,7 @@ def test_rows_beyond_the_positions_are_told_with_their_number(refuse, tmp_path, 
     assert line.startswith(
         f"`dpo.max_length` must be at most 32, the positions of the model, got {length}: 1 train rows"
     )
-    assert line.endswith("the first one is row 5 of the split. Set `dpo.max_length: 32`.")
+    assert line.endswith(f"the first one is row 5 of {tmp_path}/rows.jsonl. Set `dpo.max_length: 32`.")
 
 
 def test_stage_one_reads_no_rejected_answer_so_none_is_too_long_for_it(recipe, tmp_path):

@@ -44,10 +44,11 @@ from trl import SFTConfig, get_peft_config
 
 from ..artifacts import FINISHED
 from ..choices import did_you_mean
-from ..columns import CHOSEN_IDS, PROMPT_IDS, REJECTED_IDS, ROW_INDEX
+from ..columns import CHOSEN_IDS, PROMPT_IDS, REJECTED_IDS
 from ..config import DPOShiftConfig
 from ..data.audit import AuditedRows
 from ..data.errors import one_line
+from ..data.origin import origin, origin_text
 from ..data.sources import Rows
 from ..recipe import Recipe
 from ..reference.cache import ReferenceCacheError, default_folder
@@ -162,10 +163,11 @@ def check_lengths(recipe: Recipe, rows: dict[str, AuditedRows], positions: int |
             lengths = [min(length, args.max_length or length) for length in _lengths(dataset, answers)]
             beyond = [index for index, length in enumerate(lengths) if length > positions]
             if beyond:
+                first = origin_text(origin(dataset[beyond[0]], split, recipe.data), recipe.data)
                 mistakes.append(
                     f"`{name}.max_length` must be at most {positions}, the positions of the model, got "
                     f"{args.max_length}: {len(beyond)} {split} rows have more tokens, the longest one "
-                    f"{max(lengths)}, the first one is row {dataset[beyond[0]][ROW_INDEX]} of the split. {remedy}"
+                    f"{max(lengths)}, the first one is {first}. {remedy}"
                 )
     _refuse(mistakes)
 

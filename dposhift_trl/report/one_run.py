@@ -11,7 +11,7 @@ from .figures import Line, curves
 from .files import number
 from .pairs import show_pairs
 from .run_folder import Run
-from .texts import as_text, opening
+from .texts import as_text, opening, row_name
 
 
 SHOWN_QUESTIONS = 6  # questions whose answers differ most
@@ -196,7 +196,9 @@ def _audit(run: Run) -> list[dict[str, Any]]:
                         "name": name,
                         "count": finding.get("count"),
                         "policy": finding.get("policy"),
-                        "rows": ", ".join(str(example.get("row")) for example in finding.get("examples") or []),
+                        "rows": "; ".join(
+                            row_name(None, example).removeprefix("Row ") for example in finding.get("examples") or []
+                        ),
                     }
                     for name, finding in findings.items()
                     if finding.get("count")

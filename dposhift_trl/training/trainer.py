@@ -517,7 +517,8 @@ class DPOShiftTrainer(ExactResume, DPOTrainer):
         metrics, prefix, table = self._metrics[mode], self._eval_prefix, None
         if mode == "eval" and self.args.save_pair_scores and self.is_world_process_zero():
             table = table_path(self.args.output_dir, prefix, self.state.global_step)
-        metrics |= {name: [value] for name, value in self._recorder.take_metrics(mode, table).items()}
+        taken = self._recorder.take_metrics(mode, table, self._evaluated_rows)
+        metrics |= {name: [value] for name, value in taken.items()}
         read_from_device(metrics)
         if mode == "eval" and prefix != "eval":
             # DPOTrainer names the metrics of all evaluation sets alike, so the last set would hide the others
