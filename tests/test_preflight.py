@@ -200,6 +200,15 @@ def test_an_encoder_is_refused(refuse, tmp_path):
     assert "another kind of model (BertForMaskedLM)" in line
 
 
+@pytest.mark.parametrize("value", [None, []], ids=["null", "empty"])
+def test_a_model_without_the_name_of_its_class_is_told_which_one_is_usual(refuse, tmp_path, value):
+    line = refuse(save(gpt2(), tmp_path / "gpt2", ("config.json", {"architectures": value})))
+    assert line.endswith(
+        "its `config.json` must name the class of the model, got none. If it is a GPT2LMHeadModel, add "
+        '`"architectures": ["GPT2LMHeadModel"]`.'
+    )
+
+
 def test_a_generation_config_that_cannot_be_saved_is_refused(refuse, tmp_path):
     change = ("generation_config.json", {"do_sample": False, "temperature": 0.5})
     line = refuse(save(gpt2(), tmp_path / "model", change))

@@ -23,7 +23,7 @@ from datasets.packaged_modules.csv.csv import CsvConfig
 from ..columns import FILE_ROW, FILE_SOURCE, with_row_index
 from .config import ROW_ID, DataConfig, DataSource
 from .demo import demo_dataset
-from .errors import DataError, reading_rows
+from .errors import DataError, reading_rows, reason
 from .files import files_of_folder, is_saved, local_path, named_files
 from .formats import BUILDERS, ENDINGS, FileFormat, check_regular, digest, format_of, read_files, text_cells
 from .selection import column_names, select_columns
@@ -110,8 +110,9 @@ def _load_split(source: DataSource, split: str, config: DataConfig) -> Rows:
     except DataError:
         raise
     except Exception as error:  # every reader raises its own errors
-        reason = f"{error}{': ' if error.__cause__ else ''}{error.__cause__ or ''}"
-        raise DataError(f"`data.path` {source.path!r}, split {split!r}, cannot be read: {reason}") from error
+        if "corresponds to no data" in str(error):  # of a file of blank lines, or of a header alone
+            raise DataError(f"`data.path` {source.path!r}, split {split!r}, has no rows.") from error
+        raise DataError(f"`data.path` {source.path!r}, split {split!r}, cannot be read: {reason(error)}") from error
     if not names or (isinstance(rows, IterableDataset) and next(iter(rows), None) is None):
         raise DataError(f"`data.path` {source.path!r}, split {split!r}, has no rows.")
     return select_columns(rows, source)

@@ -290,6 +290,13 @@ def _model_config(recipe: Recipe, base: str) -> tuple[PreTrainedConfig, bool]:
 
 
 def _kind_mistakes(base: str, config: PreTrainedConfig) -> Iterator[str]:
+    usual = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
+    if not config.architectures and usual is not None:
+        yield (
+            f"`model.model_name_or_path` {base!r}: its `config.json` must name the class of the model, got none. If "
+            f'it is a {usual}, add `"architectures": ["{usual}"]`.'
+        )
+        return
     architecture = (config.architectures or [None])[0]
     known = {
         *MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values(),

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..artifacts import FINISHED, GENERATIONS, STATISTICS
+from ..data.config import legend
 from .answers import STATISTICS_OF_ANSWERS, degeneration, read_examples
 from .drawing import Drawing
 from .figures import Line, curves
@@ -191,14 +192,13 @@ def _audit(run: Run) -> list[dict[str, Any]]:
                 "rows": audit.get("rows"),
                 "kept": audit.get("kept"),
                 "checks": ", ".join(findings),
+                "legend": legend(name for name, finding in findings.items() if finding.get("count")),
                 "findings": [
                     {
                         "name": name,
                         "count": finding.get("count"),
                         "policy": finding.get("policy"),
-                        "rows": "; ".join(
-                            row_name(None, example).removeprefix("Row ") for example in finding.get("examples") or []
-                        ),
+                        "rows": _examples(finding.get("examples") or []),
                     }
                     for name, finding in findings.items()
                     if finding.get("count")
@@ -233,3 +233,8 @@ def _facts(run: Run) -> list[tuple[str, list[tuple[str, str]]]]:
             facts.append(("Versions", ", ".join(f"{package} {version}" for package, version in versions.items())))
         found.append((name, facts))
     return found
+
+
+def _examples(examples: list[dict[str, Any]]) -> str:
+    names = [row_name(None, example).removeprefix("Row ") for example in examples]
+    return ("; " if any("," in name for name in names) else ", ").join(names)
