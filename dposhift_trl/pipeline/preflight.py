@@ -34,6 +34,7 @@ from transformers import (
     get_scheduler,
 )
 from transformers.integrations import get_available_reporting_integrations
+from transformers.integrations.integration_utils import is_flytekit_available
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
@@ -60,6 +61,13 @@ from .processes import from_main
 
 
 HUB_TIMEOUT = 10  # seconds
+# Packages of trackers that have another name
+TRACKER_PACKAGES = {
+    "azure_ml": "azureml-core",
+    "comet_ml": "comet-ml",
+    "dagshub": "dagshub mlflow",
+    "flyte": "flytekit",
+}
 
 
 def check_settings(recipe: Recipe) -> None:
@@ -202,8 +210,7 @@ def _place_mistakes(model: str) -> Iterator[str]:
 
 
 def _setting_mistakes(args: SFTConfig | DPOShiftConfig) -> Iterator[str]:
-    for tracker in sorted(set(args.report_to) - {*get_available_reporting_integrations(), "flyte"}):
-        yield f"report_to` requires the package of {tracker!r}, which is not installed. Install it, or remove it."
+    yield from _tracker_mistakes(args.report_to)
     if args.use_liger_kernel and not is_liger_kernel_available():
         yield "use_liger_kernel` requires liger-kernel, got True. Run `pip install liger-kernel`, or remove it."
     if args.torch_compile_backend is not None and args.torch_compile_backend not in torch.compiler.list_backends(()):
@@ -235,6 +242,18 @@ def _setting_mistakes(args: SFTConfig | DPOShiftConfig) -> Iterator[str]:
         )
     if args.push_to_hub and (fault := from_main(_hub_fault(args.hub_token))):
         yield f"push_to_hub` {fault}"
+
+
+def _tracker_mistakes(trackers: list[str]) -> Iterator[str]:
+    available = {*get_available_reporting_integrations(), *(["flyte"] if is_flytekit_available() else [])}
+    for tracker in sorted(set(trackers) - available):
+        if tracker == "kubeflow":
+            yield "report_to` must not contain 'kubeflow' outside of a job of Kubeflow Trainer. Remove it."
+            continue
+        yield (
+            f"report_to` requires the package of {tracker!r}, which is not installed. Run "
+            f"`pip install {TRACKER_PACKAGES.get(tracker, tracker)}`, or remove it."
+        )
 
 
 def _evaluation_metrics(args: SFTConfig | DPOShiftConfig) -> list[str]:
