@@ -297,7 +297,7 @@ def test_rows_beyond_the_positions_are_told_with_their_number(refuse, tmp_path, 
     lengths = [f"{name}.max_length={'null' if length is None else length}" for name in ("sft", "dpo")]
     line = refuse(save(gpt2(n_positions=32), tmp_path / "model"), *lengths)
     assert line.startswith(
-        f"`dpo.max_length` must be at most 32, the positions of the model, got {length}: 1 train rows"
+        f"`dpo.max_length` must be at most 32, the positions of the model, got {length or 'null'}: 1 train rows"
     )
     assert line.endswith(f"the first one is row 5 of {tmp_path}/rows.jsonl. Set `dpo.max_length: 32`.")
 

@@ -155,6 +155,7 @@ def check_lengths(recipe: Recipe, rows: dict[str, AuditedRows], positions: int |
         if positions is None or (args.max_length is not None and args.max_length <= positions):
             continue
         remedy = f"Set `{name}.max_length: {positions}`."
+        length = "null" if args.max_length is None else args.max_length
         # The other strategies number the positions of each row anew
         packed = isinstance(args, SFTConfig) and args.packing and args.packing_strategy == "wrapped"
         for split, dataset in (("train", rows[name].train), ("eval", rows[name].evaluation)):
@@ -162,7 +163,7 @@ def check_lengths(recipe: Recipe, rows: dict[str, AuditedRows], positions: int |
                 setting = "`packing_strategy: wrapped`" if packed else "`data.streaming`"
                 mistakes.append(
                     f"`{name}.max_length` must be at most {positions}, the positions of the model, with {setting}, "
-                    f"got {args.max_length}. {remedy}"
+                    f"got {length}. {remedy}"
                 )
                 break
             if dataset is None:
@@ -174,7 +175,7 @@ def check_lengths(recipe: Recipe, rows: dict[str, AuditedRows], positions: int |
                 first = origin_text(origin(dataset[beyond[0]], split, recipe.data), recipe.data)
                 mistakes.append(
                     f"`{name}.max_length` must be at most {positions}, the positions of the model, got "
-                    f"{args.max_length}: {len(beyond)} {split} rows have more tokens, the longest one "
+                    f"{length}: {len(beyond)} {split} rows have more tokens, the longest one "
                     f"{max(lengths)}, the first one is {first}. {remedy}"
                 )
     _refuse(mistakes)
