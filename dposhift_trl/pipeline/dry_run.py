@@ -16,6 +16,7 @@ from ..training.batching import make_token_sampler, without_lost_rows
 from ..training.checks import check_rows_left
 from .errors import RunError
 from .loading import base_model, check_rows, findings, legend, load_rows, load_tokenizer
+from .notes import recipe_notes
 from .preflight import check_lengths, check_model, check_settings
 from .processes import say
 
@@ -24,6 +25,7 @@ def describe(recipe: Recipe) -> None:
     """Print the resolved recipe, the optimizer steps of each stage, and lambda at the start, middle and end."""
     say(*dump_yaml(recipe.resolved).split("\n"))
     check_settings(recipe)
+    say(*recipe_notes(recipe))
     rows = {}
     with tempfile.TemporaryDirectory() as folder:
         try:

@@ -83,7 +83,11 @@ def load_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> dict[str, A
         changes += [change for change in eval_changes if change not in changes]
     if changes:
         say(f"Rows converted: {'; '.join(changes)}.")
-    use_plain_chat_template(train, tokenizer)
+    if use_plain_chat_template(train, tokenizer):
+        say(
+            "The tokenizer has no chat template, so the rows are written as plain text with the names of the roles "
+            "(`User: ...`, `Assistant: ...`). To use another template, set `sft.chat_template_path`."
+        )
     for note in check_template(train, tokenizer):
         say(note)
     audited = audit_preferences(

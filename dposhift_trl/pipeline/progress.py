@@ -13,7 +13,6 @@ from ..console import columns, is_terminal, rewrite
 from .processes import say
 
 
-FORMATS = ("lines", "dict")
 REFRESH = 0.1  # seconds between two status lines
 BAR = 20  # characters
 
@@ -76,13 +75,12 @@ def fit(fields: Sequence[Field], width: int | None) -> str:
 def preference_fields(logs: Mapping[str, float], lambda_varies: bool) -> list[Field]:
     """The metrics of the stage `dpo` in a line."""
     fell = logs["displacement/chosen_fell"]
-    share = " all" if fell == 1 else f"{min(fell, 0.99):4.0%}"
-    chosen = f"chosen {number(logs['displacement/chosen'], signed=True)} ({share.strip():>3} fell)"
+    share = "all" if fell == 1 else f"{min(fell, 0.99):.0%}"
     fields = [
         Field(f"loss {number(logs['loss'])}"),
         Field(f"margin {number(logs['rewards/margins'], signed=True)}"),
         Field(f"acc {number(logs['rewards/accuracies'], 3)}", 2),
-        Field(chosen),
+        Field(f"chosen {number(logs['displacement/chosen'], signed=True)} ({share:>3} fell)"),
     ]
     return [*fields, Field(f"lambda {number(logs['shift/lambda'])}")] if lambda_varies else fields
 
@@ -100,7 +98,7 @@ def language_fields(logs: Mapping[str, float]) -> list[Field]:
 
 class ProgressLines(TrainerCallback):
     """
-    Prints a line for each log and each evaluation, and on a terminal a status line, in place of transformers' callback.
+    Prints a line for each log and each evaluation, and a status line on a terminal, as transformers' callbacks do.
 
     Args:
         stage (`str`):
@@ -204,7 +202,10 @@ class ProgressLines(TrainerCallback):
         if self.pace is None:
             return []
         # On a terminal the status line has both
-        return [Field(f"{number(self.pace)} s/step", 5), Field(f"eta {self._eta(state)}", 3 if self.status_is_shown else 1)]
+        return [
+            Field(f"{number(self.pace)} s/step", 5),
+            Field(f"eta {self._eta(state)}", 3 if self.status_is_shown else 1),
+        ]
 
     def _eta(self, state: TrainerState) -> str:
         """Time that is left, evaluations included, at the average pace so far."""
@@ -235,10 +236,8 @@ def _step(state: TrainerState) -> str:
     return f"{state.global_step:>{len(str(state.max_steps))}}/{state.max_steps}"
 
 
-def print_lines(trainer: Trainer, stage: str, lambda_varies: bool) -> ProgressLines:
+def replace_printer(trainer: Trainer, progress: ProgressLines) -> None:
     """Let a trainer print [`ProgressLines`] in place of transformers' dictionaries and progress bars."""
     for callback in (PrinterCallback, DEFAULT_PROGRESS_CALLBACK):
         trainer.remove_callback(callback)
-    lines = ProgressLines(stage, lambda_varies)
-    trainer.add_callback(lines)
-    return lines
+    trainer.add_callback(progress)

@@ -42,7 +42,10 @@ from .processes import from_main
 # Where the rows and the model come from; a stage that goes on compares what they contain
 PLACES = ("data.path", "model.model_name_or_path", "data.mixture.path")
 # What a run shows of itself, and where; neither rows nor weights depend on it
-SHOWN = re.compile(r"report|wandb\..*|(sft|dpo)\.(report_to|disable_tqdm|logging_steps|log_level|log_level_replica)")
+SHOWN = re.compile(
+    r"report|logging_format|sample_prompts|wandb\..*|"
+    r"(sft|dpo)\.(report_to|disable_tqdm|logging_steps|log_level|log_level_replica)"
+)
 
 
 @contextlib.contextmanager
