@@ -40,10 +40,20 @@ def test_everything_else_is_escaped():
 
 
 def test_lines_are_printed_each_on_its_own(capsys):
-    say("a", 1, ESCAPES), complain(ValueError("x\x1b")), rewrite("y\x1b")
+    say("a", 1, ESCAPES), complain(ValueError("x\x1b")), rewrite("y\x1b"), rewrite("")
     streams = capsys.readouterr()
-    assert streams.out == f"a\n1\n{SHOWN}\n\r\033[Ky\\x1b"
+    assert streams.out == f"a\n1\n{SHOWN}\n\r\033[Ky\\x1b\r\033[K"
     assert streams.err == "x\\x1b\n"
+
+
+@pytest.mark.parametrize("speak", [say, complain])
+def test_a_line_closes_the_open_one(speak, capsys):
+    rewrite("27/60"), speak("done")
+    streams = capsys.readouterr()
+    assert streams.out + streams.err == "\r\033[K27/60\r\033[Kdone\n"
+    speak("again")
+    streams = capsys.readouterr()
+    assert streams.out + streams.err == "again\n"
 
 
 @pytest.mark.parametrize("error", [RunError, WriteError, ReportError], ids=lambda error: error.__name__)

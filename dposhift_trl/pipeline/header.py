@@ -68,11 +68,12 @@ def _rows(audits: Mapping[str, SplitAudit]) -> str:
 def _steps(args: TrainingArguments, state: TrainerState) -> str:
     tokens = getattr(args, "max_tokens_per_batch", None)
     if tokens:
-        size = f"up to {tokens * args.gradient_accumulation_steps * args.world_size} tokens"
+        size = f"at most {tokens * args.gradient_accumulation_steps * args.world_size} tokens each"
     else:
-        size = f"{args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size} rows"
+        rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+        size = f"{rows} {'pairs' if isinstance(args, DPOShiftConfig) else 'answers'} each"
     left = f", {state.max_steps - state.global_step} of them left" if state.global_step else ""
-    return f"{state.max_steps} of {size}{left}"
+    return f"{state.max_steps}, {size}{left}"
 
 
 def _device(trainer: RunSFTTrainer | RunDPOShiftTrainer) -> str:

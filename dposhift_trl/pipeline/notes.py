@@ -1,6 +1,7 @@
 """What users should know, in one line each: keys of a recipe without effect, and what the package logs."""
 
 import logging
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,6 +12,7 @@ from ..schedules import settings_without_effect
 
 
 PACKAGE = __name__.split(".")[0]
+RANK = re.compile(r"^\[RANK \d+\] ")  # which Accelerate puts before each message
 UNSHARED = "shared_prompt is off: "  # how `training/sharing.py` starts its reason
 
 
@@ -41,7 +43,7 @@ class PackageLogs(logging.Handler):
         self.messages: list[str] = []
 
     def emit(self, record: logging.LogRecord) -> None:
-        message = record.getMessage()
+        message = RANK.sub("", record.getMessage())
         if message not in self.messages:
             self.messages.append(message)
             complain(*wrapped(message))

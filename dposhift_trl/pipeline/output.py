@@ -5,12 +5,14 @@ from collections.abc import Iterator
 
 from transformers.utils import logging
 
+from ..artifacts import SAMPLES
 from ..config import DPOShiftConfig
 from ..data.audit import AuditedRows
 from ..recipe import Recipe
 from .header import StageHeader, lambda_line, scoring_line
 from .notes import PackageLogs
 from .progress import ProgressLines, replace_printer
+from .samples import SampleAnswers, why_no_samples
 from .trainers import RunDPOShiftTrainer, RunSFTTrainer
 
 
@@ -41,6 +43,14 @@ def printing(
     lines: dict[str, str] = {}
     if isinstance(args, DPOShiftConfig) and isinstance(trainer, RunDPOShiftTrainer):
         lines |= {"lambda": lambda_line(args), "scoring": scoring_line(trainer, logs.why_not_shared)}
+        reason = why_no_samples(trainer, recipe.sample_prompts)
+        if reason is None:
+            trainer.add_callback(SampleAnswers(trainer, recipe.sample_prompts))
+            lines["samples"] = (
+                f"answers to {recipe.sample_prompts} prompts at each evaluation, in {trainer.stage}/{SAMPLES}"
+            )
+        else:
+            lines["samples"] = f"none ({reason})"
     others = [name for name in args.report_to if name != "wandb"]
     lines["metrics"] = "; ".join(filter(None, [tracker, *others])) or "none"
     trainer.add_callback(StageHeader(trainer, rows.audits, lines))

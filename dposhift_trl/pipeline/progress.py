@@ -110,9 +110,9 @@ class ProgressLines(TrainerCallback):
     def __init__(self, stage: str, lambda_varies: bool = False):
         self.stage, self.lambda_varies = stage, lambda_varies
         self.status_is_shown = False
-        self.began = self.logged = self.drawn = time.monotonic()
+        self.began = self.logged = self.stepped = self.drawn = time.monotonic()
         self.first_step = self.logged_step = self.batches = 0
-        self.evaluating = 0.0  # seconds since the last log
+        self.interrupted, self.interruptions = False, 0.0  # by evaluations and saving, in seconds since the last log
         self.pace: float | None = None  # seconds per step
 
     def on_train_begin(
@@ -128,10 +128,14 @@ class ProgressLines(TrainerCallback):
     ) -> None:
         if state.global_step == self.first_step:  # an evaluation before it is not part of the pace
             self._restart_clock()
+        elif self.interrupted:
+            self.interruptions += time.monotonic() - self.stepped
+        self.interrupted = False
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        self.stepped = time.monotonic()
         self._draw(state)
 
     def on_prediction_step(
@@ -149,7 +153,10 @@ class ProgressLines(TrainerCallback):
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.batches = 0
+        self.interrupted, self.batches = True, 0
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.interrupted = True
 
     def on_log(
         self,
@@ -167,10 +174,8 @@ class ProgressLines(TrainerCallback):
             self._measure(state)
             self._say("step", state, logs, self._timing(state))
         elif "eval_loss" in logs:
-            runtime = logs.get("eval_runtime", 0.0)
-            self.evaluating += runtime
             values = {name.removeprefix("eval_"): value for name, value in logs.items()}
-            self._say("eval", state, values, [Field(f"{number(runtime)} s", 5)])
+            self._say("eval", state, values, [Field(f"{number(values.get('runtime', math.nan))} s", 5)])
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -192,11 +197,11 @@ class ProgressLines(TrainerCallback):
         say(fit([*fields, *timing], columns()))
 
     def _measure(self, state: TrainerState) -> None:
-        """The pace since the last log, without evaluations."""
+        """The pace since the last log, without evaluations and saving."""
         now, steps = time.monotonic(), state.global_step - self.logged_step
         if steps > 0:
-            self.pace = max(now - self.logged - self.evaluating, 0.0) / steps
-        self.logged, self.logged_step, self.evaluating = now, state.global_step, 0.0
+            self.pace = max(now - self.logged - self.interruptions, 0.0) / steps
+        self.logged, self.logged_step, self.interruptions = now, state.global_step, 0.0
 
     def _timing(self, state: TrainerState) -> list[Field]:
         if self.pace is None:
@@ -228,8 +233,8 @@ class ProgressLines(TrainerCallback):
         rewrite(fit(fields, width)[: None if width is None else width - 1])
 
     def _restart_clock(self) -> None:
-        self.began = self.logged = time.monotonic()
-        self.evaluating = 0.0
+        self.began = self.logged = self.stepped = time.monotonic()
+        self.interruptions = 0.0
 
 
 def _step(state: TrainerState) -> str:
