@@ -32,6 +32,7 @@ FINISHED = "finished.json"
 STATE = "trainer_state.json"
 PAIRS = "pairs"  # <prefix>-<step>.parquet, the scores that an evaluation gave each pair
 SAMPLES = "samples.jsonl"  # answers of policy and reference to a few evaluation prompts, at each evaluation
+TOKENS = "tokens"  # in PAIRS, <prefix>-<step>.parquet: the tokens of the pairs that fell and rose most
 WANDB_ID = "wandb_id"
 MERGED = "merged"
 EARLIER = "earlier"  # <n>: log and scores of an earlier training

@@ -36,7 +36,7 @@ from .pipeline.signals import saving_on_signals
 from .pipeline.stage import run_stage
 from .pipeline.start import row_fingerprints, stage_start
 from .recipe import Recipe, RecipeError, load_recipe
-from .report.run_folder import ReportError
+from .report.errors import ReportError
 from .training.checks import TrainingStopped
 
 
@@ -142,7 +142,7 @@ def run(recipe: Recipe, accept_changes: bool = False) -> None:
             say(f"The model is in {start}")
         finally:
             if verdict is not None:
-                say("", *console.wrapped(verdict))
+                say("", *console.wrapped(verdict.headline), "", *console.wrapped(verdict.paragraph))
 
 
 def _audited_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, positions: int | None) -> dict[str, AuditedRows]:

@@ -22,10 +22,11 @@ from dposhift_trl.report import ReportError, figures, write_report
 from dposhift_trl.report.__main__ import main
 from dposhift_trl.report.answers import difference
 from dposhift_trl.report.drawing import Drawing, color_variables
-from dposhift_trl.report.figures import curves, pareto_front, spread
-from dposhift_trl.report.one_run import as_text
+from dposhift_trl.report.figures import curves, pareto_front
+from dposhift_trl.report.labels import shortened, spread
 from dposhift_trl.report.page import DRAWN
 from dposhift_trl.report.run_folder import read_run
+from dposhift_trl.report.texts import as_text
 
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -412,8 +413,8 @@ def test_an_adaptive_run_is_named_by_its_bounds_and_target_and_is_not_dpo(recipe
     assert run.lambda_text == "λ adaptive 0.25 to 1, target 0"
     assert run.outcome.lambdas == (1.0, 1.0)
     assert not run.outcome.is_dpo
-    assert "`lambda_target`" in run.verdict or "no advice" in run.verdict
-    assert "this is DPO" not in run.verdict
+    assert "`lambda_target`" in str(run.verdict) or "no advice" in str(run.verdict)
+    assert "this is DPO" not in str(run.verdict)
 
 
 def test_the_target_of_an_adaptive_run_is_named_and_drawn(tmp_path, monkeypatch):
@@ -828,8 +829,8 @@ def test_long_names_leave_room_for_the_figure():
     name = "a run whose folder has a very long name, as those of sweeps often do"
     assert figures.trade_off("x", "t", "y", [figures.Dot(name, 1.0, 1.0), figures.Dot(name, 1.0, 1.0)])
     assert curves("x", "t", "y", [figures.Line(name, "chosen", [1, 2], [1.0, 2.0])])
-    assert len(figures.shortened(name)) == 26
-    assert figures.shortened("short") == "short"
+    assert len(shortened(name)) == 26
+    assert shortened("short") == "short"
 
 
 def test_a_figure_without_numbers_is_none():

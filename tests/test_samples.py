@@ -8,9 +8,7 @@ import wandb
 from safetensors.torch import load_file
 from test_run import LORA, history, write_recipe
 
-from dposhift_trl.data.demo import save_demo_model
 from dposhift_trl.pipeline import samples
-from dposhift_trl.report.samples import read_samples
 from dposhift_trl.run import main as main
 
 
@@ -138,9 +136,13 @@ def test_a_stage_that_starts_anew_sets_earlier_answers_aside(recipe, tmp_path, h
 def test_wandb_gets_a_table(recipe, tmp_path, here, monkeypatch):
     logged = []
     table = wandb.Table
-    monkeypatch.setattr(wandb, "Table", lambda columns, rows: logged.append((columns, len(rows))) or table(columns, rows))
+    monkeypatch.setattr(
+        wandb, "Table", lambda columns, rows: logged.append((columns, len(rows))) or table(columns, rows)
+    )
     monkeypatch.setenv("WANDB_MODE", "offline")
     done = here(recipe, *TWO, "dpo.report_to=wandb")
     assert logged == [(list(samples.COLUMNS), count) for count in (2, 4, 6, 8)]
-    assert f"  metrics  W&B project dposhift_trl (offline), {tmp_path}/run/wandb; upload with `wandb sync`\n" in done.out
+    assert (
+        f"  metrics  W&B project dposhift_trl (offline), {tmp_path}/run/wandb; upload with `wandb sync`\n" in done.out
+    )
     assert "wandb:" not in done.err

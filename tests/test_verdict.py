@@ -7,19 +7,18 @@ import pytest
 
 from dposhift_trl import DPOShiftConfig
 from dposhift_trl.report.answers import degeneration
+from dposhift_trl.report.findings import perplexity_growth
 from dposhift_trl.report.recommendation import Outcome, recommend_lambda
-from dposhift_trl.report.verdict import verdict
+from dposhift_trl.report.verdict import Tile, verdict, verdict_of
 from dposhift_trl.schedules import LAMBDA_DEFAULTS, LambdaPlan
 from dposhift_trl.training.callbacks import configured_schedule
 from dposhift_trl.training.model_card import append_shift_section
 from dposhift_trl.training.settings import LambdaInForce
 
 
-SFT = {"displacement/chosen": 0.0, "displacement/rejected": 0.0, "rewards/margins": 0.0, "perplexity/chosen": 2.0}
-
-
 def metrics(chosen=-10.0, rejected=-40.0, growth=2.0, shift_lambda=1.0, **others):
     """A last evaluation, by default of a run that learned the preference; names have `__` in place of the slash."""
+    tokens = -chosen / math.log(growth) if chosen and growth != 1 else 10.0
     values = {
         "displacement/chosen": chosen,
         "displacement/rejected": rejected,
@@ -27,7 +26,7 @@ def metrics(chosen=-10.0, rejected=-40.0, growth=2.0, shift_lambda=1.0, **others
         "displacement/chosen_fell": 0.9 if chosen < 0 else 0.2,
         "logps/chosen": -30.0 + chosen,
         "logps/rejected": -32.0 + rejected,
-        "perplexity/chosen": 2.0 * growth,
+        "perplexity/chosen": math.exp(min((30.0 - chosen) / tokens, 700)),
         "rewards/margins": 3.0,
         "rewards/margins_low": 2.5,
         "rewards/margins_high": 3.5,
@@ -39,16 +38,17 @@ def metrics(chosen=-10.0, rejected=-40.0, growth=2.0, shift_lambda=1.0, **others
     return values | {name.replace("__", "/"): value for name, value in others.items()}
 
 
-def at(shift_lambda):
-    return {**SFT, "shift/lambda": shift_lambda}
+def said(last, plan=None, lambdas=()):
+    """The paragraph of a verdict."""
+    return str(verdict(last, plan, lambdas))
 
 
 def test_it_says_how_far_and_how_often_chosen_fell_and_what_rejected_did():
-    text = verdict(at(1.0), metrics())
+    text = said(metrics())
     assert "chosen answers fell by 10.00 nats per answer (from -30.00 to -40.00)" in text
     assert "multiplies their perplexity by 2; 90% of them became less likely" in text
     assert "rejected answers fell by 40.00 nats per answer (from -32.00 to -72.00)" in text
-    assert "margin 3, accuracy 0.800 (95% interval 0.750 to 0.850)" in text
+    assert "margin 3 (95% interval 2.5 to 3.5), accuracy 0.800 (95% interval 0.750 to 0.850)" in text
 
 
 @pytest.mark.parametrize(
@@ -62,7 +62,7 @@ def test_it_says_how_far_and_how_often_chosen_fell_and_what_rejected_did():
 )
 def test_a_fall_is_measured_by_perplexity_and_not_by_nats_per_answer(growth, says):
     for nats in (-0.5, -500.0):
-        assert says in verdict(at(1.0), metrics(chosen=nats, growth=growth))
+        assert says in said(metrics(chosen=nats, growth=growth))
 
 
 @pytest.mark.parametrize(
@@ -79,13 +79,13 @@ def test_a_fall_is_measured_by_perplexity_and_not_by_nats_per_answer(growth, say
     ],
 )
 def test_the_advice_depends_on_lambda(start, end, says):
-    assert says in verdict(at(start), metrics(shift_lambda=end))
+    assert says in said(metrics(shift_lambda=end), lambdas=[start, end])
 
 
 @pytest.mark.parametrize("shift_lambda", [1.0, 0.95, 0.5])
 def test_a_slight_fall_or_a_rise_needs_no_change(shift_lambda):
-    slight = verdict(at(shift_lambda), metrics(chosen=-1.0, growth=1.02, shift_lambda=shift_lambda))
-    risen = verdict(at(shift_lambda), metrics(chosen=4.0, growth=0.8, shift_lambda=shift_lambda))
+    slight = said(metrics(chosen=-1.0, growth=1.02, shift_lambda=shift_lambda))
+    risen = said(metrics(chosen=4.0, growth=0.8, shift_lambda=shift_lambda))
     assert "no reason to change lambda" in slight
     assert "DPO-Shift reduces it but does not prevent it" in slight
     assert "rose by 4.00 nats" in risen
@@ -94,15 +94,15 @@ def test_a_slight_fall_or_a_rise_needs_no_change(shift_lambda):
 
 
 def test_chosen_answers_that_stay_on_average_neither_rose_nor_fell():
-    text = verdict(at(1.0), metrics(chosen=0.0, growth=1.0))
-    assert "did not change (from -30.00 to -30.00)" in text
+    text = said(metrics(chosen=0.0, growth=1.0))
+    assert "did not move measurably: +0.00 nats per answer (from -30.00 to -30.00)" in text
     assert "Try" not in text
 
 
 def test_rejected_answers_that_rose_are_called_unusual():
-    both = verdict(at(0.5), metrics(chosen=3.0, growth=0.9, rejected=3.0, shift_lambda=0.5))
-    crossed = verdict(at(0.5), metrics(rejected=3.0, shift_lambda=0.5))
-    dpo = verdict(at(1.0), metrics(chosen=3.0, growth=0.9, rejected=3.0))
+    both = said(metrics(chosen=3.0, growth=0.9, rejected=3.0, shift_lambda=0.5))
+    crossed = said(metrics(rejected=3.0, shift_lambda=0.5))
+    dpo = said(metrics(chosen=3.0, growth=0.9, rejected=3.0))
     for text in (both, crossed, dpo):
         assert "rejected answers rose by 3.00 nats per answer" in text
         assert "unusual" in text
@@ -113,8 +113,8 @@ def test_rejected_answers_that_rose_are_called_unusual():
 
 
 def test_the_share_of_pairs_in_which_both_fell_is_reported_if_known():
-    assert "; in 42% of the pairs both answers fell." in verdict(at(1.0), metrics(displacement__both_fell=0.42))
-    assert "both answers" not in verdict(at(1.0), metrics())
+    assert "; in 42% of the pairs both answers fell." in said(metrics(displacement__both_fell=0.42))
+    assert "both answers" not in said(metrics())
 
 
 @pytest.mark.parametrize(
@@ -129,7 +129,7 @@ def test_the_share_of_pairs_in_which_both_fell_is_reported_if_known():
     ],
 )
 def test_if_nothing_was_learned_there_is_no_advice_about_lambda(others, says):
-    text = verdict(at(1.0), metrics(**others))
+    text = said(metrics(**others))
     assert says in text
     assert "shift_lambda" not in text
     assert "was learned" not in text
@@ -144,37 +144,152 @@ def test_if_nothing_was_learned_there_is_no_advice_about_lambda(others, says):
     ],
 )
 def test_without_metrics_there_is_no_verdict(last):
-    assert "There is no verdict" in verdict(SFT, last)
+    assert "There is no verdict" in said(last)
+    assert verdict(last).headline.startswith("No verdict")
 
 
 def test_a_policy_that_is_still_the_reference_is_recognized():
-    assert "still the reference" in verdict(at(1.0), metrics(chosen=0.0, rejected=0.0))
+    assert "still the reference" in said(metrics(chosen=0.0, rejected=0.0))
 
 
-def test_without_a_first_evaluation_the_scale_is_nats_per_token():
-    last = metrics(growth=3.0, perplexity__chosen=500.0)
-    assert "perplexity by 3;" in verdict({}, last)
-    late = {"displacement/chosen": -5.0, "perplexity/chosen": 400.0}
-    assert "perplexity by 3;" in verdict(late, last)
+@pytest.mark.parametrize("growth", [1.04, 2.0, 0.7])
+def test_perplexity_is_compared_with_the_reference_whose_log_probabilities_the_log_ratio_gives(growth):
+    last = metrics(chosen=-10.0 if growth > 1 else 10.0, growth=growth)
+    tokens = -last["logps/chosen"] / math.log(last["perplexity/chosen"])
+    before = math.exp(30.0 / tokens)  # the reference gives the chosen answers -30 nats
+    assert perplexity_growth(last) == pytest.approx(last["perplexity/chosen"] / before, rel=1e-12)
+    assert f"perplexity by {growth:.3g};" in said(last)
+    assert f"perplexity by {growth:.3g};" in said({**last, "logps/chosen": math.nan}), "from nats per token"
 
 
 def test_without_lengths_or_lambda_no_advice_is_given():
     last = {n: v for n, v in metrics().items() if n not in ("perplexity/chosen", "displacement/chosen_per_token")}
-    assert "it is unknown whether this fall is large" in verdict(SFT, last)
+    assert "it is unknown whether this fall is large" in said(last)
     last = {n: v for n, v in metrics().items() if n != "shift/lambda"}
-    assert "Lambda was not logged" in verdict(SFT, last)
+    assert "Lambda was not logged" in said(last)
 
 
 def test_it_is_one_paragraph_that_reads_the_same_twice():
-    text = verdict(at(1.0), metrics())
+    text = said(metrics())
     assert "\n" not in text
     assert text.endswith(".")
-    assert text == verdict(at(1.0), metrics())
+    assert text == said(metrics())
 
 
 @pytest.mark.parametrize("growth", [1e-300, 1e300])
 def test_extreme_metrics_raise_no_error(growth):
-    assert verdict({}, metrics(growth=growth, perplexity__chosen=math.inf))
+    assert said(metrics(growth=growth, perplexity__chosen=math.inf))
+
+
+def test_a_log_without_an_evaluation_before_training_is_compared_with_the_reference():
+    late = {"step": 10} | {f"eval_{name}": value for name, value in metrics(rewards__margins=4.0).items()}
+    last = {"step": 20} | {f"eval_{name}": value for name, value in metrics(rewards__margins=3.0).items()}
+    assert str(verdict_of([late, last])) == str(verdict_of([last])) == said(metrics())
+    assert "The preference was learned: margin 3 (95% interval 2.5 to 3.5)" in str(verdict_of([late, last]))
+
+
+@pytest.mark.parametrize(
+    ("schedule", "logged", "says"),
+    [
+        pytest.param("linear_decrease", [0.875, 0.9167, 0.75], "from 1 to 0.75. Try a fixed", id="late-evaluation"),
+        pytest.param("linear_decrease", [0.95, 0.9], "from 1 to 0.9. Try a fixed", id="interrupted"),
+        pytest.param([[0, 1], [0.5, 0.8], [1, 1]], [0.9, 1.0], "from 1 to 0.8 to 1. Try a fixed", id="returns-to-1"),
+        pytest.param(None, [0.9, 0.85], "from 0.9 to 0.85. Try a fixed", id="only-the-log-is-known"),
+    ],
+)
+def test_lambda_goes_from_where_the_settings_start_to_where_it_was_last(schedule, logged, says):
+    plan = LambdaPlan.of({"lambda_schedule": schedule}) if schedule else None
+    assert f"Lambda went {says}" in said(metrics(shift_lambda=logged[-1]), plan, logged)
+
+
+def near_0(low, high, chosen=-0.4):
+    return metrics(chosen=chosen, growth=1.05, displacement__chosen_low=low, displacement__chosen_high=high)
+
+
+def test_a_change_that_the_interval_does_not_tell_from_0_did_not_move_measurably():
+    found = verdict(near_0(-0.9, 0.1))
+    assert "answers did not move measurably: -0.40 nats per answer (95% interval -0.90 to +0.10, from" in str(found)
+    assert "no reason to change lambda" in str(found)
+    assert "slight fall" not in str(found)
+    assert found.headline.startswith(
+        "Chosen answers did not move measurably: 0.40 nats lower per answer (95% interval -0.90 to +0.10)"
+    )
+    told = verdict(near_0(-0.9, -0.1))
+    assert "chosen answers fell by 0.40 nats per answer (95% interval 0.10 to 0.90, from" in str(told)
+    assert "slight fall" in str(told)
+
+
+@pytest.mark.parametrize(
+    ("last", "headline"),
+    [
+        pytest.param(
+            metrics(chosen=-0.65, growth=1.04, displacement__chosen_fell=0.83),
+            "Chosen answers held: 0.65 nats lower per answer, 4% more perplexity; 83% of them fell, slightly.",
+            id="slight",
+        ),
+        pytest.param(
+            metrics(growth=1.3),
+            "Chosen answers fell: 10.00 nats lower per answer, 30% more perplexity; 90% of them fell.",
+            id="clear",
+        ),
+        pytest.param(
+            metrics(growth=3.2),
+            "Chosen answers fell far: 10.00 nats lower per answer, 3.2 times the perplexity; 90% of them fell.",
+            id="large",
+        ),
+        pytest.param(
+            metrics(chosen=4.0, growth=0.8),
+            "Chosen answers rose: 4.00 nats higher per answer, 20% less perplexity; 20% of them fell.",
+            id="rose",
+        ),
+        pytest.param(
+            metrics(chosen=0.0, rejected=0.0), "Nothing moved: the policy is still the reference.", id="same"
+        ),
+        pytest.param(
+            metrics(rewards__margins=0.2, rewards__margins_low=-0.1),
+            "The preference was not learned: margin 0.2 (95% interval -0.1 to 3.5).",
+            id="not-learned",
+        ),
+        pytest.param(
+            metrics(rewards__accuracies=0.2, rewards__accuracies_low=0.1, rewards__accuracies_high=0.3),
+            "The policy prefers the rejected answers: accuracy 0.200 (95% interval 0.100 to 0.300).",
+            id="wrong-way",
+        ),
+    ],
+)
+def test_the_headline_is_one_sentence(last, headline):
+    assert verdict(last).headline == headline
+
+
+RATED = ("chosen", "rejected", "margin", "accuracy")
+
+
+@pytest.mark.parametrize(
+    ("last", "ratings"),
+    [
+        pytest.param(metrics(growth=1.05), "good good good good", id="slight"),
+        pytest.param(metrics(growth=1.3), "fair good good good", id="clear"),
+        pytest.param(metrics(growth=2.0), "bad good good good", id="large"),
+        pytest.param(near_0(-0.9, 0.1), "good good good good", id="not-moved"),
+        pytest.param(metrics(chosen=4.0, growth=0.8, rejected=3.0), "good bad good good", id="rejected-rose"),
+        pytest.param(metrics(rejected=0.0), "bad fair good good", id="rejected-same"),
+        pytest.param(metrics(rewards__margins_low=-1.0), "bad good fair good", id="margin-unclear"),
+        pytest.param(metrics(rewards__margins_low=-1.0, rewards__margins_high=-0.5), "bad good bad good", id="margin"),
+        pytest.param(metrics(rewards__accuracies_low=0.4), "bad good good fair", id="accuracy-unclear"),
+        pytest.param(metrics(rewards__accuracies_low=math.nan), "bad good good unknown", id="no-interval"),
+        pytest.param({}, "unknown unknown unknown unknown", id="nothing"),
+    ],
+)
+def test_each_number_is_rated_by_the_rules_of_the_paragraph(last, ratings):
+    assert dict(zip(RATED, ratings.split(), strict=True)) == {tile.name: tile.rating for tile in verdict(last).tiles}
+
+
+def test_a_tile_holds_the_number_that_was_logged_and_its_interval():
+    chosen, _, margin, accuracy = verdict(near_0(-0.9, -0.1)).tiles
+    assert chosen == Tile("chosen", -0.4, -0.9, -0.1, "nats per answer", "good")
+    assert margin == Tile("margin", 3.0, 2.5, 3.5, "nats", "good")
+    assert accuracy == Tile("accuracy", 0.8, 0.75, 0.85, "share", "good")
+    assert verdict({}).tiles[0] == Tile("chosen", None, None, None, "nats per answer", "unknown")
 
 
 def outcome(name, shift_lambda, chosen, accuracy=0.8, margin=3.0, start=-30.0, **others):
@@ -189,7 +304,7 @@ def outcome(name, shift_lambda, chosen, accuracy=0.8, margin=3.0, start=-30.0, *
         rewards__margins_low=margin - 0.5,
         **others,
     )
-    return Outcome.of(name, at(shift_lambda), last)
+    return Outcome.of(name, last, (shift_lambda, shift_lambda))
 
 
 DPO = outcome("dpo", 1.0, -12.0)
@@ -244,8 +359,7 @@ def test_without_a_recommendation_the_reason_is_given(runs, says):
 
 
 def test_a_schedule_that_ends_at_1_is_not_dpo():
-    last = {**metrics(chosen=-3.0), "shift/lambda": 1.0}
-    assert not Outcome.of("increase", at(0.75), last).is_dpo
+    assert not Outcome.of("increase", metrics(chosen=-3.0), (0.75, 1.0)).is_dpo
 
 
 def test_a_run_that_leaves_lambda_1_and_comes_back_is_not_dpo():
@@ -298,7 +412,7 @@ def test_the_plan_of_lambda_is_read_from_the_settings(settings, expected):
     ],
 )  # fmt: skip
 def test_for_an_adaptive_lambda_the_advice_is_another_bound_or_target_and_no_fixed_lambda(plan, end, says):
-    text = verdict(at(1.0), metrics(shift_lambda=end), plan)
+    text = said(metrics(shift_lambda=end), plan)
     assert says in text
     assert "fixed" not in text
     assert "this is DPO" not in text

@@ -9,6 +9,7 @@ from ..config import DPOShiftConfig
 from ..console import complain, wrapped
 from ..recipe import Recipe
 from ..schedules import settings_without_effect
+from .prospects import why_no_verdict
 
 
 PACKAGE = __name__.split(".")[0]
@@ -27,6 +28,8 @@ def recipe_notes(recipe: Recipe) -> Iterator[str]:
         for key in recipe.resolved["model"]:
             if key.startswith("lora_"):
                 yield f"`model.{key}` has no effect with `use_peft: false`. Remove it, or set `use_peft: true`."
+    if (reason := why_no_verdict(recipe)) is not None:
+        yield reason
 
 
 class PackageLogs(logging.Handler):

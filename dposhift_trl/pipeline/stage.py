@@ -22,7 +22,7 @@ from ..config import DPOShiftConfig
 from ..data.audit import AuditedRows
 from ..integrity import model_files, weights_fault
 from ..recipe import Recipe
-from ..report.verdict import verdict_of
+from ..report.verdict import Verdict, verdict_of
 from ..training.checks import check_rows_left
 from ..training.model_card import log_until
 from .checkpoints import explaining_load_errors
@@ -47,7 +47,7 @@ def run_stage(
     rows: AuditedRows,
     signals: SaveOnSignal,
     checkpoint: Path | None,
-) -> str | None:
+) -> Verdict | None:
     """
     Train a stage, from a checkpoint if there is one, and save the model in the folder of the stage.
 
@@ -68,7 +68,7 @@ def run_stage(
             Checkpoint to resume from, from [`~pipeline.resume.resume_point`].
 
     Returns:
-        `str` or `None`: The verdict on the stage `dpo`, if it was evaluated.
+        [`~report.verdict.Verdict`] or `None`: The verdict on the stage `dpo`, if it was evaluated.
 
     Raises:
         RunError: If the trainer cannot be created, or the checkpoint cannot be loaded.
@@ -130,7 +130,7 @@ def _train(trainer: RunSFTTrainer | RunDPOShiftTrainer, checkpoint: Path | None,
         raise
 
 
-def _save(trainer: RunSFTTrainer | RunDPOShiftTrainer, recipe: Recipe, name: str) -> str | None:
+def _save(trainer: RunSFTTrainer | RunDPOShiftTrainer, recipe: Recipe, name: str) -> Verdict | None:
     args = trainer.args
     trainer.save_state()
     try:

@@ -3,7 +3,7 @@
 import io
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import matplotlib
@@ -38,10 +38,8 @@ STYLE: Any = {  # matplotlib's stubs list the keys as literals, which differ bet
     "axes.spines.right": False,
     "axes.edgecolor": COLORS["muted"][0],
     "axes.labelcolor": COLORS["ink"][0],
-    "axes.titlelocation": "left",
-    "axes.titlesize": 11,
-    "axes.titleweight": "bold",
-    "axes.titlecolor": COLORS["ink"][0],
+    "figure.titlesize": 11,
+    "figure.titleweight": "bold",
     "axes.grid": True,
     "axes.axisbelow": True,
     "axes.unicode_minus": True,
@@ -77,6 +75,8 @@ class Drawing:
             Contents of its files.
         inline (`str`):
             SVG for the page.
+        dots (`dict[str, Any]`, *optional*):
+            What the script of the page needs to say which pair a dot is.
     """
 
     name: str
@@ -85,16 +85,31 @@ class Drawing:
     png: bytes
     svg: bytes
     inline: str
+    dots: dict[str, Any] = field(default_factory=dict)
 
 
 def new_axes(title: str, xlabel: str, ylabel: str) -> tuple[Figure, Axes]:
     """An empty figure with labeled axes."""
     figure = Figure(figsize=SIZE, layout="constrained")
     axes = figure.add_subplot()
-    axes.set_title(title)
+    figure.suptitle(title, x=0, ha="left")  # where the text of the page starts, too
     axes.set_xlabel(xlabel)
     axes.set_ylabel(ylabel)
     return figure, axes
+
+
+def frame(axes: Axes) -> dict[str, list[float]]:
+    """Where the axes are in the SVG (left, top, right, bottom), and their limits, once the figure is drawn."""
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    (left, low), (right, high) = axes.get_position().get_points().tolist()
+    width, height = (72 * size for size in figure.get_size_inches().tolist())  # points, the unit of the SVG
+    box = [left * width, (1 - high) * height, right * width, (1 - low) * height]
+    return {
+        "box": [round(value, 2) for value in box],
+        "x": [float(end) for end in axes.get_xlim()],
+        "y": [float(end) for end in axes.get_ylim()],
+    }
 
 
 def add_legend(figure: Figure) -> None:

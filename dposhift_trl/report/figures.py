@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 
 import matplotlib
 import numpy as np
@@ -10,7 +9,8 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from scipy.stats import gaussian_kde
 
-from .drawing import COLORS, STYLE, Drawing, add_legend, draw, new_axes
+from .drawing import COLORS, STYLE, Drawing, add_legend, draw, frame, new_axes
+from .labels import label_dots, label_ends
 
 
 SERIES = ("purple", "accent", "slate", "brown", "red", "muted")  # of runs; blue and orange are for answers
@@ -136,8 +136,8 @@ def curves(
         axes.margins(x=0.02)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
         if percent:
-            axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-        _label_ends(axes, [line for line in lines if not line.faint] or lines)
+            _in_percent(axes)
+        label_ends(axes, [line for line in lines if not line.faint] or lines)
         changes = "; ".join(
             f"{line.label} from {_first(line.values):.3g} to {line.end:.3g}" for line in lines if not line.faint
         )
@@ -203,19 +203,21 @@ def density(name: str, title: str, xlabel: str, margins: np.ndarray) -> Drawing 
         axes.axvline(0, color=COLORS["muted"][0], linewidth=1.2, linestyle="--")
         mean, positive = margins.mean(), (margins > 0).mean()
         axes.axvline(mean, color=COLORS["accent"][0], linewidth=1.2)
-        top = axes.get_xaxis_transform()
-        at_left = mean >= 0
-        axes.text(0, 1.0, " SFT: all at 0 ", ha="right" if at_left else "left", transform=top, va="top", fontsize=8.5)
-        axes.text(
-            mean,
-            1.0,
-            f" mean {mean:.2f}; {positive:.0%} above 0 ",
-            ha="left" if at_left else "right",
-            transform=top,
-            va="top",
-            color=COLORS["accent"][0],
-            fontsize=8.5,
-        )
+        for x, text, color, at_left in (
+            (0, "SFT: all at 0", "ink", mean >= 0),
+            (mean, f"mean {mean:.2f}; {positive:.0%} above 0", "accent", mean < 0),
+        ):
+            axes.annotate(
+                text,
+                (x, 1),
+                (-5 if at_left else 5, 0),
+                xycoords=("data", "axes fraction"),
+                textcoords="offset points",
+                ha="right" if at_left else "left",
+                va="top",
+                color=COLORS[color][0],
+                fontsize=8.5,
+            )
         alt = f"Density over {len(margins)} pairs: mean {mean:.3g}, {positive:.0%} of the pairs above 0."
         return draw(name, title, alt, figure)
 
@@ -255,7 +257,7 @@ def scatter(name: str, title: str, chosen: np.ndarray, rejected: np.ndarray) -> 
             axes.text(
                 x,
                 y,
-                "\n".join(label.rsplit(" ", 1)) + f" {share:.0%}",
+                "\n".join(label.split()) + f" {share:.0%}",  # narrow, since a quadrant can be
                 transform=axes.transAxes,
                 ha="left" if x < 0.5 else "right",
                 va="bottom" if y < 0.5 else "top",
@@ -264,7 +266,9 @@ def scatter(name: str, title: str, chosen: np.ndarray, rejected: np.ndarray) -> 
             )
         quadrants = ", ".join(f"{label} {share:.0%}" for label, (_, _, share) in shares.items())
         alt = f"Scatter of {len(chosen)} pairs, chosen against rejected log-ratio; {quadrants}. Dotted: margin 0."
-        return draw(name, title, alt, figure)
+        drawing = draw(name, title, alt, figure)
+        drawing.dots = frame(axes)
+        return drawing
 
 
 def trade_off(name: str, title: str, ylabel: str, dots: Sequence[Dot], percent: bool = False) -> Drawing | None:
@@ -283,7 +287,7 @@ def trade_off(name: str, title: str, ylabel: str, dots: Sequence[Dot], percent: 
             color=COLORS["accent"][0],
             linestyle="--",
             linewidth=1.5,
-            label="Pareto front",
+            label="Pareto front" if len(edge) > 1 else None,
             zorder=1,
         )
         for dot in dots:
@@ -294,12 +298,19 @@ def trade_off(name: str, title: str, ylabel: str, dots: Sequence[Dot], percent: 
         if any(dot.reference for dot in dots):
             axes.plot([], [], color=COLORS["muted"][0], marker="D", linestyle="", label="DPO, λ = 1 (reference)")
         axes.margins(0.14, 0.18)
-        _label_dots(axes, dots, edge)
+        label_dots(axes, dots, edge)
         if percent:
-            axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+            _in_percent(axes)
         add_legend(figure)
         places = "; ".join(f"{dot.label} at {dot.x:.3g}, {dot.y:.3g}{' (front)' if dot.front else ''}" for dot in dots)
         return draw(name, title, f"Trade-off of chosen log-ratio against {ylabel}. {places}.", figure)
+
+
+def _in_percent(axes: Axes) -> None:
+    """Ticks in percent, none of which is above 100% or below 0%."""
+    axes.yaxis.set_major_formatter(PercentFormatter(1))
+    (low, high), ticks = axes.get_ylim(), axes.get_yticks()
+    axes.set_yticks([tick for tick in ticks if max(low, -1e-9) <= tick <= min(high, 1 + 1e-9)])
 
 
 def _spreads(values: np.ndarray) -> bool:
@@ -309,87 +320,3 @@ def _spreads(values: np.ndarray) -> bool:
 
 def _first(values: Sequence[float]) -> float:
     return next(value for value in values if np.isfinite(value))
-
-
-def _label_ends(axes: Axes, lines: Sequence[Line]) -> None:
-    """Names right of the axes at the height of each line's end, moved apart if they would overlap."""
-    gap = 0.075
-    ends = []
-    axes.get_ylim()  # computes the limits, which the transforms below need
-    for line in lines:
-        assert line.end is not None
-        height = axes.transAxes.inverted().transform(axes.transData.transform((0, line.end)))[1]
-        ends.append((float(height), line))
-    ends.sort(key=lambda end: end[0])
-    heights = spread([height for height, _ in ends], gap)
-    for height, (_, line) in zip(heights, ends, strict=True):
-        axes.text(
-            1.015,
-            height,
-            shortened(line.label),
-            transform=axes.transAxes,
-            color=COLORS[line.color][0],
-            va="center",
-            fontsize=9,
-            weight="bold",
-        )
-
-
-def shortened(label: str, length: int = 26) -> str:
-    """A label, without its middle if it is too long for a figure."""
-    return label if len(label) <= length else f"{label[: length // 2]}…{label[1 + length // 2 - length :]}"
-
-
-def spread(heights: Sequence[float], gap: float) -> list[float]:
-    """Sorted heights, moved as little as needed to be `gap` apart and, if there is room, within [0, 1]."""
-    placed: list[float] = []
-    for height in heights:
-        placed.append(max(height, placed[-1] + gap) if placed else max(height, 0.0))
-    ceiling = 1.0
-    for index in range(len(placed) - 1, -1, -1):
-        placed[index] = min(placed[index], ceiling)
-        ceiling = placed[index] - gap
-    return placed
-
-
-def _label_dots(axes: Axes, dots: Sequence[Dot], edge: Sequence[Dot]) -> None:
-    """Each name on the side of its dot with the fewest dots, names, intervals and segments of the front."""
-    axes.get_xlim(), axes.get_ylim()  # computes the limits, which the transforms below need
-    to_axes = axes.transData + axes.transAxes.inverted()
-    places = [tuple(to_axes.transform((dot.x, dot.y))) for dot in dots]
-    taken: list[tuple[float, float]] = list(places)
-    strokes = [(*a, *b) for a, b in pairwise([(dot.x, dot.y) for dot in edge])]
-    strokes += [(dot.x, dot.low, dot.x, dot.high) for dot in dots if dot.low is not None and dot.high is not None]
-    for x0, y0, x1, y1 in strokes:
-        xs, ys = np.linspace(x0, x1, 30), np.linspace(y0, y1, 30)
-        taken += [tuple(place) for place in to_axes.transform(np.column_stack([xs, ys]))]
-    for dot, (x, y) in zip(dots, places, strict=True):
-        half, best = 0.011 * len(shortened(dot.label)), None
-        for dx, dy, align in (
-            (0.03, 0, "left"),
-            (-0.03, 0, "right"),
-            (0.02, 0.06, "left"),
-            (0.02, -0.06, "left"),
-            (-0.02, 0.06, "right"),
-            (-0.02, -0.06, "right"),
-        ):
-            middle = x + dx + half * (1 if align == "left" else -1)
-            outside = 5 * (middle - half < 0 or middle + half > 1)
-            crowd = sum(
-                abs(a - middle) < half + 0.01 and abs(b - (y + dy)) < 0.04 for a, b in taken if (a, b) != (x, y)
-            )
-            if best is None or crowd + outside < best[0]:
-                best = (crowd + outside, dx, dy, align, middle)
-        assert best is not None
-        _, dx, dy, align, middle = best
-        taken += [(middle - half, y + dy), (middle, y + dy), (middle + half, y + dy)]
-        axes.text(
-            x + dx,
-            y + dy,
-            shortened(dot.label),
-            transform=axes.transAxes,
-            ha=align,
-            va="center",
-            fontsize=9,
-            color=COLORS[dot.color][0],
-        )

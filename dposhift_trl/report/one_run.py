@@ -1,97 +1,40 @@
 """What the page about one run shows."""
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 from ..artifacts import FINISHED, GENERATIONS, STATISTICS
-from ..columns import SAVED_ROW_INDEX
-from ..data.messages import message_as_text, tool_calls
 from .answers import STATISTICS_OF_ANSWERS, degeneration, read_examples
 from .drawing import Drawing
-from .figures import Line, curves, density, histogram, scatter
-from .files import number, read_columns, read_file
+from .figures import Line, curves
+from .files import number
+from .pairs import show_pairs
 from .run_folder import Run
+from .samples import Sample, read_samples
+from .texts import as_text, opening, plain
 
 
-SHOWN_PAIRS = 5  # pairs that fell most, and pairs that rose most
 SHOWN_QUESTIONS = 6  # questions whose answers differ most
 LONGEST_OPENING = 90  # characters of a prompt in the heading of a question
-LONGEST_TEXT = 4_000  # characters of a prompt or answer
 
 
 def describe_run(run: Run) -> tuple[dict[str, Any], list[Drawing]]:
     """Values of the template and figures of the page about one run."""
-    scores = _last_scores(run)
-    drawings = [drawing for drawing in [*_draw_curves(run), *_draw_pairs(run, scores)] if drawing]
-    fell, rose = _pairs_that_changed_most(run, scores)
+    pairs, drawn_pairs = show_pairs(run)
+    drawings = [drawing for drawing in [*_draw_curves(run), *drawn_pairs] if drawing]
     values = {
         "title": run.name,
-        "fell": fell,
-        "rose": rose,
+        **pairs,
         "facts": _facts(run),
         "summary": _summary(run),
         "audit": _audit(run),
         "answers": _answers(run),
         "answers_exist": (run.folder / GENERATIONS / STATISTICS).exists(),
         "generations": GENERATIONS,
+        "samples": [_sample(sample) for sample in read_samples(run.dpo.folder, run.notes)],
     }
     return values, drawings
-
-
-def _last_scores(run: Run) -> dict[str, np.ndarray]:
-    """Columns of the scores of the last logged evaluation, without pairs whose scores are not finite."""
-    logged = {int(metrics["step"]): metrics for metrics in run.dpo.evaluations()}
-    steps = [step for step in run.dpo.pairs if step in logged or not logged]
-    if unlogged := sorted(set(run.dpo.pairs) - set(steps)):
-        run.notes.append(
-            f"The scores of pairs of step {', '.join(map(str, unlogged))} are left out, since the log has no "
-            "evaluation there: they are of an earlier training, or of steps after the last checkpoint."
-        )
-    if not steps:
-        return {}
-    step = max(steps)
-    path = run.dpo.pairs[step]
-    columns = read_file(path, read_columns, {}, run.notes, "the scores of the last evaluation")
-    if not columns:
-        return {}
-    needed = {SAVED_ROW_INDEX, "chosen_logps", "rejected_logps", "chosen_logratios", "rejected_logratios"}
-    if needed - set(columns):
-        missing = ", ".join(f"`{name}`" for name in sorted(needed - set(columns)))
-        run.notes.append(f"{path.name} lacks the columns {missing}, so its pairs are not shown.")
-        return {}
-    finite = np.logical_and.reduce([np.isfinite(columns[name]) for name in sorted(needed)])
-    if finite.all() and not _agree(columns, logged.get(step, {})):
-        run.notes.append(
-            f"{path.name} is left out, since its means are not those that the log has for step {step}: its scores are "
-            "of another training."
-        )
-        return {}
-    if not finite.all():
-        run.notes.append(
-            f"{(~finite).sum()} of {len(finite)} evaluated pairs have a score that is not a number and are left out."
-        )
-    last = run.last.get("step")
-    if last is not None and last != step:
-        run.notes.append(
-            f"The last scores of pairs are from step {step}, but the last logged evaluation is from step {last:g}."
-        )
-    return {name: values[finite] for name, values in columns.items()} if finite.any() else {}
-
-
-def _agree(columns: Mapping[str, np.ndarray], logged: Mapping[str, float]) -> bool:
-    """Whether the means over the pairs are those that were logged with them."""
-    means = {
-        "logps/chosen": "chosen_logps",
-        "logps/rejected": "rejected_logps",
-        "displacement/chosen": "chosen_logratios",
-        "displacement/rejected": "rejected_logratios",
-    }
-    known = [(float(columns[name].mean()), logged[metric]) for metric, name in means.items() if metric in logged]
-    return all(math.isclose(*pair, rel_tol=1e-6, abs_tol=1e-6) for pair in known if math.isfinite(pair[1]))
 
 
 def _draw_curves(run: Run) -> list[Drawing | None]:
@@ -112,28 +55,27 @@ def _draw_curves(run: Run) -> list[Drawing | None]:
         target = [Line("target", "muted", lambdas[0], [plan.target] * len(lambdas[0]), faint=True, dash="--")]
     if not lambdas[0]:
         lambdas = stage.evaluation_series("shift/lambda")
-    answers = "nats per answer"
+    answers, zero = "nats per answer", (0, "SFT model")
     drawings = [
+        # On a scale of its own: beside the rejected answers, which move much more, a fall cannot be seen
         curves(
-            "logps",
-            "Log-probability of the answers",
+            "chosen",
+            "Chosen answers: log-ratio to the SFT model",
             answers,
-            [*both("logps/chosen", "chosen", "chosen"), *both("logps/rejected", "rejected", "rejected")],
+            [*both("displacement/chosen", "chosen", "chosen"), *target],
+            zero,
         ),
         curves(
             "logratios",
-            "Log-ratio to the SFT model",
+            "Chosen and rejected: log-ratio to the SFT model",
             answers,
             [
                 *both("displacement/chosen", "chosen", "chosen"),
                 *both("displacement/rejected", "rejected", "rejected"),
-                *target,
             ],
-            (0, "SFT model"),
+            zero,
         ),
-        curves(
-            "margin", "Reward margin, unshifted", "nats", both("rewards/margins", "margin", "accent"), (0, "SFT model")
-        ),
+        curves("margin", "Reward margin, unshifted", "nats", both("rewards/margins", "margin", "accent"), zero),
         curves(
             "accuracy",
             "Reward accuracy, unshifted",
@@ -143,11 +85,10 @@ def _draw_curves(run: Run) -> list[Drawing | None]:
             percent=True,
         ),
         curves(
-            "lambda",
-            "Lambda",
-            "lambda (no unit)",
-            [Line("λ", "purple", *lambdas)],
-            (plan.low, "lower bound") if plan.adaptive else None,
+            "logps",
+            "Log-probability of the answers",
+            answers,
+            [*both("logps/chosen", "chosen", "chosen"), *both("logps/rejected", "rejected", "rejected")],
         ),
         curves(
             "loss",
@@ -157,81 +98,19 @@ def _draw_curves(run: Run) -> list[Drawing | None]:
             [*both("loss", "at λ(t)", "slate"), *both("dpo_loss", "at λ = 1", "accent", dash="--")],
         ),
     ]
+    if _constant_lambda(run) is None:
+        level = (plan.low, "lower bound") if plan.adaptive else None
+        drawings.append(curves("lambda", "Lambda", "lambda (no unit)", [Line("λ", "purple", *lambdas)], level))
     if sft:
         lines = [Line("train", "muted", *sft.series("loss")), Line("evaluation", "accent", *sft.series("eval_loss"))]
         drawings.append(curves("sft_loss", "Loss of the SFT stage", "nats per token", lines))
     return drawings
 
 
-def _draw_pairs(run: Run, scores: Mapping[str, np.ndarray]) -> list[Drawing | None]:
-    if not scores:
-        return []
-    chosen, rejected, beta = scores["chosen_logratios"], scores["rejected_logratios"], run.beta
-    label = f"β (chosen − rejected log-ratio), β = {beta:.3g} (nats)" if beta else "chosen − rejected log-ratio (nats)"
-    histograms = [
-        histogram(
-            f"histogram_{name}",
-            f"{name.capitalize()} answers: log-probability",
-            "Log-probability (nats per answer)",
-            name,
-            scores[f"{name}_logps"] - scores[f"{name}_logratios"],
-            scores[f"{name}_logps"],
-        )
-        for name in ("chosen", "rejected")
-    ]
-    return [
-        *histograms,
-        density("margin_density", "Reward margin over the pairs", label, (beta or 1.0) * (chosen - rejected)),
-        scatter("scatter", "Each pair: chosen against rejected", chosen, rejected),
-    ]
-
-
-def _pairs_that_changed_most(
-    run: Run, scores: Mapping[str, np.ndarray]
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """The pairs whose chosen answer fell most, and those whose chosen answer rose most."""
-    if not scores:
-        return [], []
-    order = np.argsort(scores["chosen_logratios"], kind="stable")
-
-    def pairs(indices: np.ndarray) -> list[dict[str, Any]]:
-        return [_pair(run, {name: column[index] for name, column in scores.items()}) for index in indices]
-
-    fell = [pair for pair in pairs(order[:SHOWN_PAIRS]) if pair["chosen_logratio"] < 0]
-    rose = [pair for pair in pairs(order[::-1][:SHOWN_PAIRS]) if pair["chosen_logratio"] > 0]
-    return fell, rose
-
-
-def _pair(run: Run, scores: Mapping[str, float]) -> dict[str, Any]:
-    index = int(scores[SAVED_ROW_INDEX])
-    row = run.rows.get(index, {})
-    return {
-        "row": index,
-        "chosen_logratio": scores["chosen_logratios"],
-        "rejected_logratio": scores["rejected_logratios"],
-        "chosen_logps": scores["chosen_logps"],
-        "rejected_logps": scores["rejected_logps"],
-        "tokens": int(scores["chosen_tokens"]) if math.isfinite(scores.get("chosen_tokens", math.nan)) else None,
-        "texts": [(name, as_text(row[name])) for name in ("prompt", "chosen", "rejected") if name in row],
-    }
-
-
-def as_text(content: Any) -> str:
-    """A prompt or an answer, text or conversation, as plain text of bounded length."""
-    if isinstance(content, list):
-        text = "\n".join(map(as_text, content))
-    elif isinstance(content, dict) and "role" in content:
-        has_calls = bool(tool_calls(content))
-        text = f"{content['role']}: {message_as_text(content) if has_calls else as_text(content.get('content'))}"
-    elif isinstance(content, dict) and isinstance(content.get("text"), str):
-        text = content["text"]
-    elif content is None:
-        text = "(missing)"
-    else:
-        text = content if isinstance(content, str) else json.dumps(content, default=str)
-    if len(text) > LONGEST_TEXT:
-        text = f"{text[:LONGEST_TEXT]} … ({len(text) - LONGEST_TEXT} more characters are not shown)"
-    return text
+def _constant_lambda(run: Run) -> float | None:
+    """Lambda, if every log has the same one. It needs no figure then."""
+    logged = run.logged_lambdas
+    return logged[0] if logged and math.isclose(min(logged), max(logged), abs_tol=1e-9) else None
 
 
 def _summary(run: Run) -> list[tuple[str, str]]:
@@ -251,8 +130,8 @@ def _summary(run: Run) -> list[tuple[str, str]]:
     for label, name in names.items():
         if name in last:
             low, high = last.get(f"{name}_low", math.nan), last.get(f"{name}_high", math.nan)
-            interval = f" (95% interval {low:.3f} to {high:.3f})" if math.isfinite(low + high) else ""
-            found.append((label, f"{last[name]:.3f}{interval}"))
+            interval = f" (95% interval {plain(low, 3)} to {plain(high, 3)})" if math.isfinite(low + high) else ""
+            found.append((label, f"{plain(last[name], 3)}{interval}"))
     return found
 
 
@@ -282,11 +161,24 @@ def _cell(name: str, value: float) -> str:
     return format(value, forms.get(name, ".3f"))
 
 
+def _sample(sample: Sample) -> dict[str, Any]:
+    """A prompt: its first words, and the answers of data, reference and policy."""
+    texts = [("reference", sample.reference), *((f"policy, {steps}", answer) for steps, answer in sample.answers)]
+    if sample.chosen is not None:
+        texts.insert(0, ("chosen in the data", sample.chosen))
+    return {
+        "row": sample.row,
+        "opening": opening(sample.prompt, LONGEST_OPENING),
+        "prompt": sample.prompt,
+        "texts": texts,
+        "changed": sample.changed,
+    }
+
+
 def _example(line: Mapping[str, Any], models: Sequence[str]) -> dict[str, Any]:
     """A question: its first words, and each turn with the greedy answers of both models."""
     answers = {model: line["answers"][model]["greedy"] for model in (models[0], models[-1])}
     prompts = [line.get("prompt"), *line["follow_ups"]]
-    opening = " ".join(as_text(prompts[0]).split())
     turns = [
         (as_text(prompt), [(model, as_text(texts[turn])) for model, texts in answers.items() if turn < len(texts)])
         for turn, prompt in enumerate(prompts)
@@ -296,7 +188,7 @@ def _example(line: Mapping[str, Any], models: Sequence[str]) -> dict[str, Any]:
     return {
         "id": line["question_id"],
         "category": line["category"],
-        "opening": opening if len(opening) <= LONGEST_OPENING else f"{opening[:LONGEST_OPENING]} …",
+        "opening": opening(prompts[0], LONGEST_OPENING),
         "turns": turns,
     }
 
@@ -337,6 +229,8 @@ def _facts(run: Run) -> list[tuple[str, list[tuple[str, str]]]]:
         finished = stage.finished or {}
         steps = stage.state.get("global_step"), stage.state.get("max_steps")
         facts = [("Optimizer steps", f"{steps[0]} of {steps[1]}")] if steps[0] is not None else []
+        if name == "dpo" and (constant := _constant_lambda(run)) is not None:
+            facts.append(("Lambda", f"{constant:.4g} at every log"))
         if best := stage.state.get("best_global_step"):
             facts.append(("Best step by the recipe's metric", f"{best}; the report shows the last one"))
         if finished:

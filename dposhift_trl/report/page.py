@@ -1,5 +1,7 @@
 """One self-contained HTML page about a run, or comparing several, and its figures as files."""
 
+import base64
+import hashlib
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -13,21 +15,23 @@ from .. import __version__
 from ..artifacts import FIGURES, PAGE, whole_files, write_whole
 from .comparison import compare_runs
 from .drawing import Drawing, color_variables
+from .errors import ReportError
 from .one_run import describe_run
-from .run_folder import ReportError, Run, read_run
+from .run_folder import Run, read_run
+from .texts import plain, signed
 
 
 MARK = '<meta name="generator" content="dposhift_trl'  # marks a page that may be replaced
 
 # Names of the figures of any report
 DRAWN = {
-    *("logps", "logratios", "margin", "accuracy", "lambda", "loss", "sft_loss"),
+    *("chosen", "logps", "logratios", "margin", "accuracy", "lambda", "loss", "sft_loss"),
     *("histogram_chosen", "histogram_rejected", "margin_density", "scatter", "trade_off_margin", "trade_off_accuracy"),
     *("curves_chosen", "curves_rejected", "curves_margin", "curves_accuracy"),
 }
 
 
-def write_report(folders: Sequence[Path], destination: Path) -> Path:
+def write_report(folders: Sequence[Path], destination: Path, beta: float | None = None) -> Path:
     """
     Write `report.html`, `figures/*.png` and `figures/*.svg` about one run, or comparing several.
 
@@ -40,6 +44,8 @@ def write_report(folders: Sequence[Path], destination: Path) -> Path:
         destination (`Path`):
             Folder to write to. It must be new, empty, or contain an earlier report. Other files beside an earlier
             report are kept.
+        beta (`float`, *optional*):
+            Beta of runs of a stock `DPOTrainer`, as [`~report.run_folder.read_run`] takes it.
 
     Returns:
         `Path`: The page.
@@ -51,7 +57,7 @@ def write_report(folders: Sequence[Path], destination: Path) -> Path:
     if not folders:
         raise ReportError("`folders` must name at least one run, got none.")
     _check_destination(destination)
-    runs = [read_run(folder) for folder in folders]
+    runs = [read_run(folder, beta) for folder in folders]
     _make_names_unique(runs)
     values, drawings = describe_run(runs[0]) if len(runs) == 1 else compare_runs(runs)
     page = _render(runs, values, drawings)
@@ -108,12 +114,19 @@ def _render(runs: Sequence[Run], values: Mapping[str, Any], drawings: Sequence[D
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["number"] = lambda value: f"{value:.3f}" if math.isfinite(value) else "–"
+    environment.filters["number"] = lambda value: plain(value, 3) if math.isfinite(value) else "–"
+    environment.filters["amount"] = _amount
+    environment.filters["signed"] = signed
+    environment.filters["plain"] = plain
     environment.filters["prose"] = lambda text: Markup(re.sub("`([^`]+)`", r"<code>\1</code>", str(escape(text))))
     # Safe without escaping: drawn from numbers and names of metrics; names of runs are escaped by matplotlib
     environment.filters["drawn"] = lambda drawing: Markup(drawing.inline)
+    style, script = ((Path(__file__).parent / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
     return environment.get_template("report.html.j2").render(
         version=__version__,
+        style=Markup(style),
+        script=Markup(script),
+        script_hash=f"sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}",
         light=color_variables(dark=False),
         dark=color_variables(dark=True),
         runs=runs,
@@ -121,3 +134,10 @@ def _render(runs: Sequence[Run], values: Mapping[str, Any], drawings: Sequence[D
         several=len(runs) > 1,
         **values,
     )
+
+
+def _amount(value: float | None, unit: str) -> str:
+    """A number of a tile: nats with their sign, a share in percent."""
+    if value is None:
+        return "–"
+    return f"{value:.1%}" if unit == "share" else signed(value, 2 if abs(value) < 100 else 1)

@@ -11,7 +11,7 @@ from ..artifacts import FINISHED, LOCK, write_whole
 from ..command import handling
 from ..console import complain, say
 from ..recipe import dump_yaml
-from ..report.run_folder import ReportError
+from ..report.errors import ReportError
 from .launch import POLL, Stopped, command_of, last_error, launch, try_lock
 from .plan import BASE, RECIPES, Sweep, SweepRun
 from .table import make_table

@@ -80,8 +80,8 @@ def append_shift_section(
         "| --- | --- |",
         *(f"| {name} | {value} |" for name, value in settings.items()),
     ]
-    if paragraph := verdict_of(log_history, plan):
-        lines += ["", paragraph]
+    if verdict := verdict_of(log_history, plan):
+        lines += ["", str(verdict)]
     metrics = [(name, latest[name]) for name in CARD_METRICS if name in latest]
     if metrics:
         lines += [

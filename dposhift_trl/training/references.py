@@ -9,7 +9,7 @@ from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
 from trl import DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
-from trl.trainer.utils import add_fused_lm_head
+from trl.trainer.utils import add_fused_lm_head, use_adapter
 
 from ..columns import REFERENCE_LOGPS, SHARED_PROMPT
 from ..reference.precompute import precomputes_reference, reference_loader
@@ -145,6 +145,17 @@ class References:
         finally:
             self.trainer.ref_model = None
             self.trainer.ref_model = self.stored.put_away()
+
+    @contextlib.contextmanager
+    def model(self) -> Iterator[Any]:
+        """The reference to call, brought back for a while, or the policy without its adapter. `None` if it is gone."""
+        with self.at_hand(needed=True):
+            reference, policy = self.trainer.ref_model, self.trainer.accelerator.unwrap_model(self.trainer.model)
+            if reference is not None or not is_peft_model(policy):
+                yield reference
+                return
+            with use_adapter(policy, adapter_name="ref" if "ref" in policy.peft_config else None):
+                yield policy
 
     @property
     def _supported(self) -> bool:

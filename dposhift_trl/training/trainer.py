@@ -77,6 +77,7 @@ from .references import References, lack_scores
 from .seam import Shift, ShiftedModel, seam_fault
 from .settings import LambdaInForce, check_unchanged, name_best_metric, settings_read, warn_of_slow_precision
 from .sharing import draws_masks, prepare_shared_prompt
+from .token_scores import save_token_scores
 
 
 logger = get_logger(__name__)
@@ -475,7 +476,12 @@ class DPOShiftTrainer(ExactResume, DPOTrainer):
         rows = self.eval_dataset[rows] if isinstance(rows, str) else rows
         passed = eval_dataset is not None and not isinstance(eval_dataset, str)
         with self._evaluating(rows), self._references.at_hand(needed=passed):
-            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+            metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        finished = not self.is_in_train or self.state.global_step >= self.state.max_steps
+        if finished and self.args.save_pair_scores and not self.is_sharded and self.is_world_process_zero():
+            table = table_path(self.args.output_dir, metric_key_prefix, self.state.global_step)
+            save_token_scores(self, self._references.model, rows, table)
+        return metrics
 
     def predict(self, test_dataset: Any, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test") -> Any:
         """Numbers the rows that are passed, and scores them by the reference if they have no scores."""
