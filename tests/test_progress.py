@@ -11,6 +11,7 @@ from dposhift_trl import ChosenSFTTrainer, console
 from dposhift_trl.pipeline import progress
 from dposhift_trl.pipeline.progress import ProgressLines
 from dposhift_trl.run import main as main
+from dposhift_trl.sweep import launch
 from dposhift_trl.training.checks import TrainingStopped
 
 
@@ -164,3 +165,13 @@ def test_a_paragraph_is_wrapped_to_the_terminal(width, expected, monkeypatch):
     found = console.wrapped("word " * 20)
     assert len(found) == expected
     assert width is None or all(len(line) <= width for line in found)
+
+
+def test_a_sweep_finds_the_step_and_the_error_among_the_lines(tmp_path):
+    lines = "eval   0/150  loss .693\nstep  20/150  loss .661\n"
+    bars = "Map: 100%|##| 2400/2400 [00:00<00:00]\n"
+    (tmp_path / "log").write_text(f"{bars}step 300/300  loss 3.1\n{bars}{lines}")
+    assert launch._progress(tmp_path / "log") == "step 20 of 150"
+    (tmp_path / "log").write_text(" 13%|#3 | 20/150 [00:01<00:09]\n 50%|### | 1/2 [00:01<00:01]\n")
+    assert launch._progress(tmp_path / "log") == "step 20 of 150"
+    assert launch.last_error(f"`x` must be y\n{lines}") == "`x` must be y"
