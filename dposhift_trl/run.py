@@ -29,7 +29,7 @@ from .pipeline.errors import RUN_AGAIN, RunError, WriteError
 from .pipeline.loading import base_model, check_rows, findings, legend, load_rows, load_tokenizer
 from .pipeline.notes import recipe_notes
 from .pipeline.preflight import check_lengths, check_model, check_settings
-from .pipeline.processes import complain, say
+from .pipeline.processes import complain, say, say_wrapped
 from .pipeline.resume import is_finished, resume_point
 from .pipeline.run_folder import claimed, save_evaluated_rows
 from .pipeline.signals import saving_on_signals
@@ -111,7 +111,7 @@ def run(recipe: Recipe, accept_changes: bool = False) -> None:
     with claim, saving_on_signals() as signals, explaining_disk_errors(recipe.output_dir):
         set_seed(recipe.seed)
         check_settings(recipe)
-        say(*recipe_notes(recipe))
+        say_wrapped(*recipe_notes(recipe))
         start = base = base_model(recipe, recipe.output_dir / "base")
         tokenizer = load_tokenizer(recipe, start)
         positions = check_model(recipe, start, tokenizer)
@@ -142,7 +142,10 @@ def run(recipe: Recipe, accept_changes: bool = False) -> None:
             say(f"The model is in {start}")
         finally:
             if verdict is not None:
-                say("", *console.wrapped(verdict.headline), "", *console.wrapped(verdict.paragraph))
+                say("")
+                say_wrapped(verdict.headline)
+                say("")
+                say_wrapped(verdict.paragraph)
 
 
 def _audited_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, positions: int | None) -> dict[str, AuditedRows]:
@@ -158,9 +161,9 @@ def _audited_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, positions:
         *_, last = rows.values()
         save_evaluated_rows(last.evaluation, recipe.output_dir / EVAL_ROWS)
     for split, audit in audits.items():
-        say(f"{split}: {audit}")
+        say_wrapped(f"{split}: {audit}")
     if (meaning := legend(audits)) is not None:
-        say(meaning)
+        say_wrapped(meaning)
     return rows
 
 

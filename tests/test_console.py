@@ -5,6 +5,7 @@ import json
 
 import pytest
 from test_report import make_run
+from test_report import undrawn as undrawn
 
 from dposhift_trl import console
 from dposhift_trl.artifacts import ArtifactError
@@ -12,7 +13,6 @@ from dposhift_trl.console import complain, one_line, printable, rewrite, say
 from dposhift_trl.generate.__main__ import main as generate
 from dposhift_trl.pipeline import processes
 from dposhift_trl.pipeline.errors import RunError, WriteError
-from dposhift_trl.report import figures
 from dposhift_trl.report.__main__ import main as report
 from dposhift_trl.report.run_folder import ReportError
 from dposhift_trl.run import main as run
@@ -81,8 +81,7 @@ def quiet(capfd):
     return streams
 
 
-def test_a_folder_with_escapes_in_its_name_is_reported_on(tmp_path, capfd, monkeypatch):
-    monkeypatch.setattr(figures, "draw", lambda *parts: None)  # which takes most of the time
+def test_a_folder_with_escapes_in_its_name_is_reported_on(tmp_path, capfd, undrawn):
     folder = make_run(tmp_path / NAME, pairs=3)
     (folder / "recipe.yaml").write_text(json.dumps({"run_name": NAME, NAME: 1}))
     assert report([str(folder)]) == 0

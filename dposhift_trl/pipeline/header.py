@@ -9,10 +9,9 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..config import DPOShiftConfig
-from ..console import wrapped
 from ..data.audit import SplitAudit
 from ..launcher import lone_process
-from .processes import say
+from .processes import say_wrapped
 from .trainers import RunDPOShiftTrainer, RunSFTTrainer
 
 
@@ -50,9 +49,9 @@ class StageHeader(TrainerCallback):
             **self.lines,
         }
         for name, text in lines.items():
-            say(*wrapped(f"  {name:<{NAME - 2}}{text}", indent=NAME))
+            say_wrapped(f"  {name:<{NAME - 2}}{text}", indent=NAME)
         if (remedy := lone_process()) is not None:
-            say(*wrapped(remedy))
+            say_wrapped(remedy)
 
 
 def _rows(audits: Mapping[str, SplitAudit]) -> str:

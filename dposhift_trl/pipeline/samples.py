@@ -16,7 +16,7 @@ from ..columns import ROW_INDEX, SAVED_ROW_INDEX
 from ..generate.questions import Question, row_question, select_questions
 from ..generate.sampling import answer_questions, positions
 from ..generate.settings import GenerationSettings
-from .processes import say
+from .processes import say_wrapped
 from .trainers import RunDPOShiftTrainer
 
 
@@ -120,7 +120,7 @@ class SampleAnswers(TrainerCallback):
             yield
         except Exception as error:  # of any model's own code
             self.questions = []
-            say(f"No more sample answers: {' '.join(str(error).split()) or type(error).__name__}")
+            say_wrapped(f"No more sample answers: {' '.join(str(error).split()) or type(error).__name__}")
 
 
 def why_no_samples(trainer: RunDPOShiftTrainer, count: int) -> str | None:
