@@ -24,7 +24,7 @@ PACKAGE = Path(__file__).parent.parent / "dposhift_trl"
 # Modules and sub-packages, lowest first. Each may import those below its line, not those beside or above it.
 LAYERS = (
     ("console",),
-    ("schedules", "losses", "columns", "artifacts", "ranges", "choices", "launcher", "command"),
+    ("schedules", "losses", "intervals", "columns", "artifacts", "ranges", "choices", "launcher", "command"),
     ("integrity", "identity"),
     ("config", "environment", "hub"),
     ("scoring",),
@@ -32,8 +32,9 @@ LAYERS = (
     ("report",),
     ("training",),
     ("recipe",),
+    ("generate",),
     ("pipeline",),
-    ("run", "sweep", "generate"),
+    ("run", "sweep"),
     ("__main__",),
 )
 

@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from scipy.stats import norm
+from scipy.stats import bootstrap, norm
 
 from dposhift_trl.artifacts import write_whole
 from dposhift_trl.training.metrics import PairScores, evaluation_metrics, pair_metrics
@@ -111,14 +111,32 @@ def test_quantiles_and_intervals_of_known_samples():
     # With 4000 pairs the bootstrap interval agrees with the normal approximation
     means = pair_metrics(pairs, beta=0.1)
     accuracy = means["rewards/accuracies"]
-    for name, error in (
-        ("accuracies", 1.96 * math.sqrt(accuracy * (1 - accuracy) / count)),
-        ("margins", 1.96 * 0.1 * math.sqrt(2 / count)),
+    fell = means["displacement/chosen_fell"]
+    for name, deviation in (
+        ("rewards/accuracies", math.sqrt(accuracy * (1 - accuracy))),
+        ("rewards/margins", 0.1 * math.sqrt(2)),
+        ("displacement/chosen", 1.0),
+        ("displacement/rejected", 1.0),
+        ("displacement/chosen_fell", math.sqrt(fell * (1 - fell))),
     ):
-        low, high = metrics[f"rewards/{name}_low"], metrics[f"rewards/{name}_high"]
-        assert low == pytest.approx(means[f"rewards/{name}"] - error, abs=0.1 * error)
-        assert high == pytest.approx(means[f"rewards/{name}"] + error, abs=0.1 * error)
+        error = 1.96 * deviation / math.sqrt(count)
+        assert metrics[f"{name}_low"] == pytest.approx(means[name] - error, abs=0.1 * error)
+        assert metrics[f"{name}_high"] == pytest.approx(means[name] + error, abs=0.1 * error)
     assert metrics == evaluation_metrics(pairs, beta=0.1)
+
+
+def test_each_interval_is_drawn_from_a_stream_of_its_own():
+    pairs = scores([-48.0, -54.0, -49.0, -50.5], [-52.0, -53.0, -50.0, -58.0], [1.0] * 4)
+    metrics = evaluation_metrics(pairs, beta=0.1)
+    margins = 0.1 * (pairs.chosen_logratios - pairs.rejected_logratios).numpy()
+    for name, values in (
+        ("rewards/margins", margins),
+        ("rewards/accuracies", 1.0 * (margins > 0)),
+        ("displacement/chosen", pairs.chosen_logratios.numpy()),
+        ("displacement/chosen_fell", 1.0 * (pairs.chosen_logratios.numpy() < 0)),
+    ):
+        alone = bootstrap((values,), np.mean, n_resamples=2000, method="percentile", rng=0).confidence_interval
+        assert (metrics[f"{name}_low"], metrics[f"{name}_high"]) == (alone.low, alone.high), name
 
 
 def test_one_pair_gives_quantiles_but_no_interval():

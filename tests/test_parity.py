@@ -56,7 +56,14 @@ ADDED = [
 ]  # fmt: skip
 ADDED_IN_EVALUATION = [
     *(f"displacement/{answer}_p{quantile}" for answer in ("chosen", "rejected") for quantile in (5, 25, 50, 75, 95)),
-    "rewards/accuracies_low", "rewards/accuracies_high", "rewards/margins_low", "rewards/margins_high",
+    *(
+        f"{name}_{end}"
+        for name in (
+            "rewards/accuracies", "rewards/margins",
+            "displacement/chosen", "displacement/rejected", "displacement/chosen_fell",
+        )
+        for end in ("low", "high")
+    ),
 ]  # fmt: skip
 TIMINGS = ("runtime", "samples_per_second", "steps_per_second")
 

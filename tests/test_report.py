@@ -413,8 +413,8 @@ def test_an_adaptive_run_is_named_by_its_bounds_and_target_and_is_not_dpo(recipe
     assert run.lambda_text == "λ adaptive 0.25 to 1, target 0"
     assert run.outcome.lambdas == (1.0, 1.0)
     assert not run.outcome.is_dpo
-    assert "`lambda_target`" in run.verdict or "no advice" in run.verdict
-    assert "this is DPO" not in run.verdict
+    assert "`lambda_target`" in str(run.verdict) or "no advice" in str(run.verdict)
+    assert "this is DPO" not in str(run.verdict)
 
 
 def test_the_target_of_an_adaptive_run_is_named_and_drawn(tmp_path, monkeypatch):

@@ -49,18 +49,23 @@ class Finding:
 
 @dataclass
 class SplitAudit:
-    """Findings in one split. `rows` and `kept` are `None` for streaming datasets; `refusal` says why it is refused."""
+    """
+    Findings in one split. `rows` and `kept` are `None` for streaming datasets; `refusal` says why it is refused, and
+    `advice` what would keep more rows.
+    """
 
     rows: int | None
     kept: int | None
     findings: dict[str, Finding] = field(default_factory=dict)
     refusal: str | None = None
+    advice: str | None = None
 
     def __str__(self) -> str:
         if self.rows is None:
             return "rows are checked as they are read"
         counts = [f"{found.count} {kind} ({found.policy})" for kind, found in self.findings.items() if found.count]
-        return f"{self.kept} of {self.rows} rows kept" + (f": {', '.join(counts)}" if counts else "")
+        text = f"{self.kept} of {self.rows} rows kept" + (f": {', '.join(counts)}" if counts else "")
+        return f"{text}. {self.advice}." if self.advice else text
 
 
 @dataclass
@@ -186,6 +191,8 @@ class _SplitAuditor:
         self.rows: Dataset = _without_notes(rows, *NOTES)
         self.result = SplitAudit(len(split.source), len(keep), self.findings)
         self.result.refusal = self._refusal()
+        if self.result.refusal is None:
+            self.result.advice = self._advice(len(keep), len(split.source))
 
     def _keeps(
         self, place: int, kinds: list[str], prompt_ids: list[int], chosen_ids: list[int], rejected_ids: list[int]
@@ -234,19 +241,23 @@ class _SplitAuditor:
             f"{self._remedy(kept, rows)}, or lower `data.min_rows_kept`."
         )
 
+    def _advice(self, kept: int, rows: int, needed: int = 0) -> str | None:
+        """The `max_length` with which nearly all rows that are usable would be kept; `None` if nearly all are."""
+        wanted = max(needed, math.ceil(0.95 * (kept + len(self.too_long))))
+        if wanted <= kept:
+            return None
+        lengths = sorted(self.too_long)
+        length = lengths[wanted - kept - 1]
+        length = -(-length // 64) * 64 if length > 64 else length
+        dropped, left = (f"{100 * n / rows:.0f} %" for n in (len(lengths), kept + bisect.bisect(lengths, length)))
+        return f"{dropped} dropped by `max_length` {self.truncation.max_length}; {length} would keep {left}"
+
     def _remedy(self, kept: int, rows: int) -> str:
         """What to do about rows that are missing, by what most of them are."""
         needed = math.ceil(max(self.config.min_rows_kept * rows, 1))
-        if kept + len(self.too_long) >= needed:
-            wanted = max(needed, math.ceil(0.95 * (kept + len(self.too_long))))
-            lengths = sorted(self.too_long)
-            length = lengths[wanted - kept - 1]
-            length = -(-length // 64) * 64 if length > 64 else length
-            dropped, left = (f"{100 * n / rows:.0f} %" for n in (len(lengths), kept + bisect.bisect(lengths, length)))
-            return (
-                f"{dropped} dropped by `max_length` {self.truncation.max_length}; {length} would keep {left}. Raise "
-                "`max_length`"
-            )
+        advice = self._advice(kept, rows, needed) if kept + len(self.too_long) >= needed else None
+        if advice is not None:
+            return f"{advice}. Raise `max_length`"
         malformed, refused = self.split.malformed, self.findings["refused"]
         shape = wrong_shape(self.split.source[malformed[0][0]]) if len(malformed) > (rows - kept) / 2 else None
         if shape is not None:

@@ -15,7 +15,7 @@ from typing import Any
 from ..artifacts import GENERATIONS, PAGE, REPORT
 from ..command import call
 from ..console import complain, say
-from ..report.run_folder import ReportError
+from ..report.errors import ReportError
 from .answers import generate_answers
 from .settings import GenerateError, GenerationSettings
 

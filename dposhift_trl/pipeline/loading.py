@@ -17,7 +17,7 @@ from ..data.shapes import convert
 from ..data.sources import load_preferences
 from ..recipe import Recipe
 from .errors import RunError
-from .processes import say
+from .processes import say, say_wrapped
 
 
 def base_model(recipe: Recipe, demo_folder: Path) -> str:
@@ -82,10 +82,14 @@ def load_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> dict[str, A
         evaluation, eval_changes = convert(evaluation, tokenizer)
         changes += [change for change in eval_changes if change not in changes]
     if changes:
-        say(f"Rows converted: {'; '.join(changes)}.")
-    use_plain_chat_template(train, tokenizer)
+        say_wrapped(f"Rows converted: {'; '.join(changes)}.")
+    if use_plain_chat_template(train, tokenizer):
+        say_wrapped(
+            "The tokenizer has no chat template, so the rows are written as plain text with the names of the roles "
+            "(`User: ...`, `Assistant: ...`). To use another template, set `sft.chat_template_path`."
+        )
     for note in check_template(train, tokenizer):
-        say(note)
+        say_wrapped(note)
     audited = audit_preferences(
         train,
         evaluation,

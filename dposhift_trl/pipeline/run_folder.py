@@ -53,7 +53,10 @@ from .processes import from_main
 PLACES = ("data.path", "model.model_name_or_path", "data.mixture.path")
 SAVED_NAMES = {ROW_INDEX: SAVED_ROW_INDEX, FILE_ROW: ROW}
 # What a run shows of itself, and where; neither rows nor weights depend on it
-SHOWN = re.compile(r"report|wandb\..*|(sft|dpo)\.(report_to|disable_tqdm|logging_steps|log_level|log_level_replica)")
+SHOWN = re.compile(
+    r"report|logging_format|sample_prompts|wandb\..*|"
+    r"(sft|dpo)\.(report_to|disable_tqdm|logging_steps|log_level|log_level_replica)"
+)
 
 
 @contextlib.contextmanager

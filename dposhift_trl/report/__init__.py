@@ -4,13 +4,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 
-_HOME = {"write_report": "page", "ReportError": "run_folder"}
+_HOME = {"write_report": "page", "ReportError": "errors"}
 
 __all__ = [*_HOME]
 
 if TYPE_CHECKING:
+    from .errors import ReportError as ReportError
     from .page import write_report as write_report
-    from .run_folder import ReportError as ReportError
 
 
 def __getattr__(name: str) -> Any:

@@ -9,6 +9,7 @@ from .drawing import Drawing
 from .figures import DASHES, SERIES, Dot, Line, curves, trade_off
 from .recommendation import RULE, recommend_lambda
 from .run_folder import Run
+from .seeds import SeedGroup, seed_groups
 
 
 COLUMNS = (
@@ -27,8 +28,11 @@ ANSWER_COLUMNS = (("Repetition", "answers/repetition"), ("Empty answers, share",
 
 def compare_runs(runs: Sequence[Run]) -> tuple[dict[str, Any], list[Drawing]]:
     """Values of the template and figures of the page that compares runs."""
-    recommended, reason = recommend_lambda([run.outcome for run in runs])
-    drawings = [drawing for drawing in [*_trade_offs(runs), *_overlays(runs)] if drawing]
+    groups = seed_groups(runs)
+    name, reason = recommend_lambda([group.outcome for group in groups])
+    recommended = next((group for group in groups if group.name == name), None)
+    recommended_runs = {run.name for run in recommended.runs} if recommended is not None else set()
+    drawings = [drawing for drawing in [*_trade_offs(groups), *_overlays(runs)] if drawing]
     answered = [run.answers for run in runs if run.answers is not None]
     columns = [*COLUMNS, *(ANSWER_COLUMNS if answered else ())]
     by_name = {run.name: run for run in runs}
@@ -36,7 +40,7 @@ def compare_runs(runs: Sequence[Run]) -> tuple[dict[str, Any], list[Drawing]]:
         {
             "name": run.name,
             "lambda_text": run.lambda_text,
-            "recommended": run.name == recommended,
+            "recommended": run.name in recommended_runs,
             "values": [_value(run, name) for _, name in columns],
         }
         for run in runs
@@ -46,9 +50,10 @@ def compare_runs(runs: Sequence[Run]) -> tuple[dict[str, Any], list[Drawing]]:
     betas = [beta for run in runs if (beta := run.beta) is not None]
     values = {
         "title": f"{len(runs)} runs compared",
-        "headline": "No recommendation" if recommended is None else f"Recommended: {_named(by_name[recommended])}",
+        "headline": "No recommendation" if recommended is None else f"Recommended: {_named(recommended)}",
         "cards": [(by_name[row["name"]], row["recommended"]) for row in table],
         "table": table,
+        "seeds": [_over_seeds(group, group is recommended) for group in groups if len(group.runs) > 1],
         "columns": [label for label, _ in columns],
         "sorted_by": SORTED_BY,
         "answered": bool(answered),
@@ -60,9 +65,21 @@ def compare_runs(runs: Sequence[Run]) -> tuple[dict[str, Any], list[Drawing]]:
     return values, drawings
 
 
-def _named(run: Run) -> str:
-    """A run with its lambda."""
-    return f"{run.name} ({run.lambda_text})"
+def _named(group: SeedGroup) -> str:
+    """A run, or the runs with other seeds, with its lambda."""
+    seeds = f", {len(group.runs)} seeds" if len(group.runs) > 1 else ""
+    return f"{group.name} ({group.lambda_text}{seeds})"
+
+
+def _over_seeds(group: SeedGroup, recommended: bool) -> dict[str, Any]:
+    """Means over the seeds of a group with their intervals, for the table of the page."""
+    return {
+        "name": group.name,
+        "count": len(group.runs),
+        "lambda_text": group.lambda_text,
+        "recommended": recommended,
+        "values": [group.mean(name) for _, name in COLUMNS[1:]],
+    }
 
 
 def _value(run: Run, name: str) -> float:
@@ -74,24 +91,24 @@ def _value(run: Run, name: str) -> float:
     return run.last.get(name, math.nan)
 
 
-def _trade_offs(runs: Sequence[Run]) -> list[Drawing | None]:
+def _trade_offs(groups: Sequence[SeedGroup]) -> list[Drawing | None]:
     found = []
     for name, title, label in (
         ("margin", "Chosen log-ratio against margin", "Reward margin (nats; up is better)"),
         ("accuracy", "Chosen log-ratio against accuracy", "Reward accuracy (up is better)"),
     ):
         dots = []
-        for index, run in enumerate(runs):
-            outcome = run.outcome
-            chosen, value = outcome.chosen, getattr(outcome, name)
+        for index, group in enumerate(groups):
+            outcome = group.outcome
+            chosen, value = outcome.chosen.value, getattr(outcome, name)
             dots.append(
                 Dot(
-                    f"{run.name}, {run.lambda_text}" if len(runs) <= 4 else run.lambda_text,
+                    f"{group.name}, {group.lambda_text}" if len(groups) <= 4 else group.lambda_text,
                     math.nan if chosen is None else chosen,
-                    math.nan if value is None else value,
+                    math.nan if value.value is None else value.value,
                     SERIES[index % len(SERIES)],
-                    getattr(outcome, f"{name}_low"),
-                    getattr(outcome, f"{name}_high"),
+                    value.low,
+                    value.high,
                     outcome.is_dpo,
                 )
             )

@@ -12,7 +12,8 @@ from .figures import Line, curves
 from .files import number
 from .pairs import show_pairs
 from .run_folder import Run
-from .texts import as_text, opening, row_name
+from .samples import Sample, read_samples
+from .texts import as_text, opening, plain, row_name
 
 
 SHOWN_QUESTIONS = 6  # questions whose answers differ most
@@ -32,6 +33,7 @@ def describe_run(run: Run) -> tuple[dict[str, Any], list[Drawing]]:
         "answers": _answers(run),
         "answers_exist": (run.folder / GENERATIONS / STATISTICS).exists(),
         "generations": GENERATIONS,
+        "samples": [_sample(sample) for sample in read_samples(run.dpo.folder, run.notes)],
     }
     return values, drawings
 
@@ -129,8 +131,8 @@ def _summary(run: Run) -> list[tuple[str, str]]:
     for label, name in names.items():
         if name in last:
             low, high = last.get(f"{name}_low", math.nan), last.get(f"{name}_high", math.nan)
-            interval = f" (95% interval {low:.3f} to {high:.3f})" if math.isfinite(low + high) else ""
-            found.append((label, f"{last[name]:.3f}{interval}"))
+            interval = f" (95% interval {plain(low, 3)} to {plain(high, 3)})" if math.isfinite(low + high) else ""
+            found.append((label, f"{plain(last[name], 3)}{interval}"))
     return found
 
 
@@ -158,6 +160,20 @@ def _cell(name: str, value: float) -> str:
         return "–"
     forms = {"count": ".0f", "mean_tokens": ".1f", "median_tokens": ".1f", "empty": ".0%", "cut": ".0%"}
     return format(value, forms.get(name, ".3f"))
+
+
+def _sample(sample: Sample) -> dict[str, Any]:
+    """A prompt: its first words, and the answers of data, reference and policy."""
+    texts = [("reference", sample.reference), *((f"policy, {steps}", answer) for steps, answer in sample.answers)]
+    if sample.chosen is not None:
+        texts.insert(0, ("chosen in the data", sample.chosen))
+    return {
+        "row": sample.row,
+        "opening": opening(sample.prompt, LONGEST_OPENING),
+        "prompt": sample.prompt,
+        "texts": texts,
+        "changed": sample.changed,
+    }
 
 
 def _example(line: Mapping[str, Any], models: Sequence[str]) -> dict[str, Any]:

@@ -15,9 +15,10 @@ from .. import __version__
 from ..artifacts import FIGURES, PAGE, whole_files, write_whole
 from .comparison import compare_runs
 from .drawing import Drawing, color_variables
+from .errors import ReportError
 from .one_run import describe_run
-from .run_folder import ReportError, Run, read_run
-from .tokens import signed
+from .run_folder import Run, read_run
+from .texts import plain, signed
 
 
 MARK = '<meta name="generator" content="dposhift_trl'  # marks a page that may be replaced
@@ -30,7 +31,7 @@ DRAWN = {
 }
 
 
-def write_report(folders: Sequence[Path], destination: Path) -> Path:
+def write_report(folders: Sequence[Path], destination: Path, beta: float | None = None) -> Path:
     """
     Write `report.html`, `figures/*.png` and `figures/*.svg` about one run, or comparing several.
 
@@ -43,6 +44,8 @@ def write_report(folders: Sequence[Path], destination: Path) -> Path:
         destination (`Path`):
             Folder to write to. It must be new, empty, or contain an earlier report. Other files beside an earlier
             report are kept.
+        beta (`float`, *optional*):
+            Beta of runs of a stock `DPOTrainer`, as [`~report.run_folder.read_run`] takes it.
 
     Returns:
         `Path`: The page.
@@ -54,7 +57,7 @@ def write_report(folders: Sequence[Path], destination: Path) -> Path:
     if not folders:
         raise ReportError("`folders` must name at least one run, got none.")
     _check_destination(destination)
-    runs = [read_run(folder) for folder in folders]
+    runs = [read_run(folder, beta) for folder in folders]
     _make_names_unique(runs)
     values, drawings = describe_run(runs[0]) if len(runs) == 1 else compare_runs(runs)
     page = _render(runs, values, drawings)
@@ -111,9 +114,10 @@ def _render(runs: Sequence[Run], values: Mapping[str, Any], drawings: Sequence[D
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["number"] = lambda value: f"{value:.3f}" if math.isfinite(value) else "–"
+    environment.filters["number"] = lambda value: plain(value, 3) if math.isfinite(value) else "–"
     environment.filters["amount"] = _amount
     environment.filters["signed"] = signed
+    environment.filters["plain"] = plain
     environment.filters["prose"] = lambda text: Markup(re.sub("`([^`]+)`", r"<code>\1</code>", str(escape(text))))
     # Safe without escaping: drawn from numbers and names of metrics; names of runs are escaped by matplotlib
     environment.filters["drawn"] = lambda drawing: Markup(drawing.inline)

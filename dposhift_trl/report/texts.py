@@ -1,4 +1,4 @@
-"""Prompts and answers as plain text of bounded length."""
+"""Prompts and answers as plain text of bounded length, and numbers as text."""
 
 import json
 from collections.abc import Mapping
@@ -43,3 +43,13 @@ def row_name(index: Any, row: Mapping[str, Any]) -> str:
         + (f" of {opening(source, LONGEST_NAME)}" if source is not None else "")
         + (f", id {opening(str(identity), LONGEST_NAME)}" if identity is not None else "")
     )
+
+
+def plain(value: float, digits: int = 2) -> str:
+    """A number with a minus sign that is as wide as a plus."""
+    return f"{value:.{digits}f}".replace("-", "−")
+
+
+def signed(value: float, digits: int = 2) -> str:
+    """A number that always has its sign."""
+    return f"{value:+.{digits}f}".replace("-", "−")

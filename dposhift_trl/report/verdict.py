@@ -144,6 +144,8 @@ def _headline(findings: Findings) -> str:
     amount = f"{abs(chosen.value):.2f} nats {'lower' if chosen.value < 0 else 'higher'} per answer"
     if chosen.change == "unmoved":
         amount += "" if chosen.interval is None else " (95% interval {:+.2f} to {:+.2f})".format(*chosen.interval)
+    if findings.learning == "no interval":
+        amount += " (no interval)"
     perplexity = "" if findings.growth is None else f", {_growth(findings.growth)}"
     share = ""
     if findings.fell.value is not None:

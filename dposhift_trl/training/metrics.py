@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
-from scipy.stats import bootstrap
 
 from ..columns import SAVED_ROW_INDEX
 from ..data.config import ROW_ID
+from ..intervals import bootstrap_interval
 from ..losses import dpo_shift_loss
 
 
@@ -153,8 +153,9 @@ def evaluation_metrics(scores: PairScores, beta: float) -> dict[str, float]:
     Metrics that an evaluation adds to [`pair_metrics`]: quantiles of the log-ratios, and confidence intervals.
 
     - `displacement/chosen_p5` ... `displacement/rejected_p95`: quantiles over pairs, in nats.
-    - `rewards/accuracies_low`, `_high` and `rewards/margins_low`, `_high`: 95 % confidence intervals of the means, by
-      the percentile bootstrap with 2000 resamples of the pairs and a fixed seed. Omitted for fewer than two pairs.
+    - `rewards/accuracies`, `rewards/margins`, `displacement/chosen`, `displacement/rejected`, and
+      `displacement/chosen_fell` with `_low` and `_high`: 95% confidence intervals of the means, by the percentile
+      bootstrap with 2000 resamples of the pairs and a fixed seed. Omitted for fewer than two pairs.
 
     Args:
         scores ([`PairScores`]):
@@ -171,10 +172,14 @@ def evaluation_metrics(scores: PairScores, beta: float) -> dict[str, float]:
         for name, logratios in (("chosen", chosen), ("rejected", rejected))
         for quantile, value in zip(QUANTILES, np.percentile(logratios, QUANTILES), strict=True)
     }
-    for name, values in (("accuracies", 1.0 * (chosen > rejected)), ("margins", beta * (chosen - rejected))):
-        if len(values) > 1:
-            interval = bootstrap(
-                (values,), np.mean, n_resamples=2000, batch=max(1, 2**20 // len(values)), method="percentile", rng=0
-            ).confidence_interval
-            metrics |= {f"rewards/{name}_low": float(interval.low), f"rewards/{name}_high": float(interval.high)}
+    means = {
+        "rewards/accuracies": 1.0 * (chosen > rejected),
+        "rewards/margins": beta * (chosen - rejected),
+        "displacement/chosen": chosen,
+        "displacement/rejected": rejected,
+        "displacement/chosen_fell": 1.0 * (chosen < 0),
+    }
+    for name, values in means.items():
+        if (interval := bootstrap_interval(values)) is not None:
+            metrics |= {f"{name}_low": interval[0], f"{name}_high": interval[1]}
     return metrics

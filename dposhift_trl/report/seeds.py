@@ -1,0 +1,75 @@
+"""Runs that differ only in their seed, as one."""
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from .files import number
+from .findings import Estimate
+from .recommendation import Outcome, mean_over_seeds
+from .run_folder import Run
+
+
+OF_ONE_RUN = ("seed", "output_dir", "run_name", "wandb")  # keys of a recipe that tell runs of one setting apart
+
+
+@dataclass(frozen=True)
+class SeedGroup:
+    """
+    Runs whose recipes differ only in their seed, or one run.
+
+    Args:
+        name (`str`):
+            What the names of the runs have in common.
+        runs (`tuple[Run, ...]`):
+            The runs.
+    """
+
+    name: str
+    runs: tuple[Run, ...]
+
+    @property
+    def lambda_text(self) -> str:
+        """How lambda changed, in a few words."""
+        return self.runs[0].lambda_text
+
+    @property
+    def outcome(self) -> Outcome:
+        """What the recommendation needs to know, of one run or over the seeds."""
+        if len(self.runs) == 1:
+            return self.runs[0].outcome
+        return Outcome.over_seeds(self.name, {_seed(run): run.outcome for run in self.runs})
+
+    def mean(self, metric: str) -> Estimate:
+        """Mean of a metric of the last evaluations over the seeds, with its 95% interval by Student's t."""
+        return mean_over_seeds(
+            [Estimate.of({metric: run.last.get(metric, float("nan"))}, metric) for run in self.runs]
+        )
+
+
+def seed_groups(runs: Sequence[Run]) -> list[SeedGroup]:
+    """Group runs by what their recipes have in common besides the seed, in the order of the first run of each."""
+    groups: dict[str, list[Run]] = {}
+    for index, run in enumerate(runs):
+        groups.setdefault(_setting(run) or f"run {index}", []).append(run)
+    found = []
+    for members in groups.values():
+        if len(members) == 1 or len({_seed(run) for run in members}) < len(members):  # also the same run twice
+            found += [SeedGroup(run.name, (run,)) for run in members]
+        else:
+            found.append(SeedGroup(re.sub(r"_seed-\d+(?=_|$)", "", members[0].name), tuple(members)))
+    return found
+
+
+def _seed(run: Run) -> int:
+    return int(number((run.settings or {}).get("seed")))
+
+
+def _setting(run: Run) -> str | None:
+    """The recipe without what belongs to one run alone; `None` if it has no seed."""
+    if not isinstance((run.settings or {}).get("seed"), int):
+        return None
+    return json.dumps(
+        {k: v for k, v in (run.settings or {}).items() if k not in OF_ONE_RUN}, sort_keys=True, default=str
+    )
