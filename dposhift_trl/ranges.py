@@ -72,7 +72,7 @@ RANGES: dict[str, Range] = {
     **_write(COUNT, eval_accumulation_steps=10, torch_empty_cache_steps=10, precompute_ref_batch_size=8),
     **_write(COUNT, max_length=1024, ref_model_sync_steps=512),
     **_write(COUNT, dataset_num_proc=1, dataloader_prefetch_factor=2, ddp_bucket_cap_mb=25, ddp_timeout=1800),
-    **_write(COUNT_OR_NONE, dataloader_num_workers=0),
+    **_write(COUNT_OR_NONE, dataloader_num_workers=0, sample_prompts=8),
     **_write(POSITIVE, num_train_epochs=1),
     **_write(STEPS, logging_steps=10, eval_steps=0.1, save_steps=0.1),
     **_write(NON_NEGATIVE, eval_delay=0),

@@ -4,6 +4,7 @@ import json
 import re
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 from conftest import make_rows
 
@@ -35,7 +36,16 @@ def test_a_file_with_other_names_of_columns_trains(tmp_path, tiny_model, here):
         "wandb.mode=disabled",
         *ON_CPU,
     )
-    assert (tmp_path / "run" / "report" / "report.html").is_file()
+    evaluated = pq.read_table(tmp_path / "run" / "eval_rows.parquet").to_pydict()
+    scores = pq.read_table(tmp_path / "run" / "dpo" / "pairs" / "eval-000003.parquet").to_pydict()
+    assert len(evaluated["id"]) == 6
+    for index, identity, prompt in zip(evaluated["row_index"], evaluated["id"], evaluated["prompt"], strict=True):
+        assert (identity, prompt) == (f"pair-{index}", rows[index]["prompt"])  # as they stand in the file
+    assert dict(zip(scores["row_index"], scores["id"], strict=True)) == {
+        index: f"pair-{index}" for index in evaluated["row_index"]
+    }
+    page = (tmp_path / "run" / "report" / "report.html").read_text()
+    assert any(f"Row {index}, id pair-{index}" in page for index in evaluated["row_index"])
     state = json.loads((tmp_path / "run" / "dpo" / "trainer_state.json").read_text())
     assert state["global_step"] == 3
     assert "chosen answers" in (tmp_path / "run" / "dpo" / "README.md").read_text()

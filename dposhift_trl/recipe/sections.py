@@ -61,12 +61,19 @@ class TopLevel:
             Name of the run in trackers, by default that of `output_dir`. Each stage appends its own.
         report (`bool`, *optional*, defaults to `True`):
             Whether to write the report, an HTML page, at the end of the run.
+        logging_format (`str`, *optional*, defaults to `"lines"`):
+            How logs are printed: `lines`, one short line each, or `dict`, with every metric as transformers does.
+        sample_prompts (`int`, *optional*, defaults to `8`):
+            Number of evaluation prompts that policy and reference answer at each evaluation of the stage `dpo`. `0`
+            for none.
     """
 
     output_dir: str
     seed: int = 42
     run_name: str | None = None
     report: bool = True
+    logging_format: Literal["lines", "dict"] = "lines"
+    sample_prompts: int = 8
 
 
 @dataclass
@@ -149,7 +156,8 @@ class Recipe:
     Args:
         source (`str`):
             Path of the YAML file.
-        output_dir (`Path`), seed (`int`), run_name (`str`), report (`bool`):
+        output_dir (`Path`), seed (`int`), run_name (`str`), report (`bool`), logging_format (`str`), \
+        sample_prompts (`int`):
             Values of its top level.
         model ([`RecipeModelConfig`]), data ([`~data.DataConfig`]), wandb ([`WandbConfig`]):
             Its sections; `wandb` with what it leaves open from the environment.
@@ -164,6 +172,8 @@ class Recipe:
     seed: int
     run_name: str
     report: bool
+    logging_format: str
+    sample_prompts: int
     model: RecipeModelConfig
     data: DataConfig
     wandb: WandbConfig
