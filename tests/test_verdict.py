@@ -162,7 +162,7 @@ def test_perplexity_is_compared_with_the_reference_whose_log_probabilities_the_l
     assert f"perplexity by {growth:.3g};" in said({**last, "logps/chosen": math.nan}), "from nats per token"
 
 
-def test_without_lengths_or_lambda_no_advice_is_given():
+def test_without_lengths_no_advice_is_given_and_without_lambda_what_to_try_after_dpo():
     last = {n: v for n, v in metrics().items() if n not in ("perplexity/chosen", "displacement/chosen_per_token")}
     assert "it is unknown whether this fall is large" in said(last)
     last = {n: v for n, v in metrics().items() if n != "shift/lambda"}
