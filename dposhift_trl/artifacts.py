@@ -24,6 +24,8 @@ AUDIT = "audit.json"
 EVAL_ROWS = "eval_rows.parquet"
 REPORT = "report"
 GENERATIONS = "generations"
+NEXT_STEPS = "next_steps.md"
+PREFERENCES = "eval_pairs.jsonl"  # the evaluated pairs as conversations, for RewardBench
 LOCK = ".lock"
 
 # In the folder of a diagnosis, beside those of a run folder
