@@ -203,19 +203,21 @@ def density(name: str, title: str, xlabel: str, margins: np.ndarray) -> Drawing 
         axes.axvline(0, color=COLORS["muted"][0], linewidth=1.2, linestyle="--")
         mean, positive = margins.mean(), (margins > 0).mean()
         axes.axvline(mean, color=COLORS["accent"][0], linewidth=1.2)
-        top = axes.get_xaxis_transform()
-        at_left = mean >= 0
-        axes.text(0, 1.0, " SFT: all at 0 ", ha="right" if at_left else "left", transform=top, va="top", fontsize=8.5)
-        axes.text(
-            mean,
-            1.0,
-            f" mean {mean:.2f}; {positive:.0%} above 0 ",
-            ha="left" if at_left else "right",
-            transform=top,
-            va="top",
-            color=COLORS["accent"][0],
-            fontsize=8.5,
-        )
+        for x, text, color, at_left in (
+            (0, "SFT: all at 0", "ink", mean >= 0),
+            (mean, f"mean {mean:.2f}; {positive:.0%} above 0", "accent", mean < 0),
+        ):
+            axes.annotate(
+                text,
+                (x, 1),
+                (-5 if at_left else 5, 0),
+                xycoords=("data", "axes fraction"),
+                textcoords="offset points",
+                ha="right" if at_left else "left",
+                va="top",
+                color=COLORS[color][0],
+                fontsize=8.5,
+            )
         alt = f"Density over {len(margins)} pairs: mean {mean:.3g}, {positive:.0%} of the pairs above 0."
         return draw(name, title, alt, figure)
 
@@ -255,7 +257,7 @@ def scatter(name: str, title: str, chosen: np.ndarray, rejected: np.ndarray) -> 
             axes.text(
                 x,
                 y,
-                "\n".join(label.rsplit(" ", 1)) + f" {share:.0%}",
+                "\n".join(label.split()) + f" {share:.0%}",  # narrow, since a quadrant can be
                 transform=axes.transAxes,
                 ha="left" if x < 0.5 else "right",
                 va="bottom" if y < 0.5 else "top",

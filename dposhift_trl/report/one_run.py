@@ -11,7 +11,7 @@ from .figures import Line, curves
 from .files import number
 from .pairs import show_pairs
 from .run_folder import Run
-from .texts import as_text, opening
+from .texts import as_text, opening, plain
 
 
 SHOWN_QUESTIONS = 6  # questions whose answers differ most
@@ -128,8 +128,8 @@ def _summary(run: Run) -> list[tuple[str, str]]:
     for label, name in names.items():
         if name in last:
             low, high = last.get(f"{name}_low", math.nan), last.get(f"{name}_high", math.nan)
-            interval = f" (95% interval {low:.3f} to {high:.3f})" if math.isfinite(low + high) else ""
-            found.append((label, f"{last[name]:.3f}{interval}"))
+            interval = f" (95% interval {plain(low, 3)} to {plain(high, 3)})" if math.isfinite(low + high) else ""
+            found.append((label, f"{plain(last[name], 3)}{interval}"))
     return found
 
 

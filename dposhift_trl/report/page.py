@@ -18,7 +18,7 @@ from .drawing import Drawing, color_variables
 from .errors import ReportError
 from .one_run import describe_run
 from .run_folder import Run, read_run
-from .tokens import signed
+from .texts import plain, signed
 
 
 MARK = '<meta name="generator" content="dposhift_trl'  # marks a page that may be replaced
@@ -114,9 +114,10 @@ def _render(runs: Sequence[Run], values: Mapping[str, Any], drawings: Sequence[D
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["number"] = lambda value: f"{value:.3f}" if math.isfinite(value) else "–"
+    environment.filters["number"] = lambda value: plain(value, 3) if math.isfinite(value) else "–"
     environment.filters["amount"] = _amount
     environment.filters["signed"] = signed
+    environment.filters["plain"] = plain
     environment.filters["prose"] = lambda text: Markup(re.sub("`([^`]+)`", r"<code>\1</code>", str(escape(text))))
     # Safe without escaping: drawn from numbers and names of metrics; names of runs are escaped by matplotlib
     environment.filters["drawn"] = lambda drawing: Markup(drawing.inline)

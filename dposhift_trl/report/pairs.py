@@ -17,7 +17,7 @@ from .tokens import Answers, Scale, read_tokens, shown_tokens
 
 
 SHOWN_PAIRS = 5  # pairs that fell most, and pairs that rose most
-OPENING = 60  # characters of a prompt that name a dot
+OPENING = 60  # characters of a prompt that name a pair
 MOST_NAMED_DOTS = 5_000  # the outermost, if there are more
 
 
@@ -152,6 +152,7 @@ def _pair(run: Run, scores: Mapping[str, float], answers: Answers, scale: Scale 
     ]
     return {
         "row": index,
+        "opening": opening(row["prompt"], OPENING) if "prompt" in row else "",
         "chosen_logratio": scores["chosen_logratios"],
         "rejected_logratio": scores["rejected_logratios"],
         "chosen_logps": scores["chosen_logps"],

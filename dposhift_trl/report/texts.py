@@ -1,4 +1,4 @@
-"""Prompts and answers as plain text of bounded length."""
+"""Prompts and answers as plain text of bounded length, and numbers as text."""
 
 import json
 from typing import Any
@@ -31,3 +31,13 @@ def opening(content: Any, length: int) -> str:
     """The first words of a prompt, on one line."""
     words = " ".join(as_text(content).split())
     return words if len(words) <= length else f"{words[:length]} …"
+
+
+def plain(value: float, digits: int = 2) -> str:
+    """A number with a minus sign that is as wide as a plus."""
+    return f"{value:.{digits}f}".replace("-", "−")
+
+
+def signed(value: float, digits: int = 2) -> str:
+    """A number that always has its sign."""
+    return f"{value:+.{digits}f}".replace("-", "−")

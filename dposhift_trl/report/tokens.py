@@ -1,6 +1,7 @@
 """Where in an answer its log-probability changed: the tokens of the pairs that fell and rose most."""
 
 import math
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,11 +14,13 @@ from ..artifacts import TOKENS
 from ..columns import SAVED_ROW_INDEX
 from .files import read_file
 from .run_folder import Run
+from .texts import signed
 
 
 MOST_TOKENS = 1_000  # of an answer that are shown
 MOST_WORDS = 5  # of an answer that are named
-LEVELS = 4  # shades of a color, each for twice the change of the one before
+LEVELS = 4  # shades of a color
+LADDER = tuple(float(f"{digit}e{power}") for power in range(-6, 7) for digit in (1, 3))  # of their bounds, in nats
 SAME_SCORE = {"rel_tol": 0.02, "abs_tol": 0.1}  # what rounding to half precision explains, in nats per answer
 WRITTEN_WITHOUT_SPACES = "\u2e80"  # from here on, Unicode holds scripts such as Chinese
 
@@ -105,23 +108,18 @@ class Scale:
     Shades for changes of log-probability.
 
     Args:
-        top (`float`):
-            Change, in nats, from half of which the darkest shade is used.
+        bounds (`tuple[float, ...]`):
+            Smallest change of each shade, in nats, the palest first.
     """
 
-    top: float
+    bounds: tuple[float, ...]
 
     @classmethod
     def of(cls, answers: Sequence[Sequence[Token]]) -> "Scale":
-        """A scale up to the largest change, rounded up to 1, 2 or 5 times a power of ten."""
-        largest = max((abs(token.change) for tokens in answers for token in tokens), default=0.0) or 1.0
-        power = 10.0 ** math.floor(math.log10(largest))
-        return cls(next(power * factor for factor in (1, 2, 5, 10) if power * factor >= largest * (1 - 1e-9)))
-
-    @property
-    def bounds(self) -> list[float]:
-        """Smallest change of each shade, in nats."""
-        return [self.top / 2 ** (LEVELS - level) for level in range(LEVELS)]
+        """Bounds of 1 or 3 times a power of ten, chosen so that the largest change has the darkest shade."""
+        largest = max((abs(token.change) for tokens in answers for token in tokens), default=1.0)
+        end = max(LEVELS, bisect_right(LADDER, largest))
+        return cls(LADDER[end - LEVELS : end])
 
     def shade(self, change: float) -> str:
         """Class of the style sheet: `"rose"` or `"fell"` with its level, or nothing for a small change."""
@@ -157,8 +155,3 @@ def _continues(before: str, after: str) -> bool:
 
 def _visible(text: str) -> str:
     return text.strip() or text.replace("\n", "⏎").replace(" ", "␣").replace("\t", "⇥")
-
-
-def signed(value: float, digits: int = 2) -> str:
-    """A number with its sign, a minus sign being as wide as a plus."""
-    return f"{value:+.{digits}f}".replace("-", "−")
