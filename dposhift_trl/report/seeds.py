@@ -55,10 +55,8 @@ def seed_groups(runs: Sequence[Run]) -> list[SeedGroup]:
         groups.setdefault(_setting(run) or f"run {index}", []).append(run)
     found = []
     for members in groups.values():
-        if len({_seed(run) for run in members}) < len(members):  # the same run twice
+        if len(members) == 1 or len({_seed(run) for run in members}) < len(members):  # also the same run twice
             found += [SeedGroup(run.name, (run,)) for run in members]
-        elif len(members) == 1:
-            found.append(SeedGroup(members[0].name, (members[0],)))
         else:
             found.append(SeedGroup(re.sub(r"_seed-\d+(?=_|$)", "", members[0].name), tuple(members)))
     return found

@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     end = words.index("--") if "--" in words else len(words)
     parser = argparse.ArgumentParser(
         prog="python -m dposhift_trl.sweep",
-        usage="%(prog)s [-h] [--dry-run] RECIPE [key=value,value ...] [-- accelerate options]",
+        usage="%(prog)s [-h] [--dry-run] [--seeds N] RECIPE [key=value,value ...] [-- accelerate options]",
         description="Run stage 1 once and stage 2 for every combination of the values, and compare the results.",
     )
     parser.add_argument("recipe", metavar="RECIPE", help="YAML recipe, for example recipes/tiny_sweep.yaml")
@@ -49,6 +49,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--dry-run", action="store_true", help="print the points with their steps and lambda, and run nothing"
     )
+    parser.add_argument(
+        "--seeds",
+        type=_number_of_seeds,
+        default=1,
+        metavar="N",
+        help="run every point with N seeds, the recipe's and those that follow it, from one stage 1, and compare "
+        "means over them (default: 1)",
+    )
     options = parser.parse_intermixed_args(words[:end])
     # TRL 1.16 reads a name that transformers 5.23 deprecated; users cannot do anything about it
     warnings.filterwarnings("ignore", message="`(is_)?gradient_checkpointing", category=FutureWarning)
@@ -60,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
         if mistakes := launcher_mistakes():
             raise RecipeError(*mistakes)
-        sweep = plan(options.recipe, options.overrides)
+        sweep = plan(options.recipe, options.overrides, options.seeds)
         if options.dry_run:
             print_points(sweep)
             return 0
@@ -74,6 +82,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Stopped as error:
         complain(error)
         return error.code
+
+
+def _number_of_seeds(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}. Write for example 3.")
+    return int(text)
 
 
 def print_points(sweep: Sweep) -> None:

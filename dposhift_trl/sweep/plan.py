@@ -101,9 +101,12 @@ class Sweep:
         return f"{self.folder}: {points}{stage_1}{left_out}"
 
 
-def plan(path: str, overrides: Sequence[str]) -> Sweep:
+def plan(path: str, overrides: Sequence[str], seeds: int = 1) -> Sweep:
     """
     Check every combination of the overrides' values as a recipe, before anything runs.
+
+    Seeds are those of stage 2: all points start from the one stage 1, so that their chosen log-ratios can be compared
+    seed by seed.
 
     Args:
         path (`str`):
@@ -111,6 +114,9 @@ def plan(path: str, overrides: Sequence[str]) -> Sweep:
         overrides (`Sequence[str]`):
             Overrides as [`~recipe.load_recipe`] takes them, but each with one or more values, separated by commas.
             Commas inside brackets and quotes do not separate.
+        seeds (`int`, *optional*, defaults to `1`):
+            Number of seeds: the recipe's and those that follow it. More than 1 is the same as several values of
+            `seed`.
 
     Returns:
         [`Sweep`]: The checked sweep.
@@ -118,7 +124,7 @@ def plan(path: str, overrides: Sequence[str]) -> Sweep:
     Raises:
         RecipeError: With one line per mistake.
     """
-    axes = _read_axes(path, overrides)
+    axes, own_seed = _with_seeds(path, _read_axes(path, overrides), seeds)
     varied = {key for key, values in axes.items() if len(values) > 1}
     recipes: list[tuple[dict[str, str], Recipe]] = []
     mistakes: dict[str, None] = {}  # in order, each once
@@ -138,7 +144,9 @@ def plan(path: str, overrides: Sequence[str]) -> Sweep:
     if "sft" in recipes[0][1].stages:
         # If the points differ in their seed, stage 1 keeps the recipe's
         single = [values[0] for key, values in axes.items() if key not in varied]
-        shared = load_recipe(path, single).resolved if "seed" in varied else recipes[0][1].resolved
+        shared = (
+            load_recipe(path, [*single, f"seed={own_seed}"]).resolved if "seed" in varied else recipes[0][1].resolved
+        )
         values = {key: value for key, value in shared.items() if key != "dpo"}
         base = SweepRun.in_folder(folder, BASE, values, "sft")
     points: dict[str, SweepRun] = {}
@@ -150,7 +158,7 @@ def plan(path: str, overrides: Sequence[str]) -> Sweep:
         identity = json.dumps(values, sort_keys=True, default=str)
         if identity in points:
             continue
-        name = _point_name(dpo, combination_of_point, varied)
+        name = _point_name(dpo, combination_of_point, varied - {"seed"} if recipe.seed == own_seed else varied)
         if name in {point.name for point in points.values()}:
             raise RecipeError(f"{path}: two points have the name `{name}`. Run them in separate sweeps.")
         points[identity] = SweepRun.in_folder(folder, name, values, "dpo")
@@ -172,6 +180,27 @@ def _read_axes(path: str, overrides: Sequence[str]) -> dict[str, list[str]]:
         if len(axes[key]) > 1 and f"{key}=" in axes[key]:
             raise RecipeError(f"{path}: the override {override!r} has an empty value. Remove a comma or write `null`.")
     return axes
+
+
+def _with_seeds(path: str, axes: dict[str, list[str]], seeds: int) -> tuple[dict[str, list[str]], int | None]:
+    """
+    The overrides with as many values of `seed`, and the seed of stage 1 if the points have several.
+
+    The names of points with that seed do not say it, so that a sweep with more seeds continues one without.
+    """
+    given = axes.get("seed", [])
+    if seeds > 1 and len(given) > 1:
+        raise RecipeError(
+            f"{path}: `seed` must have one value with `--seeds`, which counts from it, got {len(given)}."
+        )
+    if max(seeds, len(given)) == 1:
+        return axes, None
+    others = [values[0] for key, values in axes.items() if key != "seed"]
+    try:
+        own_seed = load_recipe(path, [*others, *(given if seeds > 1 else [])]).seed
+    except RecipeError:  # the checks of all points name every mistake
+        return axes, None
+    return axes | ({"seed": [f"seed={own_seed + number}" for number in range(seeds)]} if seeds > 1 else {}), own_seed
 
 
 def split_values(text: str) -> list[str]:

@@ -4,6 +4,7 @@ import collections
 import contextlib
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 from filelock import FileLock
 
@@ -12,9 +13,12 @@ from ..command import handling
 from ..console import complain, say
 from ..recipe import dump_yaml
 from ..report.errors import ReportError
+from ..report.recommendation import recommend_lambda
+from ..report.run_folder import read_run
+from ..report.seeds import seed_groups
 from .launch import POLL, Stopped, command_of, last_error, launch, try_lock
 from .plan import BASE, RECIPES, Sweep, SweepRun
-from .table import make_table
+from .table import make_seed_table, make_table
 
 
 LOCKS = ".locks"
@@ -71,6 +75,7 @@ def _compare(sweep: Sweep) -> bool:
         say(*table.split("\n"))
         for problem in problems:
             complain(problem)
+        say(*_recommendation(finished), "")
         try:
             page = write_report(finished, sweep.folder / COMPARISON)
         except ReportError as error:
@@ -171,6 +176,13 @@ class _Session:
         if not self.seconds or not count:
             return ""
         return f", about {_duration(sum(self.seconds) / len(self.seconds) * count)} left"
+
+
+def _recommendation(folders: Sequence[Path]) -> list[str]:
+    """The means over seeds, if there are several, and the recommended lambda."""
+    groups = seed_groups([read_run(folder) for folder in folders])
+    _, reason = recommend_lambda([group.outcome for group in groups])
+    return [*make_seed_table(groups), reason]
 
 
 def _files_lock(sweep: Sweep) -> FileLock:

@@ -6,6 +6,8 @@ from pathlib import Path
 
 from ..artifacts import FINISHED, RECIPE, ArtifactError, read_mapping
 from ..report.files import number
+from ..report.findings import Estimate
+from ..report.seeds import SeedGroup
 from ..schedules import LambdaPlan
 
 
@@ -36,9 +38,44 @@ def make_table(folders: Sequence[Path]) -> tuple[str, list[str]]:
         except ArtifactError as error:
             problems.append(f"{folder.name} is not in the table: {error}")
     lines = [["point", "lambda", *COLUMNS, "seconds"], *(cells for _, cells in sorted(rows))]
+    return "\n".join(["", *_aligned(lines), ""]), problems
+
+
+def make_seed_table(groups: Sequence[SeedGroup]) -> list[str]:
+    """
+    Means over the seeds with their 95% intervals, the highest chosen log-ratio first.
+
+    Args:
+        groups (`Sequence[SeedGroup]`):
+            Points, grouped by what they have in common besides the seed.
+
+    Returns:
+        `list[str]`: The lines of the table, none if no group has several seeds.
+    """
+    several = [group for group in groups if len(group.runs) > 1]
+    if not several:
+        return []
+    lines = [["setting", "seeds", "lambda", *COLUMNS]]
+    for group in sorted(several, key=_chosen, reverse=True):
+        means = [group.mean(metric.removeprefix("eval_")) for metric in COLUMNS.values()]
+        lines.append([group.name, str(len(group.runs)), group.runs[0].plan.text, *map(_interval, means)])
+    return ["Means over seeds, with 95% intervals by Student's t:", *_aligned(lines), ""]
+
+
+def _chosen(group: SeedGroup) -> float:
+    value = group.outcome.chosen.value
+    return -math.inf if value is None else value
+
+
+def _interval(estimate: Estimate) -> str:
+    if estimate.value is None or estimate.interval is None:
+        return "-" if estimate.value is None else f"{estimate.value:.4g}"
+    return f"{estimate.value:.4g} ({estimate.interval[0]:.4g} to {estimate.interval[1]:.4g})"
+
+
+def _aligned(lines: Sequence[Sequence[str]]) -> list[str]:
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
-    return "\n".join(["", *text, ""]), problems
+    return ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
 
 
 def _row(folder: Path) -> tuple[float, list[str]]:
