@@ -136,7 +136,7 @@ def whole_files(folder: Path) -> Iterator[Path]:
         yield unfinished
         found = [path.relative_to(unfinished) for path in unfinished.rglob("*") if path.is_file()]
         for name in sorted(found, key=lambda name: (-len(name.parts), name)):
-            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (unfinished / name).replace(folder / name)
     finally:
         with contextlib.suppress(OSError):

@@ -242,7 +242,7 @@ def test_nothing_is_written_if_scoring_is_interrupted(work, monkeypatch):
     def interrupted(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(diagnosis, "_scores", interrupted)
+    monkeypatch.setattr(diagnosis, "_scored", interrupted)
     with pytest.raises(KeyboardInterrupt):
         diagnose(DiagnoseSettings("policy", DataConfig("prefs.jsonl"), "reference", "out"))
     assert not (work / "out").exists()
