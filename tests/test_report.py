@@ -208,7 +208,7 @@ def test_a_run_has_its_verdict_figures_pairs_audit_recipe_and_versions(one):
         "Nothing is missing: every file of the run was read.",
     ):
         assert text in page.text, text
-    names = "logps logratios margin accuracy lambda loss sft_loss "
+    names = "chosen logps logratios margin accuracy loss sft_loss "
     names += "histogram_chosen histogram_rejected margin_density scatter"
     written = sorted(path.name for path in (one.parent / "figures").iterdir())
     assert written == sorted(f"{name}.{kind}" for name in names.split() for kind in ("png", "svg"))

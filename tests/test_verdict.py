@@ -167,6 +167,8 @@ def test_without_lengths_no_advice_is_given_and_without_lambda_what_to_try_after
     assert "it is unknown whether this fall is large" in said(last)
     last = {n: v for n, v in metrics().items() if n != "shift/lambda"}
     assert "Which lambda the model was trained with is unknown. If it was trained with DPO, train" in said(last)
+    unmoved = {n: v for n, v in metrics(chosen=0.5).items() if n != "shift/lambda"}
+    assert said(unmoved).endswith("The chosen answers kept their probability, so there is no need for DPO-Shift.")
 
 
 def test_it_is_one_paragraph_that_reads_the_same_twice():
