@@ -151,18 +151,11 @@ def _read_pairs_alone(stage: Stage, run: Path, beta: float | None, notes: list[s
     betas = settings_of(run).betas
     if beta is None:
         beta = next(iter(betas)) if len(betas) == 1 else None
-<<<<<<< HEAD
     if not (run / DIAGNOSIS).exists():
         notes.append(
-            f"{stage.folder.name}: there is no {STATE}, so all numbers are computed from the scores of pairs"
+            f"{stage.folder.name}: no {STATE} can be read, so all numbers are computed from the scores of pairs"
             + ("." if beta else ", with margins at beta 1: pass `--beta` for those of the run.")
         )
-=======
-    notes.append(
-        f"{stage.folder.name}: no {STATE} can be read, so all numbers are computed from the scores of pairs"
-        + ("." if beta else ", with margins at beta 1: pass `--beta` for those of the run.")
-    )
->>>>>>> verdict
     for step, path in sorted(stage.pairs.items()):
         columns = read_file(path, read_columns, {}, notes, f"the evaluation of step {step}")
         if metrics := metrics_of_pairs(columns, beta or 1.0):
