@@ -197,9 +197,23 @@ def test_the_verdict_names_no_lambda_and_the_report_is_written(work, here):
     assert "policy: policy" in lines
     assert "reference: reference" in lines
     assert lines[-1] == "The report is diagnosis/policy/report/report.html"
-    assert (work / "diagnosis" / "policy" / "report" / "report.html").is_file()
     assert "Lambda was" not in out
     assert "The preference was learned" in out
+    page = (work / "diagnosis" / "policy" / "report" / "report.html").read_text(encoding="utf-8")
+    body = page[page.index("<body") :]
+    assert "Diagnosis of policy against reference" in body
+    assert "Log-probability now" in body
+    assert 'class="tokens"' in body
+    for training in (
+        "Curves",
+        "Optimizer step",
+        "λ unknown",
+        "SFT",
+        "no curves",
+        "trainer_state",
+        "generated answers",
+    ):
+        assert training not in body, training
 
 
 def test_a_recipe_says_the_same_as_the_options(work, here):
@@ -242,7 +256,7 @@ def test_nothing_is_written_if_scoring_is_interrupted(work, monkeypatch):
     def interrupted(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(diagnosis, "_scores", interrupted)
+    monkeypatch.setattr(diagnosis, "_scored", interrupted)
     with pytest.raises(KeyboardInterrupt):
         diagnose(DiagnoseSettings("policy", DataConfig("prefs.jsonl"), "reference", "out"))
     assert not (work / "out").exists()

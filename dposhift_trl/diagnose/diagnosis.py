@@ -5,7 +5,9 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import pyarrow as pa
 import torch
+from accelerate import Accelerator
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
@@ -17,6 +19,7 @@ from ..data.errors import DataError
 from ..pipeline.loading import legend
 from ..report.verdict import Verdict, verdict
 from ..training.metrics import PairScores, evaluation_metrics, pair_metrics
+from ..training.token_scores import changed_most, selected, token_table
 from .models import ModelSource, find_models, load_config, load_model, load_tokenizer
 from .output import choose_folder, describe, save
 from .pairs import answer_lengths, check_sizes, check_vocabulary, load_pairs
@@ -83,10 +86,10 @@ def diagnose(settings: DiagnoseSettings, overwrite: bool = False) -> Diagnosis:
     check_sizes(rows, configs, settings)
     described = describe(settings, models, rows)
     folder = choose_folder(settings, described, overwrite)
-    sizes = [config.get_text_config().vocab_size for config in configs.values()]
-    padding = tokenizer.pad_token_id
-    scorer = AnswerScorer(0 if padding is None or padding >= min(sizes) else padding, settings)
-    scores = _scores(scorer, policy, reference, rows, settings)
+    known = min(config.get_text_config().vocab_size for config in configs.values())
+    padding = tokenizer.pad_token_id if (tokenizer.pad_token_id or 0) < known else None
+    accelerator = Accelerator()
+    scores, tokens = _scored(_Models(*models, settings, accelerator, padding or 0), rows, tokenizer)
     metrics = pair_metrics(scores, settings.beta) | evaluation_metrics(scores, settings.beta)
     metrics = {name: value for name, value in metrics.items() if not name.startswith("shift/")}
     content = {
@@ -96,10 +99,10 @@ def diagnose(settings: DiagnoseSettings, overwrite: bool = False) -> Diagnosis:
         "pairs": len(rows),
         "metrics": metrics,
         "seconds": round(time.monotonic() - began, 1),
-        "device": str(scorer.accelerator.device),
+        "device": str(accelerator.device),
         "version": __version__,
     }
-    save(folder, settings, audited, scores, content)
+    save(folder, settings, audited, scores, tokens, content)
     return Diagnosis(folder, verdict(metrics), metrics)
 
 
@@ -128,22 +131,66 @@ def _audited_pairs(
     return audited, tokenizer
 
 
-def _scores(
-    scorer: AnswerScorer, policy: ModelSource, reference: ModelSource, rows: Dataset, settings: DiagnoseSettings
-) -> PairScores:
-    try:
-        model = load_model(reference, settings)
-        ref_chosen_logps, ref_rejected_logps = scorer.score(
-            model, rows, reference.role, without_adapter=reference.without_adapter
-        )
-        if not reference.without_adapter:  # only one model is in memory at a time
-            del model
-            gc.collect()
+@dataclass
+class _Models:
+    """Policy and reference, of which one is in memory at a time, unless they are one model and its adapter."""
+
+    policy: ModelSource
+    reference: ModelSource
+    settings: DiagnoseSettings
+    accelerator: Accelerator
+    pad_token_id: int
+    loaded: tuple[str, AnswerScorer] | None = None
+
+    def scorer(self, source: ModelSource) -> AnswerScorer:
+        """Scorer of a model, which is loaded if it is not."""
+        if self.loaded is None or self.loaded[0] != source.place:
+            self.loaded = None
+            gc.collect()  # the fused head creates a reference cycle
             if torch.accelerator.is_available():
                 torch.accelerator.empty_cache()
-            model = load_model(policy, settings)
-        chosen_logps, rejected_logps = scorer.score(model, rows, policy.role)
+            scorer = AnswerScorer(
+                load_model(source, self.settings), self.accelerator, self.settings, self.pad_token_id
+            )
+            self.loaded = source.place, scorer
+        return self.loaded[1]
+
+    def score(self, rows: Dataset) -> PairScores:
+        """Scores of all pairs."""
+        (ref_chosen_logps, ref_rejected_logps), (chosen_logps, rejected_logps) = (
+            self.scorer(source).score(rows, source.role, source.without_adapter)
+            for source in (self.reference, self.policy)
+        )
+        chosen_tokens, rejected_tokens = answer_lengths(rows, self.settings)
+        unknown = torch.full_like(chosen_logps, torch.nan)
+        return PairScores(
+            chosen_logps,
+            rejected_logps,
+            ref_chosen_logps,
+            ref_rejected_logps,
+            chosen_tokens,
+            rejected_tokens,
+            shift_lambda=unknown,
+            batch_loss=unknown,
+            row_index=torch.tensor(rows[ROW_INDEX][:]),
+        )
+
+    def score_tokens(self, rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> pa.Table:
+        """Scores of the tokens of a few pairs."""
+        logps, ref_logps = (
+            self.scorer(source).score_tokens(rows, source.without_adapter) for source in (self.policy, self.reference)
+        )
+        return token_table(tokenizer, logps, ref_logps)
+
+
+def _scored(models: _Models, rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> tuple[PairScores, pa.Table | None]:
+    """Scores of all pairs, and of the tokens of those whose chosen answers fell and rose most."""
+    try:
+        scores = models.score(rows)
+        wanted = changed_most(scores.as_table())
+        return scores, models.score_tokens(selected(rows, wanted), tokenizer) if wanted else None
     except torch.OutOfMemoryError as error:
+        settings = models.settings
         raise DiagnoseError(
             f"The device has too little memory for `batch_size` {settings.batch_size} in {settings.dtype}. Pass a "
             "smaller --batch-size, or --dtype bfloat16."
@@ -152,16 +199,3 @@ def _scores(
         if "finite" not in str(error):
             raise
         raise DataError(f"The pairs cannot be scored: {error}") from error
-    chosen_tokens, rejected_tokens = answer_lengths(rows, settings)
-    unknown = torch.full_like(chosen_logps, torch.nan)
-    return PairScores(
-        chosen_logps,
-        rejected_logps,
-        ref_chosen_logps,
-        ref_rejected_logps,
-        chosen_tokens,
-        rejected_tokens,
-        shift_lambda=unknown,
-        batch_loss=unknown,
-        row_index=torch.tensor(rows[ROW_INDEX][:]),
-    )

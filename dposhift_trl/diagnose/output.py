@@ -4,7 +4,7 @@ The folder that a diagnosis is written to, `diagnosis/<policy>` by default.
 - `recipe.yaml`: the settings. `python -m dposhift_trl.diagnose DIR/recipe.yaml` diagnoses again.
 - `diagnosis.json`: what was scored, and the metrics that [`DPOShiftTrainer`] logs for the same policy,
   reference, and pairs. Lambda is unknown, so those of the shift are left out.
-- `audit.json`, `eval_rows.parquet`, `pairs/eval-000000.parquet`, `report/`: as in a run folder.
+- `audit.json`, `eval_rows.parquet`, `pairs/` with `eval-000000.parquet`, `report/`: as in a run folder.
 """
 
 import dataclasses
@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 from datasets import Dataset
 
 from ..artifacts import (
@@ -22,6 +23,7 @@ from ..artifacts import (
     PAIRS,
     RECIPE,
     REPORT,
+    TOKENS,
     UNFINISHED,
     ArtifactError,
     read_mapping,
@@ -103,6 +105,7 @@ def save(
     settings: DiagnoseSettings,
     audited: AuditedRows,
     scores: PairScores,
+    tokens: pa.Table | None,
     content: dict[str, Any],
 ) -> None:
     """
@@ -117,6 +120,8 @@ def save(
             The pairs, as `train`, and what the audit found.
         scores ([`~training.metrics.PairScores`]):
             Scores of the pairs.
+        tokens (`pyarrow.Table`, *optional*):
+            Scores of the tokens of some pairs.
         content (`dict[str, Any]`):
             Content of `diagnosis.json`.
 
@@ -126,8 +131,11 @@ def save(
     found = {split: dataclasses.asdict(audit) for split, audit in audited.audits.items()}
     try:
         with whole_files(folder) as unfinished:
-            # Without lambda, which is unknown
-            write_whole(table_path(str(unfinished), "eval", 0), scores.as_table().drop_columns(["shift_lambda"]))
+            table = table_path(str(unfinished), "eval", 0)
+            write_whole(table, scores.as_table().drop_columns(["shift_lambda"]))  # which is unknown
+            if tokens is not None:
+                write_whole(table.parent / TOKENS / table.name, tokens)
+            (folder / PAIRS / TOKENS / table.name).unlink(missing_ok=True)  # of an earlier diagnosis
             save_evaluated_rows(audited.train, unfinished / EVAL_ROWS)
             write_whole(unfinished / AUDIT, _json(found))
             write_whole(unfinished / RECIPE, dump_yaml({**settings.resolved, "output_dir": str(folder)}))
