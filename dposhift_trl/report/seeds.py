@@ -6,13 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .files import number
-from .findings import Estimate
+from .findings import Estimate, finite
 from .recommendation import Outcome, mean_over_seeds
 from .run_folder import Run
 
 
 OF_ONE_RUN = ("seed", "output_dir", "run_name", "wandb")  # keys of a recipe that tell runs of one setting apart
-
 SHARES = ("displacement/chosen_fell", "rewards/accuracies")
 
 
