@@ -32,8 +32,9 @@ LAYERS = (
     ("report",),
     ("training",),
     ("recipe",),
+    ("generate",),
     ("pipeline",),
-    ("run", "sweep", "generate"),
+    ("run", "sweep"),
     ("__main__",),
 )
 

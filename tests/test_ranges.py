@@ -17,7 +17,8 @@ from trl import DPOConfig
 from dposhift_trl import DPOShiftConfig
 from dposhift_trl.choices import CHOICES
 from dposhift_trl.ranges import RANGES, check_ranges, range_mistake
-from dposhift_trl.recipe import DECIDED_ELSEWHERE, SECTIONS, RecipeError, load_recipe
+from dposhift_trl.recipe import SECTIONS, RecipeError, load_recipe
+from dposhift_trl.recipe.sections import DECIDED_ELSEWHERE
 from dposhift_trl.run import main
 
 

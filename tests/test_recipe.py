@@ -9,7 +9,8 @@ import pytest
 from dposhift_trl import DPOShiftConfig
 from dposhift_trl.data.config import AUDIT_KINDS
 from dposhift_trl.data.tokens import Truncation
-from dposhift_trl.recipe import DECIDED_ELSEWHERE, GONE, RecipeError, changed_keys, dump_yaml, load_recipe, parse_yaml
+from dposhift_trl.recipe import RecipeError, changed_keys, dump_yaml, load_recipe, parse_yaml
+from dposhift_trl.recipe.sections import DECIDED_ELSEWHERE, GONE
 
 
 ROOT = Path(__file__).parent.parent
@@ -267,7 +268,7 @@ def test_a_key_that_is_decided_elsewhere_is_refused_with_the_place(refuse, stage
         ("learning_rate: 1e400", "`dpo.learning_rate` must be a number, got inf."),
         ("learning_rate: [1e-6]", "`dpo.learning_rate` must be a number, got [1e-06]."),
         ("beta: true", "`dpo.beta` must be a number, got True."),
-        ("beta: ", "`dpo.beta` must be a number, got None."),
+        ("beta: ", "`dpo.beta` must be a number, got null. Write a value, or remove the key."),
         ("max_steps: 1.5", "`dpo.max_steps` must be an integer, got 1.5."),
         ("max_steps: 1e3", "`dpo.max_steps` must be an integer, got 1000.0."),
         ("max_length: long", "`dpo.max_length` must be an integer or null, got 'long'."),
@@ -294,14 +295,14 @@ def test_a_value_of_the_wrong_type_is_refused_with_what_the_key_takes(refuse, te
     [
         ("seed: '1'", "`seed` must be an integer, got '1'."),
         ("seed: true", "`seed` must be an integer, got True."),
-        ("seed:", "`seed` must be an integer, got None."),
+        ("seed:", "`seed` must be an integer, got null. Write a value, or remove the key."),
         ("seed: -1", "`seed` must be at least 0 and less than 2**32, got -1. Write for example `seed: 42`."),
         (
             "seed: 4294967296",
             "`seed` must be at least 0 and less than 2**32, got 4294967296. Write for example `seed: 42`.",
         ),
-        ("run_name: 7", "`run_name` must be a string, got 7."),
-        ("run_name: 2026-01-01", "`run_name` must be a string, got datetime.date(2026, 1, 1)."),
+        ("run_name: 7", "`run_name` must be a string or null, got 7."),
+        ("run_name: 2026-01-01", "`run_name` must be a string or null, got datetime.date(2026, 1, 1)."),
         ("wandb: {mode: onlin}", "`wandb.mode` must be one of online, offline, disabled or null, got 'onlin'."),
         ("wandb: {tags: [1]}", "`wandb.tags` must be a list of strings, got [1]."),
         ("wandb: [a]", "section `wandb` must be a mapping, got ['a']."),
@@ -585,7 +586,7 @@ def test_the_last_override_of_a_key_holds(load):
 @pytest.mark.parametrize("override", ["", "dpo", "dpo.beta", "=1", ".=1", "dpo.=1", ".beta=1", "dpo..beta=1"])
 def test_an_override_without_key_or_value_is_refused(refuse, override):
     assert refuse(HEAD + DATA + DPO, override) == [
-        f"overrides must have the form key=value, got {override!r}. Write for example `dpo.lambda_min=0.5`."
+        f"overrides must have the form key=value, got {override!r}. Write for example `dpo.shift_lambda=0.9`."
     ]
 
 
@@ -594,11 +595,11 @@ def test_an_override_without_key_or_value_is_refused(refuse, override):
     [
         ("dpo.lerning_rate=1", "unknown key `dpo.lerning_rate`. Did you mean `learning_rate`?"),
         ('dpo.beta="0.1"', "`dpo.beta` must be a number, got '0.1'."),
-        ("dpo.beta=", "`dpo.beta` must be a number, got None."),
+        ("dpo.beta=", "`dpo.beta` must be a number, got null. Write a value, or remove the key."),
         ("dpo.seed=1", "`dpo.seed` cannot be set here: set it at the top level; it applies to both stages."),
         ("output_dir.x=1", "the override 'output_dir.x=1' sets a key in `output_dir`, which is not a mapping."),
         ("dpo.use_cpu.x=1", "the override 'dpo.use_cpu.x=1' sets a key in `use_cpu`, which is not a mapping."),
-        ("run_name=a: b", "`run_name` must be a string, got {'a': 'b'}."),
+        ("run_name=a: b", "`run_name` must be a string or null, got {'a': 'b'}."),
     ],
 )
 def test_an_override_is_checked_as_the_file_is(refuse, override, line):
