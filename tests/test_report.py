@@ -209,7 +209,7 @@ def test_a_run_has_its_verdict_figures_pairs_audit_recipe_and_versions(one):
         "Nothing is missing: every file of the run was read.",
     ):
         assert text in page.text, text
-    names = "logps logratios margin accuracy lambda loss sft_loss "
+    names = "chosen logps logratios margin accuracy loss sft_loss "
     names += "histogram_chosen histogram_rejected margin_density scatter"
     written = sorted(path.name for path in (one.parent / "figures").iterdir())
     assert written == sorted(f"{name}.{kind}" for name in names.split() for kind in ("png", "svg"))
@@ -217,8 +217,8 @@ def test_a_run_has_its_verdict_figures_pairs_audit_recipe_and_versions(one):
 
 
 def test_the_pairs_that_fell_and_rose_most_are_listed_in_order(one):
-    ratios = re.findall(r"Row \d+: chosen ([+-][\d.]+)", Page(one).text)
-    values = [float(value) for value in ratios]
+    ratios = re.findall(r"Row \d+: chosen ([+−][\d.]+)", Page(one).text)
+    values = [float(value.replace("−", "-")) for value in ratios]
     fell, rose = [v for v in values if v < 0], [v for v in values if v > 0]
     assert fell == sorted(fell)
     assert len(fell) == 5
@@ -424,7 +424,7 @@ def test_the_target_of_an_adaptive_run_is_named_and_drawn(tmp_path, monkeypatch)
     monkeypatch.setattr(figures, "draw", lambda name, *rest: drawn.setdefault(name, draw(name, *rest)))
     folder = as_adaptive(make_run(tmp_path / "run", pairs=5), lambda_target=-2.5)
     text = Page(write_report([folder], tmp_path / "out")).text
-    assert "DPO-Shift report: λ adaptive 0.25 to 1, target -2.5." in text
+    assert "DPO-Shift report: λ adaptive 0.25 to 1, target -2.5" in text
     assert b"lower bound" in drawn["lambda"].svg
     share = as_adaptive(make_run(tmp_path / "b"), lambda_target=0.5, lambda_target_metric="displacement/chosen_fell")
     assert read_run(share).lambda_text == "λ adaptive 0.25 to 1, target share 0.5"

@@ -132,6 +132,7 @@ def test_the_pickled_arguments_are_not_read(folder, here):
             {"a.yaml": "beta: [", "b.json": "[]", "README.md": "```yaml\n&a [*a\n```"}, "Pass --beta", id="bad"
         ),
         pytest.param({"config.json": '{"beta": 0.1}'}, "No text file in it names beta", id="of-the-model"),
+        pytest.param({"vocab.json": '{"beta": 3}'}, "No text file in it names beta", id="token"),
         pytest.param({"a.yaml": "pref_beta: 0.1\npref_loss: simpo"}, "must have a reference, got simpo", id="simpo"),
         pytest.param({"a.yaml": "rl: orpo\nbeta: 0.1"}, "must have a reference, got orpo", id="orpo"),
     ],
@@ -182,6 +183,13 @@ def test_without_evaluations_the_last_logs_of_training_count_and_the_note_says_s
     assert "fell by 7.75 nats per answer" in str(run.verdict)
     assert any("the mean of the last 10 logs of training (steps 11 to 20)" in note for note in run.notes)
     assert not any("without a verdict" in note for note in run.notes)
+
+
+def test_an_evaluation_set_with_a_name_counts(folder):
+    log = [{"step": 4, "eval_test_rewards/chosen": -1.0, "eval_test_rewards/rejected": -2.0, "eval_test_loss": 0.5}]
+    run = read_run(with_log(folder, log), BETA)
+    assert run.last["displacement/chosen"] == -1.0 / BETA
+    assert not any("there are no evaluations" in note for note in run.notes)
 
 
 def test_a_log_with_log_ratios_of_its_own_is_not_divided(folder):

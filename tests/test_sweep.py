@@ -239,6 +239,50 @@ def test_if_seeds_vary_stage_1_keeps_the_seed_of_the_recipe():
     assert [point.values["seed"] for point in planned.points] == [7, 8]
 
 
+def test_seeds_run_every_point_from_one_stage_1_and_continue_a_sweep_without(tmp_path):
+    demo = str(ROOT / "recipes" / "tiny_sweep.yaml")
+    plain, planned = plan(demo, [LAMBDAS]), plan(demo, [LAMBDAS], seeds=3)
+    assert [point.name for point in planned.points] == [
+        "fixed-1.0", "fixed-1.0_seed-2", "fixed-1.0_seed-3", "fixed-0.5", "fixed-0.5_seed-2", "fixed-0.5_seed-3",
+    ]  # fmt: skip
+    assert [point.values["seed"] for point in planned.points] == [1, 2, 3] * 2
+    assert planned.base == plain.base
+    assert [planned.points[0], planned.points[3]] == plain.points
+    assert [point.name for point in plan(demo, [LAMBDAS, "seed=1,2,3"]).points] == [
+        point.name for point in planned.points
+    ]
+
+
+def test_seeds_count_from_the_seed_that_is_given():
+    planned = plan(str(ROOT / "recipes" / "tiny_sweep.yaml"), ["seed=5", "dpo.beta=0.2"], seeds=2)
+    assert planned.base.values["seed"] == 5
+    assert [(point.name, point.values["seed"]) for point in planned.points] == [
+        ("fixed-0.95_beta-0.2", 5), ("fixed-0.95_seed-6_beta-0.2", 6),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        pytest.param(["--seeds", "2", "seed=1,2"], "`seed` must have one value with `--seeds`", id="list"),
+        pytest.param(["--seeds", "2"], "`seed` must have one value if `data.eval_size` is set", id="eval-size"),
+        pytest.param(["--seeds", "2", "dpo.shift_lambda=7,8"], "`shift_lambda` must not exceed 1, got 8", id="others"),
+    ],
+)
+def test_a_mistake_with_seeds_is_one_line(arguments, message, recipe, here):
+    error = here(recipe, *arguments, code=2).err
+    assert message in error
+    assert "Traceback" not in error
+
+
+@pytest.mark.parametrize("count", ["0", "-1", "x", "1.5"])
+def test_the_number_of_seeds_is_a_whole_number_of_at_least_1(count, recipe, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main([str(recipe), f"--seeds={count}"])
+    assert stopped.value.code == 2
+    assert "must be a whole number of at least 1" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

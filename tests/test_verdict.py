@@ -320,7 +320,7 @@ def test_the_qualified_run_with_the_most_likely_chosen_answers_is_recommended():
     name, reason = recommend_lambda(runs)
     assert name == "b"
     assert "-3.00 nats against -12.00" in reason
-    assert "another seed" in reason
+    assert "confirm it with more seeds" in reason
 
 
 def test_a_run_that_lost_half_the_margin_is_not_recommended():

@@ -7,7 +7,7 @@ from typing import Any
 
 from .drawing import Drawing
 from .figures import DASHES, SERIES, Dot, Line, curves, trade_off
-from .recommendation import RULE, recommend_lambda
+from .recommendation import RULE, difference, dpo_among, recommend_lambda
 from .run_folder import Run
 from .seeds import SeedGroup, seed_groups
 
@@ -50,7 +50,7 @@ def compare_runs(runs: Sequence[Run]) -> tuple[dict[str, Any], list[Drawing]]:
     betas = [beta for run in runs if (beta := run.beta) is not None]
     values = {
         "title": f"{len(runs)} runs compared",
-        "headline": "No recommendation" if recommended is None else f"Recommended: {_named(recommended)}",
+        "headline": _headline(recommended, groups, reason),
         "cards": [(by_name[row["name"]], row["recommended"]) for row in table],
         "table": table,
         "seeds": [_over_seeds(group, group is recommended) for group in groups if len(group.runs) > 1],
@@ -63,6 +63,21 @@ def compare_runs(runs: Sequence[Run]) -> tuple[dict[str, Any], list[Drawing]]:
         "other_betas": bool(betas) and max(betas) > 1.01 * min(betas),
     }
     return values, drawings
+
+
+def _headline(recommended: SeedGroup | None, groups: Sequence[SeedGroup], reason: str) -> str:
+    """The recommendation and its reason as one sentence."""
+    dpo = dpo_among([group.outcome for group in groups])
+    if recommended is None or dpo is None:
+        return reason.split(". ")[0].rstrip(".") + "."
+    if recommended.outcome.is_dpo:
+        return f"Keep {_named(recommended)}: no lower lambda kept the chosen answers more likely at the same quality."
+    gain = difference(recommended.outcome, dpo, "chosen").value or 0.0
+    now, before = (outcome.accuracy.value or 0.0 for outcome in (recommended.outcome, dpo))
+    return (
+        f"Take {_named(recommended)}: its chosen answers are {gain:.2f} nats more likely than DPO's, at an accuracy "
+        f"of {now:.1%} against {before:.1%}."
+    )
 
 
 def _named(group: SeedGroup) -> str:

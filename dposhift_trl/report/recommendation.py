@@ -80,7 +80,7 @@ class Outcome:
             outcomes[0].lambdas,
             mean_over_seeds([outcome.chosen for outcome in outcomes]),
             mean_over_seeds([outcome.margin for outcome in outcomes]),
-            mean_over_seeds([outcome.accuracy for outcome in outcomes]),
+            mean_over_seeds([outcome.accuracy for outcome in outcomes], share=True),
             math.fsum(starts) / len(starts) if same_start else None,
             any(outcome.shifted_between for outcome in outcomes),
             outcomes[0].settings,
@@ -107,13 +107,23 @@ class Outcome:
         return self.complete and margin is not None and accuracy is not None and margin[0] > 0 and accuracy[0] > 0.5
 
 
-def mean_over_seeds(estimates: Sequence[Estimate]) -> Estimate:
-    """Mean of one value per seed and its 95% interval; unknown if one of them is."""
+def mean_over_seeds(estimates: Sequence[Estimate], share: bool = False) -> Estimate:
+    """
+    Mean of one value per seed and its 95% interval; unknown if one of them is.
+
+    Args:
+        estimates (`Sequence[Estimate]`):
+            One per seed.
+        share (`bool`, *optional*, defaults to `False`):
+            Whether the values are shares, whose interval ends at 0 and 1.
+    """
     values = [estimate.value for estimate in estimates if estimate.value is not None]
     if len(values) < len(estimates) or not values:
         return UNKNOWN
-    low, high = t_interval(values) or (None, None)
-    return Estimate(math.fsum(values) / len(values), low, high)
+    mean, interval = math.fsum(values) / len(values), t_interval(values)
+    if interval is None:
+        return Estimate(mean)
+    return Estimate(mean, *(min(max(end, 0.0), 1.0) for end in interval)) if share else Estimate(mean, *interval)
 
 
 def difference(one: Outcome, other: Outcome, name: str) -> Estimate:
@@ -182,13 +192,12 @@ def recommend_lambda(outcomes: Sequence[Outcome]) -> tuple[str | None, str]:
             "The runs started from different models or were evaluated on different pairs, so their log-ratios cannot "
             "be compared."
         )
-    references = [outcome for outcome in usable if outcome.is_dpo]
-    if not references:
+    dpo = dpo_among(usable)
+    if dpo is None:
         return None, (
             "No recommendation: no run has lambda 1 throughout, so there is no DPO run to compare with. Add one with "
             "`dpo.shift_lambda=1.0`."
         )
-    dpo = max(references, key=lambda outcome: (outcome.accuracy.value or 0.0, outcome.chosen.value))
     if not dpo.learned:
         return None, (
             f"No recommendation: the DPO run, {dpo.name}, did not learn the preference by its intervals, so there is "
@@ -204,13 +213,19 @@ def recommend_lambda(outcomes: Sequence[Outcome]) -> tuple[str | None, str]:
     best = max(alike, key=lambda outcome: (min(outcome.lambdas or (0.0,)), _chosen(outcome)))
     return best.name, " ".join(
         [
-            f"{best.name}: {_choice(best, top, len(candidates), alike, dpo)}: log-ratio {best.chosen.value:.2f} nats "
+            f"{best.name}: {_choice(best, len(candidates) + 1, alike, dpo)}: log-ratio {best.chosen.value:.2f} nats "
             f"against {dpo.chosen.value:.2f} ({_by_how_much(gains[best.name])}), accuracy {best.accuracy.value:.3f} "
             f"against {dpo.accuracy.value:.3f}, margin {best.margin.value:.3g} against {dpo.margin.value:.3g}.",
             *_edges(best, usable),
             _confidence(best),
         ]
     )
+
+
+def dpo_among(outcomes: Sequence[Outcome]) -> Outcome | None:
+    """The run at lambda 1 that the others are compared with, the most accurate one, or `None` if there is none."""
+    references = [outcome for outcome in outcomes if outcome.complete and outcome.is_dpo]
+    return max(references, key=lambda outcome: (outcome.accuracy.value or 0.0, _chosen(outcome)), default=None)
 
 
 def _qualifies(outcome: Outcome, dpo: Outcome) -> bool:
@@ -242,8 +257,8 @@ def _without_a_better_one(
     )
 
 
-def _choice(best: Outcome, top: Outcome, count: int, alike: Sequence[Outcome], dpo: Outcome) -> str:
-    """Why this one."""
+def _choice(best: Outcome, count: int, alike: Sequence[Outcome], dpo: Outcome) -> str:
+    """Why this one, of a number of runs that qualify, DPO among them."""
     qualified = (
         f"of the {count} runs whose accuracy is not significantly below that of {dpo.name} and that keep at least "
         "half of its margin, "

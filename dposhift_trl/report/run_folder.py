@@ -155,7 +155,9 @@ def read_run(folder: Path, beta: float | None = None) -> Run:
     elif "sft" not in stages:
         notes.append("There is no SFT stage (`sft/`): `SFT model` below means the model that the run started from.")
     # A stock trainer, or whoever saved scores of pairs alone, writes none of the next three
-    of_a_run = [] if any(stage.stock or not stage.state for stage in stages.values()) else notes
+    plain = stages.get("dpo")
+    is_plain = plain is not None and plain.folder == folder and (plain.stock or not plain.state)
+    of_a_run = [] if is_plain else notes
     noted = {name: notes if (folder / name).exists() else of_a_run for name in (AUDIT, EVAL_ROWS, RECIPE)}
     audit = read_file(folder / AUDIT, read_mapping, {}, noted[AUDIT], "the row audit")
     rows = read_file(folder / EVAL_ROWS, _read_rows, {}, noted[EVAL_ROWS], "the text of the evaluated pairs")

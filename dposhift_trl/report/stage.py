@@ -107,9 +107,12 @@ def read_stage(folder: Path, run: Path, beta: float | None, notes: list[str]) ->
                     "not save its final state."
                 )
             break
-    if is_stock(stage.history):
+    stage.stock = is_stock(stage.history)
+    if stage.stock:
         _read_stock(stage, run, beta, notes)
     _find_pairs(stage, notes)
+    if stage.stock and not stage.evaluated:
+        _use_last_logs(stage, notes)
     if not stage.state:
         if stage.pairs:
             _read_pairs_alone(stage, run, beta, notes)
@@ -122,7 +125,6 @@ def read_stage(folder: Path, run: Path, beta: float | None, notes: list[str]) ->
 
 def _read_stock(stage: Stage, run: Path, beta: float | None, notes: list[str]) -> None:
     """Turn the rewards of a stock trainer's log into log-ratios, and say what such a log does not tell."""
-    stage.stock = True
     beta, source = find_beta(stage.history, run, beta)
     stage.history = with_log_ratios(stage.history, beta)
     notes.append(
@@ -131,8 +133,12 @@ def _read_stock(stage: Stage, run: Path, beta: float | None, notes: list[str]) -
         "that fell, their perplexity, and intervals are unknown: `python -m dposhift_trl.diagnose` scores the models "
         "themselves."
     )
-    if not stage.evaluated:
-        stage.last_logs, steps = mean_of_last_logs(stage.history)
+
+
+def _use_last_logs(stage: Stage, notes: list[str]) -> None:
+    """Take the last logs of training for an evaluation, which there is none of."""
+    stage.last_logs, steps = mean_of_last_logs(stage.history)
+    if steps:
         notes.append(
             f"{stage.folder.name}: there are no evaluations, so the verdict is on the mean of the last {len(steps)} "
             f"logs of training (steps {steps[0]:g} to {steps[-1]:g}): noisy means of batches, of pairs that were "
@@ -146,7 +152,7 @@ def _read_pairs_alone(stage: Stage, run: Path, beta: float | None, notes: list[s
     if beta is None:
         beta = next(iter(betas)) if len(betas) == 1 else None
     notes.append(
-        f"{stage.folder.name}: there is no {STATE}, so all numbers are computed from the scores of pairs"
+        f"{stage.folder.name}: no {STATE} can be read, so all numbers are computed from the scores of pairs"
         + ("." if beta else ", with margins at beta 1: pass `--beta` for those of the run.")
     )
     for step, path in sorted(stage.pairs.items()):

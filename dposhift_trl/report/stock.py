@@ -9,7 +9,7 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
-from ..artifacts import STATE, ArtifactError, read_mapping, read_text
+from ..artifacts import ArtifactError, read_mapping, read_text
 from .errors import ReportError
 from .files import number
 
@@ -24,6 +24,7 @@ SIGMOID = ("sigmoid", "dpo")
 WITHOUT_REFERENCE = ("simpo", "orpo", "cpo")  # their rewards are log-probabilities
 SECTIONS = ("trl", "dpo", "method")  # in which the settings may be, besides the file itself
 CARD = "README.md"
+SETTINGS = r"args|config|recipe|settings|params"  # in the name of a JSON file; in others `beta` may be a token
 LARGEST_FILE = 200_000  # bytes; settings are small, vocabularies are not
 OF_THE_MODEL = ("config.json", "generation_config.json", "adapter_config.json", "tokenizer_config.json")
 LAST_LOGS = 10  # of training, whose mean stands in for an evaluation
@@ -171,9 +172,9 @@ def settings_of(folder: Path) -> Settings:
 def _mappings(path: Path) -> Iterator[dict[str, Any]]:
     """The mappings in a file of settings, or in the YAML blocks and table of a model card."""
     try:
-        if not path.is_file() or path.name in (STATE, *OF_THE_MODEL) or path.stat().st_size > LARGEST_FILE:
+        if not path.is_file() or path.name in OF_THE_MODEL or path.stat().st_size > LARGEST_FILE:
             return
-        if path.suffix in (".json", ".yaml", ".yml"):
+        if path.suffix in (".yaml", ".yml") or (path.suffix == ".json" and re.search(SETTINGS, path.name)):
             yield read_mapping(path)
         elif path.name == CARD:
             text = read_text(path)
