@@ -36,6 +36,7 @@ START = "start.json"
 FINISHED = "finished.json"
 STATE = "trainer_state.json"
 PAIRS = "pairs"  # <prefix>-<step>.parquet, the scores that an evaluation gave each pair
+SAMPLES = "samples.jsonl"  # answers of policy and reference to a few evaluation prompts, at each evaluation
 TOKENS = "tokens"  # in PAIRS, <prefix>-<step>.parquet: the tokens of the pairs that fell and rose most
 WANDB_ID = "wandb_id"
 MERGED = "merged"
@@ -161,7 +162,7 @@ def set_earlier_aside(folder: Path) -> Path | None:
     places = (folder / f"{EARLIER}-{number}" for number in itertools.count(1))
     place = next(place for place in places if not place.exists())
     place.mkdir()
-    for name in (PAIRS, STATE):  # the log last, so that a kill leaves it for the next call
+    for name in (PAIRS, SAMPLES, STATE):  # the log last, so that a kill leaves it for the next call
         if (folder / name).exists():
             (folder / name).replace(place / name)
     return place

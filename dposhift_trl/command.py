@@ -52,6 +52,7 @@ def begin() -> None:
     The reader of its output may go away (`| head`), a standard stream may be closed, Ctrl-C during the imports prints
     no traceback, and a process that a launcher started does not outlive it.
     """
+    os.environ.setdefault("TQDM_LEAVE", "")  # read when tqdm is imported: a progress bar that is full disappears
     for descriptor in range(3):
         try:
             os.fstat(descriptor)

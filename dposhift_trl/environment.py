@@ -65,4 +65,6 @@ def wandb_run_settings(stage: str, run_name: str, is_named: bool, folder: Path) 
         "job_type": os.environ.get("WANDB_JOB_TYPE") or stage,
         # Absolute, since the W&B service has another working directory
         "dir": str(Path(os.environ.get("WANDB_DIR") or folder).resolve()),
+        # The run prints the last metrics and the place of its files itself
+        "settings": {"quiet": (os.environ.get("WANDB_QUIET") or "true").lower() in TRUE},
     }

@@ -37,3 +37,14 @@ def launcher_mistakes() -> list[str]:
             "Unset both; the launcher sets them."
         ]
     return []
+
+
+def lone_process() -> str | None:
+    """What to do if `accelerate launch` was asked for several processes and has started one; `None` otherwise."""
+    asked_for_several = "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_ADDR" in os.environ
+    if not asked_for_several or os.environ.get("WORLD_SIZE"):
+        return None
+    return (
+        "`accelerate launch` was asked for several processes, and has started one: without several GPUs it starts no "
+        "more. For two processes on this machine's CPU, write `torchrun --standalone --nproc_per_node 2 -m` instead."
+    )

@@ -3,7 +3,7 @@
 import math
 import sys
 from bisect import bisect_right
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, Protocol
@@ -337,3 +337,25 @@ def lambda_path(start: float, end: float, between: Sequence[float] = ()) -> list
     if not low - 1e-3 <= furthest <= high + 1e-3:
         return [start, furthest, end]
     return [end] if math.isclose(start, end) else [start, end]
+
+
+def settings_without_effect(schedule: str | Sequence[Sequence[float]], given: Iterable[str]) -> list[str]:
+    """
+    Lambda settings that a schedule does not read.
+
+    Args:
+        schedule (`str` or `list[list[float]]`):
+            `lambda_schedule` of a [`DPOShiftConfig`].
+        given (`Iterable[str]`):
+            Names of the settings that were set. Those of other settings are ignored.
+
+    Example:
+
+    ```python
+    >>> settings_without_effect("fixed", ["shift_lambda", "lambda_min", "beta"])
+    ['lambda_min']
+
+    ```
+    """
+    read = LambdaPlan.of({"lambda_schedule": schedule}).settings if isinstance(schedule, str) else {}
+    return [name for name in given if name in LAMBDA_DEFAULTS and name not in {"lambda_schedule", *read}]

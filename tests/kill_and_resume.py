@@ -72,6 +72,7 @@ def write_recipe(folder: Path) -> Path:
     recipe = {
         "output_dir": "set by each run",
         "report": False,
+        "sample_prompts": 0,
         "model": {"model_name_or_path": save_tiny_model(folder / "gpt2")},
         "data": {"path": str(folder / "rows.jsonl"), "eval_size": 40},
         "sft": stage,
@@ -158,13 +159,13 @@ class Attempt:
             return "between the stages" if stage == STAGES[0] else "after the end"
         if any(changed(path) >= self.began and not is_whole(path) for path in folder.glob("checkpoint-*")):
             return f"{stage}, checkpoint"
-        logged = re.findall(r"\{'(eval_)?loss'", output[starts[-1].end() :])
-        step = logged.count("") + int(re.search(r"/checkpoint-(\d+)$|$", origin)[1] or 0)
+        logged = re.findall(r"^(step|eval) ", output[starts[-1].end() :], flags=re.MULTILINE)
+        step = logged.count("step") + int(re.search(r"/checkpoint-(\d+)$|$", origin)[1] or 0)
         if step == STEPS and is_whole(folder / f"checkpoint-{STEPS}"):
             return f"{stage}, saving"
         if not logged:
             return f"{stage}, loading"
-        return f"{stage}, " + ("evaluation" if logged[-1] == "" and step % EVAL_STEPS == 0 else "step")
+        return f"{stage}, " + ("evaluation" if logged[-1] == "step" and step % EVAL_STEPS == 0 else "step")
 
     def _holds_the_lock(self) -> bool:
         with contextlib.suppress(OSError):  # Linux only; files may be closed while they are listed

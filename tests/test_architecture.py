@@ -32,8 +32,9 @@ LAYERS = (
     ("report",),
     ("training",),
     ("recipe",),
+    ("generate",),
     ("pipeline",),
-    ("run", "sweep", "generate", "diagnose"),
+    ("run", "sweep", "diagnose"),
     ("__main__",),
 )
 

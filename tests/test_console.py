@@ -5,6 +5,7 @@ import json
 
 import pytest
 from test_report import make_run
+from test_report import undrawn as undrawn
 
 from dposhift_trl import console
 from dposhift_trl.artifacts import ArtifactError
@@ -12,7 +13,6 @@ from dposhift_trl.console import complain, one_line, printable, rewrite, say
 from dposhift_trl.generate.__main__ import main as generate
 from dposhift_trl.pipeline import processes
 from dposhift_trl.pipeline.errors import RunError, WriteError
-from dposhift_trl.report import figures
 from dposhift_trl.report.__main__ import main as report
 from dposhift_trl.report.run_folder import ReportError
 from dposhift_trl.run import main as run
@@ -40,10 +40,20 @@ def test_everything_else_is_escaped():
 
 
 def test_lines_are_printed_each_on_its_own(capsys):
-    say("a", 1, ESCAPES), complain(ValueError("x\x1b")), rewrite("y\x1b")
+    say("a", 1, ESCAPES), complain(ValueError("x\x1b")), rewrite("y\x1b"), rewrite("")
     streams = capsys.readouterr()
-    assert streams.out == f"a\n1\n{SHOWN}\n\r\033[Ky\\x1b"
+    assert streams.out == f"a\n1\n{SHOWN}\n\r\033[Ky\\x1b\r\033[K"
     assert streams.err == "x\\x1b\n"
+
+
+@pytest.mark.parametrize("speak", [say, complain])
+def test_a_line_closes_the_open_one(speak, capsys):
+    rewrite("27/60"), speak("done")
+    streams = capsys.readouterr()
+    assert streams.out + streams.err == "\r\033[K27/60\r\033[Kdone\n"
+    speak("again")
+    streams = capsys.readouterr()
+    assert streams.out + streams.err == "again\n"
 
 
 @pytest.mark.parametrize("error", [RunError, WriteError, ReportError], ids=lambda error: error.__name__)
@@ -71,8 +81,7 @@ def quiet(capfd):
     return streams
 
 
-def test_a_folder_with_escapes_in_its_name_is_reported_on(tmp_path, capfd, monkeypatch):
-    monkeypatch.setattr(figures, "draw", lambda *parts: None)  # which takes most of the time
+def test_a_folder_with_escapes_in_its_name_is_reported_on(tmp_path, capfd, undrawn):
     folder = make_run(tmp_path / NAME, pairs=3)
     (folder / "recipe.yaml").write_text(json.dumps({"run_name": NAME, NAME: 1}))
     assert report([str(folder)]) == 0
@@ -102,6 +111,6 @@ def test_names_of_strangers_do_not_act_on_a_terminal(tmp_path, capfd):
     assert run([str(tmp_path / "x.yaml")]) == 2
     assert quiet(capfd).err.splitlines()[-1].startswith("`output_dir` must be empty or a run folder, got ")
     assert run([str(tmp_path / "x.yaml"), "--dry-run"]) == 0
-    assert "The rows cannot be loaded" in quiet(capfd).out
+    assert "The rows cannot be counted" in quiet(capfd).out
     assert generate([str(tmp_path / NAME)]) == 2
     assert "which does not exist" in quiet(capfd).err

@@ -27,6 +27,7 @@ WANDB_ROWS = {
     "WANDB_NAME": ("theirs", "name", "theirs-dpo", "x-dpo", "run_name=own", "own-dpo"),
     "WANDB_RUN_GROUP": ("theirs", "group", "theirs", "x", None, None),
     "WANDB_JOB_TYPE": ("theirs", "job_type", "theirs", "dpo", None, None),
+    "WANDB_QUIET": ("false", "settings", {"quiet": False}, {"quiet": True}, None, None),
     "WANDB_DIR": ("theirs", "dir", "{here}/theirs", "{here}/runs/x", None, None),
 }
 CACHES = ("HF_HOME", "DPOSHIFT_CACHE")
@@ -48,6 +49,8 @@ def init(tmp_path, monkeypatch):
     )
 
     class Run:
+        url = "https://wandb.example/x"
+
         def finish(self):
             pass
 

@@ -586,7 +586,7 @@ def test_the_last_override_of_a_key_holds(load):
 @pytest.mark.parametrize("override", ["", "dpo", "dpo.beta", "=1", ".=1", "dpo.=1", ".beta=1", "dpo..beta=1"])
 def test_an_override_without_key_or_value_is_refused(refuse, override):
     assert refuse(HEAD + DATA + DPO, override) == [
-        f"overrides must have the form key=value, got {override!r}. Write for example `dpo.lambda_min=0.5`."
+        f"overrides must have the form key=value, got {override!r}. Write for example `dpo.shift_lambda=0.9`."
     ]
 
 

@@ -73,7 +73,7 @@ def load_questions(
     if prompts is None:
         if not rows:
             raise GenerateError(f"{folder} has no evaluation rows. Pass a file of prompts with `--prompts`.")
-        return [_row_question(row, index) for index, row in enumerate(rows)]
+        return [row_question(row, index) for index, row in enumerate(rows)]
     converses = not isinstance(rows[0]["chosen"], str) if rows else tokenizer.chat_template is not None
     questions = [
         _file_question(value, index, converses, f"{prompts}: prompt {index}")
@@ -169,7 +169,8 @@ def _evaluation_rows(folder: Path, limit: int) -> list[dict[str, Any]]:
     return rows
 
 
-def _row_question(row: dict[str, Any], index: int) -> Question:
+def row_question(row: dict[str, Any], index: int) -> Question:
+    """The question of an evaluation row, named by its row index, or by its place without one."""
     prompt, chosen = row.get("prompt"), row["chosen"]
     if isinstance(prompt, str) and not isinstance(chosen, str):
         prompt = [{"role": "user", "content": prompt}]

@@ -9,39 +9,39 @@ from datasets import Dataset
 from trl import SFTConfig
 
 from ..config import DPOShiftConfig
-from ..data.sources import Rows
+from ..data.sources import Rows, load_preferences
 from ..recipe import Recipe, dump_yaml
 from ..schedules import LambdaPlan
 from ..training.batching import make_token_sampler, without_lost_rows
 from ..training.checks import check_rows_left
 from .errors import RunError
 from .loading import base_model, check_rows, findings, legend, load_rows, load_tokenizer
+from .notes import recipe_notes
 from .preflight import check_lengths, check_model, check_settings
-from .processes import say
-from .prospects import why_no_verdict
+from .processes import say, say_wrapped
 
 
 def describe(recipe: Recipe) -> None:
     """Print the resolved recipe, the optimizer steps of each stage, and lambda at the start, middle and end."""
     say(*dump_yaml(recipe.resolved).split("\n"))
     check_settings(recipe)
-    if (reason := why_no_verdict(recipe)) is not None:
-        say(reason)
+    say_wrapped(*recipe_notes(recipe))
     rows = {}
     with tempfile.TemporaryDirectory() as folder:
         try:
             base = base_model(recipe, Path(folder))
             tokenizer = load_tokenizer(recipe, base)
-        except RunError as error:  # without a tokenizer, the rows are neither read nor counted
-            say(f"The rows cannot be loaded: {error}")
+        except RunError as error:  # without a tokenizer, the rows are read, but neither tokenized nor counted
+            say_wrapped(f"The rows cannot be counted: {error}")
+            load_preferences(recipe.data, recipe.seed)
         else:
             positions = check_model(recipe, base, tokenizer)
             rows = load_rows(recipe, tokenizer)
             audits = findings(rows)
             for split, audit in audits.items():
-                say(f"{split}: {audit}")
+                say_wrapped(f"{split}: {audit}")
             if (meaning := legend(audits)) is not None:
-                say(meaning)
+                say_wrapped(meaning)
             check_rows(rows)
             check_lengths(recipe, rows, positions)
     for name, args in recipe.stages.items():

@@ -11,13 +11,13 @@ from trl import SFTConfig
 from ..artifacts import ArtifactError, read_mapping, whole_folder
 from ..data.audit import AuditedRows, SplitAudit, audit_preferences
 from ..data.chat_template import check_template, use_plain_chat_template
-from ..data.config import AUDIT_KINDS
+from ..data.config import legend as meaning_of
 from ..data.demo import save_demo_model
 from ..data.shapes import convert
 from ..data.sources import load_preferences
 from ..recipe import Recipe
 from .errors import RunError
-from .processes import say
+from .processes import say, say_wrapped
 
 
 def base_model(recipe: Recipe, demo_folder: Path) -> str:
@@ -82,10 +82,14 @@ def load_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> dict[str, A
         evaluation, eval_changes = convert(evaluation, tokenizer)
         changes += [change for change in eval_changes if change not in changes]
     if changes:
-        say(f"Rows converted: {'; '.join(changes)}.")
-    use_plain_chat_template(train, tokenizer)
+        say_wrapped(f"Rows converted: {'; '.join(changes)}.")
+    if use_plain_chat_template(train, tokenizer):
+        say_wrapped(
+            "The tokenizer has no chat template, so the rows are written as plain text with the names of the roles "
+            "(`User: ...`, `Assistant: ...`). To use another template, set `sft.chat_template_path`."
+        )
     for note in check_template(train, tokenizer):
-        say(note)
+        say_wrapped(note)
     audited = audit_preferences(
         train,
         evaluation,
@@ -158,6 +162,5 @@ def findings(rows: dict[str, AuditedRows]) -> dict[str, SplitAudit]:
 
 def legend(audits: dict[str, SplitAudit]) -> str | None:
     """What the kinds found are, in one line."""
-    found = {kind for audit in audits.values() for kind, finding in audit.findings.items() if finding.count}
-    kinds = [f"{kind}: {audit_kind.description}" for kind, audit_kind in AUDIT_KINDS.items() if kind in found]
-    return "; ".join(kinds) or None
+    found = (kind for audit in audits.values() for kind, finding in audit.findings.items() if finding.count)
+    return meaning_of(found) or None

@@ -26,6 +26,12 @@ def say(*lines: object) -> None:
         console.say(*lines)
 
 
+def say_wrapped(*paragraphs: str, indent: int = 0) -> None:
+    """Print paragraphs that fit the terminal, on the main process only."""
+    for paragraph in paragraphs:
+        say(*console.wrapped(paragraph, indent))
+
+
 def complain(error: BaseException) -> None:
     """Print an error to stderr, on the main process only; a recipe's mistakes are one line each."""
     if PartialState().is_main_process:

@@ -13,7 +13,6 @@ from ..console import columns, is_terminal, rewrite
 from .processes import say
 
 
-FORMATS = ("lines", "dict")
 REFRESH = 0.1  # seconds between two status lines
 BAR = 20  # characters
 
@@ -76,13 +75,12 @@ def fit(fields: Sequence[Field], width: int | None) -> str:
 def preference_fields(logs: Mapping[str, float], lambda_varies: bool) -> list[Field]:
     """The metrics of the stage `dpo` in a line."""
     fell = logs["displacement/chosen_fell"]
-    share = " all" if fell == 1 else f"{min(fell, 0.99):4.0%}"
-    chosen = f"chosen {number(logs['displacement/chosen'], signed=True)} ({share.strip():>3} fell)"
+    share = "all" if fell == 1 else f"{min(fell, 0.99):.0%}"
     fields = [
         Field(f"loss {number(logs['loss'])}"),
         Field(f"margin {number(logs['rewards/margins'], signed=True)}"),
         Field(f"acc {number(logs['rewards/accuracies'], 3)}", 2),
-        Field(chosen),
+        Field(f"chosen {number(logs['displacement/chosen'], signed=True)} ({share:>3} fell)"),
     ]
     return [*fields, Field(f"lambda {number(logs['shift/lambda'])}")] if lambda_varies else fields
 
@@ -100,7 +98,7 @@ def language_fields(logs: Mapping[str, float]) -> list[Field]:
 
 class ProgressLines(TrainerCallback):
     """
-    Prints a line for each log and each evaluation, and on a terminal a status line, in place of transformers' callback.
+    Prints a line for each log and each evaluation, and a status line on a terminal, as transformers' callbacks do.
 
     Args:
         stage (`str`):
@@ -112,9 +110,9 @@ class ProgressLines(TrainerCallback):
     def __init__(self, stage: str, lambda_varies: bool = False):
         self.stage, self.lambda_varies = stage, lambda_varies
         self.status_is_shown = False
-        self.began = self.logged = self.drawn = time.monotonic()
+        self.began = self.logged = self.stepped = self.drawn = time.monotonic()
         self.first_step = self.logged_step = self.batches = 0
-        self.evaluating = 0.0  # seconds since the last log
+        self.interrupted, self.interruptions = False, 0.0  # by evaluations and saving, in seconds since the last log
         self.pace: float | None = None  # seconds per step
 
     def on_train_begin(
@@ -130,10 +128,14 @@ class ProgressLines(TrainerCallback):
     ) -> None:
         if state.global_step == self.first_step:  # an evaluation before it is not part of the pace
             self._restart_clock()
+        elif self.interrupted:
+            self.interruptions += time.monotonic() - self.stepped
+        self.interrupted = False
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        self.stepped = time.monotonic()
         self._draw(state)
 
     def on_prediction_step(
@@ -151,7 +153,10 @@ class ProgressLines(TrainerCallback):
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.batches = 0
+        self.interrupted, self.batches = True, 0
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.interrupted = True
 
     def on_log(
         self,
@@ -169,10 +174,8 @@ class ProgressLines(TrainerCallback):
             self._measure(state)
             self._say("step", state, logs, self._timing(state))
         elif "eval_loss" in logs:
-            runtime = logs.get("eval_runtime", 0.0)
-            self.evaluating += runtime
             values = {name.removeprefix("eval_"): value for name, value in logs.items()}
-            self._say("eval", state, values, [Field(f"{number(runtime)} s", 5)])
+            self._say("eval", state, values, [Field(f"{number(values.get('runtime', math.nan))} s", 5)])
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -194,17 +197,20 @@ class ProgressLines(TrainerCallback):
         say(fit([*fields, *timing], columns()))
 
     def _measure(self, state: TrainerState) -> None:
-        """The pace since the last log, without evaluations."""
+        """The pace since the last log, without evaluations and saving."""
         now, steps = time.monotonic(), state.global_step - self.logged_step
         if steps > 0:
-            self.pace = max(now - self.logged - self.evaluating, 0.0) / steps
-        self.logged, self.logged_step, self.evaluating = now, state.global_step, 0.0
+            self.pace = max(now - self.logged - self.interruptions, 0.0) / steps
+        self.logged, self.logged_step, self.interruptions = now, state.global_step, 0.0
 
     def _timing(self, state: TrainerState) -> list[Field]:
         if self.pace is None:
             return []
         # On a terminal the status line has both
-        return [Field(f"{number(self.pace)} s/step", 5), Field(f"eta {self._eta(state)}", 3 if self.status_is_shown else 1)]
+        return [
+            Field(f"{number(self.pace)} s/step", 5),
+            Field(f"eta {self._eta(state)}", 3 if self.status_is_shown else 1),
+        ]
 
     def _eta(self, state: TrainerState) -> str:
         """Time that is left, evaluations included, at the average pace so far."""
@@ -227,18 +233,16 @@ class ProgressLines(TrainerCallback):
         rewrite(fit(fields, width)[: None if width is None else width - 1])
 
     def _restart_clock(self) -> None:
-        self.began = self.logged = time.monotonic()
-        self.evaluating = 0.0
+        self.began = self.logged = self.stepped = time.monotonic()
+        self.interruptions = 0.0
 
 
 def _step(state: TrainerState) -> str:
     return f"{state.global_step:>{len(str(state.max_steps))}}/{state.max_steps}"
 
 
-def print_lines(trainer: Trainer, stage: str, lambda_varies: bool) -> ProgressLines:
+def replace_printer(trainer: Trainer, progress: ProgressLines) -> None:
     """Let a trainer print [`ProgressLines`] in place of transformers' dictionaries and progress bars."""
     for callback in (PrinterCallback, DEFAULT_PROGRESS_CALLBACK):
         trainer.remove_callback(callback)
-    lines = ProgressLines(stage, lambda_varies)
-    trainer.add_callback(lines)
-    return lines
+    trainer.add_callback(progress)

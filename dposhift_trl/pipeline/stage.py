@@ -1,15 +1,12 @@
 """One stage of a run, from its last checkpoint to the saved model."""
 
 import json
-import os
-import platform
 import time
 from importlib.metadata import version
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
-import torch
 from accelerate import PartialState
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import is_peft_model
@@ -25,11 +22,14 @@ from ..config import DPOShiftConfig
 from ..data.audit import AuditedRows
 from ..integrity import model_files, weights_fault
 from ..recipe import Recipe
-from ..report.verdict import verdict_of
+from ..report.verdict import Verdict, verdict_of
 from ..training.checks import check_rows_left
 from ..training.model_card import log_until
 from .checkpoints import explaining_load_errors
 from .errors import RunError, WriteError
+from .header import hardware
+from .notes import PackageLogs
+from .output import printing
 from .processes import say
 from .signals import SaveOnSignal
 from .tracking import wandb_run
@@ -47,7 +47,7 @@ def run_stage(
     rows: AuditedRows,
     signals: SaveOnSignal,
     checkpoint: Path | None,
-) -> None:
+) -> Verdict | None:
     """
     Train a stage, from a checkpoint if there is one, and save the model in the folder of the stage.
 
@@ -67,6 +67,9 @@ def run_stage(
         checkpoint (`Path` or `None`):
             Checkpoint to resume from, from [`~pipeline.resume.resume_point`].
 
+    Returns:
+        [`~report.verdict.Verdict`] or `None`: The verdict on the stage `dpo`, if it was evaluated.
+
     Raises:
         RunError: If the trainer cannot be created, or the checkpoint cannot be loaded.
         TrainingStopped: If training stops itself.
@@ -78,18 +81,13 @@ def run_stage(
     if checkpoint is None and PartialState().is_main_process and (place := set_earlier_aside(folder)):
         say(f"{name}: the log and the scores of an earlier training are now in {place}")
     began = time.monotonic()
-    trainer = _make_trainer(name, recipe, start, tokenizer, rows)
-    trainer.add_callback(signals)
-    if isinstance(trainer, RunDPOShiftTrainer):
-        say(
-            f"{name}: "
-            + ("reading shared tokens once" if trainer.shares_prompts else "reading both rows of each pair")
-            + (", reference scores precomputed" if trainer.precompute_ref_logps else ", reference scored at each step")
-        )
-    with wandb_run(name, recipe):
-        with explaining_load_errors(name, checkpoint):
-            _train(trainer, checkpoint, signals)
-        _save(trainer, recipe, name)
+    with PackageLogs() as logs:
+        trainer = _make_trainer(name, recipe, start, tokenizer, rows)
+        trainer.add_callback(signals)
+        with wandb_run(name, recipe) as tracker, printing(trainer, recipe, rows, logs, tracker):
+            with explaining_load_errors(name, checkpoint):
+                _train(trainer, checkpoint, signals)
+            verdict = _save(trainer, recipe, name)
     if PartialState().is_main_process:
         if recipe.model.merge_adapter and is_peft_model(trainer.model):
             _merge_adapter(trainer, folder)
@@ -100,6 +98,7 @@ def run_stage(
     # otherwise hold for the next one. The processes stay connected
     AcceleratorState._reset_state()
     GradientState._reset_state()
+    return verdict
 
 
 def _train(trainer: RunSFTTrainer | RunDPOShiftTrainer, checkpoint: Path | None, signals: SaveOnSignal) -> None:
@@ -131,7 +130,7 @@ def _train(trainer: RunSFTTrainer | RunDPOShiftTrainer, checkpoint: Path | None,
         raise
 
 
-def _save(trainer: RunSFTTrainer | RunDPOShiftTrainer, recipe: Recipe, name: str) -> None:
+def _save(trainer: RunSFTTrainer | RunDPOShiftTrainer, recipe: Recipe, name: str) -> Verdict | None:
     args = trainer.args
     trainer.save_state()
     try:
@@ -145,9 +144,8 @@ def _save(trainer: RunSFTTrainer | RunDPOShiftTrainer, recipe: Recipe, name: str
         trainer.create_model_card()
     if isinstance(args, DPOShiftConfig):
         best = trainer.state.best_model_checkpoint if args.load_best_model_at_end else None
-        verdict = verdict_of(log_until(trainer.state.log_history, best), args.lambda_plan)
-        if verdict:
-            say(str(verdict))
+        return verdict_of(log_until(trainer.state.log_history, best), args.lambda_plan)
+    return None
 
 
 def _make_trainer(
@@ -212,13 +210,7 @@ def _summary(trainer: RunSFTTrainer | RunDPOShiftTrainer, seconds: float) -> dic
         "metrics": metrics,
         "seconds": round(seconds, 1),
         "processes": args.world_size,
-        "device": f"{args.device} ({_hardware(args.device)})",
+        "device": f"{args.device} ({hardware(args.device)})",
         # `__version__`, since a clone that is not installed has no metadata
         "versions": {"dposhift_trl": __version__, **{package: version(package) for package in PACKAGES}},
     }
-
-
-def _hardware(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{platform.machine()}, {os.cpu_count()} cores"

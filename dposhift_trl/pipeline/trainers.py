@@ -8,6 +8,7 @@ from ..recipe import Recipe, dump_yaml
 from ..training.model_card import append_recipe_section
 from ..training.sft import ChosenSFTTrainer
 from ..training.trainer import DPOShiftTrainer
+from .tracking import without_url_warning
 
 
 class _OfRun(_BaseTrainer):
@@ -19,7 +20,8 @@ class _OfRun(_BaseTrainer):
     ) -> None:
         """Names the run, not its folder, and adds the recipe: what is pushed during training has it too."""
         name = self.hub_model_id or f"{self.recipe.run_name}-{self.stage}"
-        super().create_model_card(name.split("/")[-1], dataset_name or _hub_dataset(self.recipe), tags)
+        with without_url_warning():
+            super().create_model_card(name.split("/")[-1], dataset_name or _hub_dataset(self.recipe), tags)
         if self.is_world_process_zero():
             append_recipe_section(Path(self.args.output_dir), dump_yaml(self.recipe.resolved))
 

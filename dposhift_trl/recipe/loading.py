@@ -57,7 +57,7 @@ def load_recipe(path: str, overrides: Sequence[str] = ()) -> Recipe:
         path (`str`):
             YAML 1.2 file.
         overrides (`Sequence[str]`, *optional*):
-            Dotted keys with a value in YAML, for example `dpo.lambda_min=0.5`.
+            Dotted keys with a value in YAML, for example `dpo.shift_lambda=0.9`.
 
     Returns:
         [`Recipe`]: The checked recipe.
@@ -96,6 +96,8 @@ def load_recipe(path: str, overrides: Sequence[str] = ()) -> Recipe:
         seed=resolved["seed"],
         run_name=resolved["run_name"],
         report=resolved["report"],
+        logging_format=resolved["logging_format"],
+        sample_prompts=resolved["sample_prompts"],
         model=model,
         data=data,
         wandb=_wandb_in_force(wandb, stages),
@@ -128,6 +130,8 @@ def _with_defaults(values: dict[str, Any], path: str) -> dict[str, Any]:
         "seed": values.get("seed", TopLevel.seed),
         "run_name": values.get("run_name") or Path(values["output_dir"]).name or Path(path).stem,
         "report": values.get("report", TopLevel.report),
+        "logging_format": values.get("logging_format", TopLevel.logging_format),
+        "sample_prompts": values.get("sample_prompts", TopLevel.sample_prompts),
         "model": dict(values["model"]),
         "data": dict(values["data"]),
     }
@@ -145,7 +149,7 @@ def _with_defaults(values: dict[str, Any], path: str) -> dict[str, Any]:
             stage["metric_for_best_model"] = BEST_METRIC[name]
             stage["greater_is_better"] = False
         resolved[name] = stage
-    resolved["wandb"] = dict(values.get("wandb") or {})
+    resolved["wandb"] = {key: value for key, value in (values.get("wandb") or {}).items() if value is not None}
     return resolved
 
 

@@ -125,7 +125,7 @@ def apply_override(values: dict[str, Any], override: str, path: str) -> None:
     if not equals or not all(parts):
         raise RecipeError(
             f"{path}: overrides must have the form key=value, got {override!r}. Write for example "
-            "`dpo.lambda_min=0.5`."
+            "`dpo.shift_lambda=0.9`."
         )
     try:
         value = parse_yaml(text) if text else None

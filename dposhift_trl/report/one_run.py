@@ -5,13 +5,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..artifacts import FINISHED, GENERATIONS, STATISTICS
+from ..data.config import legend
 from .answers import STATISTICS_OF_ANSWERS, degeneration, read_examples
 from .drawing import Drawing
 from .figures import Line, curves
 from .files import number
 from .pairs import show_pairs
 from .run_folder import Run
-from .texts import as_text, opening, plain
+from .samples import Sample, read_samples
+from .texts import as_text, opening, plain, row_name
 
 
 SHOWN_QUESTIONS = 6  # questions whose answers differ most
@@ -32,6 +34,7 @@ def describe_run(run: Run) -> tuple[dict[str, Any], list[Drawing]]:
         "answers": _answers(run),
         "answers_exist": (run.folder / GENERATIONS / STATISTICS).exists(),
         "generations": GENERATIONS,
+        "samples": [_sample(sample) for sample in read_samples(run.dpo.folder, run.notes)],
     }
     return values, drawings
 
@@ -160,6 +163,20 @@ def _cell(name: str, value: float) -> str:
     return format(value, forms.get(name, ".3f"))
 
 
+def _sample(sample: Sample) -> dict[str, Any]:
+    """A prompt: its first words, and the answers of data, reference and policy."""
+    texts = [("reference", sample.reference), *((f"policy, {steps}", answer) for steps, answer in sample.answers)]
+    if sample.chosen is not None:
+        texts.insert(0, ("chosen in the data", sample.chosen))
+    return {
+        "row": sample.row,
+        "opening": opening(sample.prompt, LONGEST_OPENING),
+        "prompt": sample.prompt,
+        "texts": texts,
+        "changed": sample.changed,
+    }
+
+
 def _example(line: Mapping[str, Any], models: Sequence[str]) -> dict[str, Any]:
     """A question: its first words, and each turn with the greedy answers of both models."""
     answers = {model: line["answers"][model]["greedy"] for model in (models[0], models[-1])}
@@ -192,12 +209,13 @@ def _audit(run: Run) -> list[dict[str, Any]]:
                 "rows": audit.get("rows"),
                 "kept": audit.get("kept"),
                 "checks": ", ".join(findings),
+                "legend": legend(name for name, finding in findings.items() if finding.get("count")),
                 "findings": [
                     {
                         "name": name,
                         "count": finding.get("count"),
                         "policy": finding.get("policy"),
-                        "rows": ", ".join(str(example.get("row")) for example in finding.get("examples") or []),
+                        "rows": _examples(finding.get("examples") or []),
                     }
                     for name, finding in findings.items()
                     if finding.get("count")
@@ -248,3 +266,8 @@ def _facts(run: Run) -> list[tuple[str, list[tuple[str, str]]]]:
             facts.append(("Versions", ", ".join(f"{package} {version}" for package, version in versions.items())))
         found.append((f"{name.upper()} stage", facts))
     return found
+
+
+def _examples(examples: list[dict[str, Any]]) -> str:
+    names = [row_name(None, example).removeprefix("Row ") for example in examples]
+    return ("; " if any("," in name for name in names) else ", ").join(names)

@@ -27,6 +27,7 @@ POLL = 0.1  # seconds between two looks at a process or a lock
 ECHO = 2.0  # seconds within which the same signal may arrive twice, from a terminal and from an agent that forwards it
 EXCEPTION = re.compile(r"^(\[rank\d+\]: ?)?[\w.]+(Error|Exception|Interrupt|Stopped)\b")
 LAUNCHER = re.compile(r"CalledProcessError|ChildFailedError")
+LINE = re.compile(r"^(?:step|eval) +(\d+)/(\d+) ", re.MULTILINE)  # of a run's log
 PROGRESS = re.compile(r"(\d+)/(\d+) \[")
 
 
@@ -119,10 +120,11 @@ def try_lock(lock: FileLock) -> bool:
 
 
 def _progress(log: Path) -> str:
-    """The training step at the end of a log. Evaluations have progress bars too, with fewer steps."""
+    """The training step at the end of a log. With bars, evaluations have some too, with fewer steps."""
     with open(log, "rb") as stream:
         stream.seek(max(log.stat().st_size - 4096, 0))
-        bars = PROGRESS.findall(stream.read().decode("utf-8", "replace"))
+        text = stream.read().decode("utf-8", "replace")
+    bars = LINE.findall(text)[-1:] or PROGRESS.findall(text)
     longest = max((int(total) for _, total in bars), default=0)
     steps = [done for done, total in bars if int(total) == longest]
     return f"step {steps[-1]} of {longest}" if steps else "starting"
@@ -137,5 +139,5 @@ def last_error(text: str) -> str:
     if killed := re.search(r"died with <Signals\.(\w+)", text):
         return f"killed by {killed[1]}"
     before = itertools.takewhile(lambda line: not re.match(r"Traceback|[EW]\d{4} ", line), lines)
-    messages = [line for line in before if not PROGRESS.search(line) and not line.startswith("{")]
+    messages = [line for line in before if not PROGRESS.search(line) and not LINE.match(line) and line[0] != "{"]
     return messages[-1] if messages else "no output"

@@ -6,6 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
+from accelerate.logging import get_logger
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 from trl import DPOConfig
@@ -17,6 +18,8 @@ from .allocator import keep_freed_memory
 from .checks import TrainingStopped
 from .metrics import PairScores
 
+
+logger = get_logger(__name__)
 
 # Values of progress at which a schedule is sampled before training
 SAMPLES = [step / 1000 for step in range(1001)]
@@ -209,6 +212,18 @@ class AdaptiveLambdaCallback(LambdaScheduleCallback, ExportableState):
                 shortfall, spread = (chosen < 0).double().mean().item() - self.controller.target, 0.5
             self.controller.update(shortfall, spread)
         super().on_step_end(args, state, control, **kwargs)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        super().on_train_end(args, state, control, **kwargs)
+        highest, target = self.arguments["lambda_max"], self.arguments["target"]
+        lambdas = [entry["shift/lambda"] for entry in state.log_history if "shift/lambda" in entry]
+        if state.global_step > 0 and min([*lambdas, self.shift_lambda]) >= highest:
+            logger.warning(
+                f"The adaptive schedule kept lambda at `lambda_max` ({highest:g}) throughout: {self.metric} did not "
+                f"miss `lambda_target` ({target:g}). For an effect, choose a stricter target."
+            )
 
     @property
     def controller_state(self) -> dict[str, float]:

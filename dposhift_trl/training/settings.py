@@ -4,6 +4,8 @@ import copy
 from dataclasses import dataclass, fields
 from typing import Any
 
+import torch
+from accelerate import Accelerator
 from accelerate.logging import get_logger
 from transformers import TrainingArguments
 
@@ -123,3 +125,26 @@ def name_best_metric(args: TrainingArguments, eval_dataset: Any) -> None:
         f"The best checkpoint is chosen by {args.metric_for_best_model}, of the first of {len(eval_dataset)} "
         f"evaluation sets. To choose by another one, set `metric_for_best_model`."
     )
+
+
+def warn_of_slow_precision(dtype: torch.dtype, accelerator: Accelerator) -> None:
+    """
+    Log that a CPU without instructions for bfloat16 is slower in it than in float32.
+
+    Args:
+        dtype (`torch.dtype`):
+            Dtype of the weights.
+        accelerator ([`~accelerate.Accelerator`]):
+            The accelerator, with the device and the precision of the arithmetic.
+    """
+    in_bfloat16 = accelerator.mixed_precision == "bf16" or dtype == torch.bfloat16
+    if accelerator.device.type != "cpu" or not in_bfloat16:
+        return
+    if not hasattr(torch.cpu, "get_capabilities"):  # a release of torch that cannot tell
+        return
+    capabilities = torch.cpu.get_capabilities()
+    if not any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16")):
+        logger.warning(
+            "This CPU has no instructions for bfloat16, which is about 3 times slower on it than float32. Set "
+            "`bf16=False`."
+        )

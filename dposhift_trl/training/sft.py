@@ -21,7 +21,7 @@ from ..columns import CHOSEN_IDS, CHOSEN_START, PROMPT_IDS, TOKEN_COLUMNS, as_py
 from .callbacks import KeepFreedMemoryCallback, TokenCountCallback
 from .checks import check_not_empty
 from .exact_resume import ExactResume
-from .settings import name_best_metric
+from .settings import name_best_metric, warn_of_slow_precision
 
 
 class ChosenSFTTrainer(ExactResume, SFTTrainer):
@@ -81,6 +81,7 @@ class ChosenSFTTrainer(ExactResume, SFTTrainer):
             peft_config=peft_config,
             formatting_func=formatting_func,
         )
+        warn_of_slow_precision(self.model.dtype, self.accelerator)
         self.add_callback(KeepFreedMemoryCallback())
         self.add_callback(TokenCountCallback())
 

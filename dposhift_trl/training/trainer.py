@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import trl
+from accelerate.logging import get_logger
 from accelerate.utils import DynamoBackend, is_peft_model
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from peft import PeftConfig, PeftModel
@@ -74,11 +75,13 @@ from .model_card import append_shift_section, log_until
 from .recorder import PairRecorder, table_path
 from .references import References, lack_scores
 from .seam import Shift, ShiftedModel, seam_fault
-from .settings import LambdaInForce, check_unchanged, name_best_metric, settings_read
+from .settings import LambdaInForce, check_unchanged, name_best_metric, settings_read, warn_of_slow_precision
 from .sharing import draws_masks, prepare_shared_prompt
 from .token_scores import save_token_scores
 from .verdicts import Verdicts
 
+
+logger = get_logger(__name__)
 
 # Releases whose DPOTrainer scores both answers through one call of a fused LM head that runs on a CPU too
 TRL_WINDOW = "trl>=1.16,<1.17"
@@ -183,7 +186,9 @@ class DPOShiftTrainer(ExactResume, Verdicts, DPOTrainer):
             peft_config=peft_config,
         )
         check_embeddings(self.model)
+        warn_of_slow_precision(self.model.dtype, self.accelerator)
         if not self._shifts:
+            logger.warning(f"A `{type(args).__name__}` trains with plain DPO. To shift, pass a `DPOShiftConfig`.")
             return
         check_vocabularies(self.processing_class, self.accelerator.unwrap_model(self.model), ref_model)
         if not self._schedules:
@@ -525,7 +530,8 @@ class DPOShiftTrainer(ExactResume, Verdicts, DPOTrainer):
         metrics, prefix, table = self._metrics[mode], self._eval_prefix, None
         if mode == "eval" and self.args.save_pair_scores and self.is_world_process_zero():
             table = table_path(self.args.output_dir, prefix, self.state.global_step)
-        metrics |= {name: [value] for name, value in self._recorder.take_metrics(mode, table).items()}
+        taken = self._recorder.take_metrics(mode, table, self._evaluated_rows)
+        metrics |= {name: [value] for name, value in taken.items()}
         read_from_device(metrics)
         if mode == "eval" and prefix != "eval":
             # DPOTrainer names the metrics of all evaluation sets alike, so the last set would hide the others
