@@ -24,10 +24,11 @@ def as_markdown(docstring: str) -> str:
     docstring = re.sub(r"\\\\\((.*?)\\\\\)", lambda formula: f"${formula[1].strip()}$", docstring, flags=re.DOTALL)
 
     def link(name: re.Match[str]) -> str:
-        path = PUBLIC.get(name[1])
-        return f"[`{name[1]}`][{path}]" if path else f"`{name[1]}`"
+        shown = name[2].rsplit(".", 1)[-1] if name[1] else name[2]  # `~` hides the module
+        path = PUBLIC.get(shown)
+        return f"[`{shown}`][{path}]" if path else f"`{shown}`"
 
-    docstring = re.sub(r"\[`~?(?:\w+\.)*?(\w+(?:\.\w+)?)`\](?!\()", link, docstring)
+    docstring = re.sub(r"\[`(~?)([\w.]+)`\](?!\()", link, docstring)
     return re.sub(r"^( +\w+ )\((`.*?)(?:, \*optional\*.*?)?\):$", _plain_type, docstring, flags=re.MULTILINE)
 
 
