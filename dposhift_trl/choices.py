@@ -1,14 +1,19 @@
 """The words that settings may hold, where these are a closed set."""
 
+import contextlib
 import dataclasses
 import difflib
+import sys
 import types
 import typing
 from collections.abc import Collection, Iterator
 from enum import Enum
 from typing import Any
 
-from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+# With `WANDB_MODE=offline`, the import prints a line, which is not part of what a command prints
+with contextlib.redirect_stdout(sys.stderr):
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 
 # What neither the type of a field nor its metadata tells

@@ -77,7 +77,10 @@ class DPOShiftConfig(DPOConfig):
             them. Requires the shared prompt.
         save_pair_scores (`bool`, *optional*, defaults to `True`):
             Whether to save the log-probabilities and log-ratios of every pair at each evaluation, as
-            `pairs/<prefix>-<step>.parquet` in `output_dir`. About 80 bytes per pair.
+            `pairs/<prefix>-<step>.parquet` in `output_dir`, about 80 bytes per pair. After training also those of each
+            token of the 10 pairs that fell most and the 10 that rose most, in `pairs/tokens/`.
+        print_verdict (`bool`, *optional*, defaults to `True`):
+            Whether to print what the last evaluation shows, once after `train` and after each `evaluate` of your own.
 
     Raises:
         ValueError: If a value is out of range, or if lambda can differ from 1 with a loss that does not support it: a
@@ -164,7 +167,15 @@ class DPOShiftConfig(DPOConfig):
         default=True,
         metadata={
             "help": "Whether to save the log-probabilities and log-ratios of every pair at each evaluation, as "
-            "`pairs/<prefix>-<step>.parquet` in `output_dir`. About 80 bytes per pair.",
+            "`pairs/<prefix>-<step>.parquet` in `output_dir`, about 80 bytes per pair. After training also those of "
+            "each token of the 10 pairs that fell most and the 10 that rose most, in `pairs/tokens/`.",
+        },
+    )
+    print_verdict: bool = field(
+        default=True,
+        metadata={
+            "help": "Whether to print what the last evaluation shows, once after `train` and after each `evaluate` "
+            "of your own.",
         },
     )
 

@@ -14,24 +14,35 @@ SMALLEST_LAMBDA = 1e-7
 
 
 class Rule(NamedTuple):
-    """A set of numbers: in words, which follow "must be", as a test, and as the number of bits of its integers."""
+    """
+    A set of numbers: in words, which follow "must be", as a test, as keywords of a JSON schema, and as the number of
+    bits of its integers.
+    """
 
     words: str
     holds: Callable[[Any], bool]
+    schema: dict[str, Any]
     bits: int = 31
 
 
-ANY = Rule("finite", lambda x: abs(x) < math.inf)
-NON_NEGATIVE = Rule("finite and at least 0", lambda x: 0 <= x < math.inf)
-POSITIVE = Rule("finite and greater than 0", lambda x: 0 < x < math.inf)
-COUNT = Rule("at least 1", lambda x: x >= 1)
-COUNT_OR_NONE = Rule("at least 0", lambda x: x >= 0)
-SHARE = Rule("at least 0 and at most 1", lambda x: 0 <= x <= 1)
-PROPER_SHARE = Rule("at least 0 and less than 1", lambda x: 0 <= x < 1)
-STEPS = Rule("a number of steps, or a share of them between 0 and 1", lambda x: 0 < x < 1 or (x >= 1 and x % 1 == 0))
-SEED = Rule("at least 0 and less than 2**32", lambda x: 0 <= x < 2**32, bits=32)
+BETWEEN_0_AND_1 = {"exclusiveMinimum": 0, "exclusiveMaximum": 1}
+WHOLE_NUMBER = {"minimum": 1, "multipleOf": 1}
+
+ANY = Rule("finite", lambda x: abs(x) < math.inf, {})
+NON_NEGATIVE = Rule("finite and at least 0", lambda x: 0 <= x < math.inf, {"minimum": 0})
+POSITIVE = Rule("finite and greater than 0", lambda x: 0 < x < math.inf, {"exclusiveMinimum": 0})
+COUNT = Rule("at least 1", lambda x: x >= 1, {"minimum": 1})
+COUNT_OR_NONE = Rule("at least 0", lambda x: x >= 0, {"minimum": 0})
+SHARE = Rule("at least 0 and at most 1", lambda x: 0 <= x <= 1, {"minimum": 0, "maximum": 1})
+PROPER_SHARE = Rule("at least 0 and less than 1", lambda x: 0 <= x < 1, {"minimum": 0, "exclusiveMaximum": 1})
+STEPS = Rule(
+    "a number of steps, or a share of them between 0 and 1",
+    lambda x: 0 < x < 1 or (x >= 1 and x % 1 == 0),
+    {"anyOf": [BETWEEN_0_AND_1, WHOLE_NUMBER]},
+)
+SEED = Rule("at least 0 and less than 2**32", lambda x: 0 <= x < 2**32, {"minimum": 0, "maximum": 2**32 - 1}, bits=32)
 ROWS = COUNT._replace(bits=63)
-LAMBDA = Rule("finite and at least 1e-7", lambda x: SMALLEST_LAMBDA <= x < math.inf)
+LAMBDA = Rule("finite and at least 1e-7", lambda x: SMALLEST_LAMBDA <= x < math.inf, {"minimum": SMALLEST_LAMBDA})
 
 
 @dataclass(frozen=True)
@@ -66,19 +77,28 @@ RANGES: dict[str, Range] = {
     **_write(STEPS, logging_steps=10, eval_steps=0.1, save_steps=0.1),
     **_write(NON_NEGATIVE, eval_delay=0),
     "warmup_steps": Range(
-        Rule("0, a number of steps, or a share of them between 0 and 1", lambda x: x == 0 or STEPS.holds(x)),
+        Rule(
+            "0, a number of steps, or a share of them between 0 and 1",
+            lambda x: x == 0 or STEPS.holds(x),
+            {"anyOf": [{"const": 0}, BETWEEN_0_AND_1, WHOLE_NUMBER]},
+        ),
         "Write for example `warmup_steps: 0.1`.",
     ),
     "max_steps": Range(
-        Rule("at least 1, or -1 to train for `num_train_epochs`", lambda x: x == -1 or x >= 1),
+        Rule(
+            "at least 1, or -1 to train for `num_train_epochs`",
+            lambda x: x == -1 or x >= 1,
+            {"anyOf": [{"const": -1}, {"minimum": 1}]},
+        ),
         "Write for example `max_steps: 1000`.",
     ),
     "pad_to_multiple_of": Range(
-        Rule("at least 1 and at most 65536", lambda x: 1 <= x <= 2**16), "Write for example `pad_to_multiple_of: 8`."
+        Rule("at least 1 and at most 65536", lambda x: 1 <= x <= 2**16, {"minimum": 1, "maximum": 2**16}),
+        "Write for example `pad_to_multiple_of: 8`.",
     ),
     "save_total_limit": Range(COUNT, "Write null to keep all checkpoints."),
     "max_tokens_per_batch": Range(
-        Rule("a positive integer", lambda x: isinstance(x, int) and not isinstance(x, bool) and x >= 1),
+        Rule("a positive integer", lambda x: isinstance(x, int) and not isinstance(x, bool) and x >= 1, WHOLE_NUMBER),
         "Write for example `max_tokens_per_batch: 4096`, or remove it.",
     ),
     # Optimizer
@@ -92,7 +112,7 @@ RANGES: dict[str, Range] = {
     **_write(SHARE, ld_alpha=0.5, ref_model_mixup_alpha=0.6),
     **_write(PROPER_SHARE, label_smoothing_factor=0.1),
     "label_smoothing": Range(
-        Rule("at least 0 and less than 0.5", lambda x: 0 <= x < 0.5),
+        Rule("at least 0 and less than 0.5", lambda x: 0 <= x < 0.5, {"minimum": 0, "exclusiveMaximum": 0.5}),
         "It is the share of pairs that are labeled the wrong way round; from 0.5 on, the rejected answers would be "
         "the better ones. Write for example `label_smoothing: 0.1`.",
     ),
@@ -113,6 +133,7 @@ RANGES: dict[str, Range] = {
         Rule(
             "a positive number of rows or a share between 0 and 1",
             lambda x: 0 < x < 1 if isinstance(x, float) else x >= 1,
+            {"anyOf": [BETWEEN_0_AND_1, WHOLE_NUMBER]},
             bits=63,
         ),
         "Write for example `eval_size: 0.05`.",
@@ -123,11 +144,11 @@ RANGES: dict[str, Range] = {
     ),
     **_write(POSITIVE, max_expanded_gib=4),
     "min_rows_kept": Range(
-        Rule("greater than 0 and at most 1", lambda x: 0 < x <= 1),
+        Rule("greater than 0 and at most 1", lambda x: 0 < x <= 1, {"exclusiveMinimum": 0, "maximum": 1}),
         "Write for example 0.5 to stop if the audit drops more than half of a split.",
     ),
     # Processes
-    "local_rank": Range(Rule("at least -1", lambda x: x >= -1), "Remove it; the launcher sets it."),
+    "local_rank": Range(Rule("at least -1", lambda x: x >= -1, {"minimum": -1}), "Remove it; the launcher sets it."),
     **_write(SEED, seed=42, data_seed=42),
 }
 

@@ -8,6 +8,7 @@ if __name__ == "__main__":
 import argparse
 import dataclasses
 import json
+import shutil
 import signal
 import sys
 import warnings
@@ -18,15 +19,18 @@ from transformers import PreTrainedTokenizerBase, set_seed
 
 from . import console
 from .artifacts import AUDIT, EVAL_ROWS, FINISHED, REPORT, write_whole
+from .choices import did_you_mean
 from .command import Terminated, call
 from .data.audit import AuditedRows
 from .data.errors import DataError, reading_rows
+from .data.origin import sources_of
 from .launcher import launcher_mistakes
 from .pipeline.checkpoints import explaining_disk_errors
 from .pipeline.checkpoints import last_complete_checkpoint as last_complete_checkpoint
 from .pipeline.dry_run import describe
 from .pipeline.errors import RUN_AGAIN, RunError, WriteError
 from .pipeline.loading import base_model, check_rows, findings, legend, load_rows, load_tokenizer
+from .pipeline.next_steps import write_next_steps
 from .pipeline.notes import recipe_notes
 from .pipeline.preflight import check_lengths, check_model, check_settings
 from .pipeline.processes import complain, say, say_wrapped
@@ -36,6 +40,8 @@ from .pipeline.signals import saving_on_signals
 from .pipeline.stage import run_stage
 from .pipeline.start import row_fingerprints, stage_start
 from .recipe import Recipe, RecipeError, load_recipe
+from .recipe.listing import ALL, LISTED, key_lines
+from .recipe.schema import schema_text
 from .report.errors import ReportError
 from .training.checks import TrainingStopped
 
@@ -56,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m dposhift_trl.run",
         description="Supervised fine-tuning on the chosen answers, then training with DPO-Shift.",
     )
-    parser.add_argument("recipe", help="YAML recipe, for example recipes/tiny_shift.yaml")
+    parser.add_argument("recipe", nargs="?", help="YAML recipe, for example recipes/tiny_shift.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example dpo.shift_lambda=0.9 seed=7")
     parser.add_argument(
         "--dry-run", action="store_true", help="print the resolved recipe, the optimizer steps and lambda, then exit"
@@ -66,7 +72,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         action="store_true",
         help="continue in a run folder that was started with a different recipe, model or data",
     )
+    parser.add_argument(
+        "--keys",
+        nargs="?",
+        const=ALL,
+        metavar="SECTION",
+        help=f"list the keys of a recipe, or those of one section ({', '.join(LISTED)}), then exit",
+    )
+    parser.add_argument(
+        "--schema", action="store_true", help="print the JSON schema of recipes, for editors, then exit"
+    )
     options = parser.parse_intermixed_args(argv)
+    if options.keys is not None or options.schema:
+        return _describe_recipes(options.keys)
+    if options.recipe is None:
+        parser.error("the following arguments are required: recipe")
     if mistakes := launcher_mistakes():
         console.complain(*mistakes)
         return 2
@@ -87,6 +107,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Terminated as error:
         complain(error)
         return error.code
+    return 0
+
+
+def _describe_recipes(section: str | None) -> int:
+    """Print the keys of a section, or without one the schema of recipes."""
+    if section is None:
+        console.say(*schema_text().split("\n"))
+        return 0
+    if section not in (ALL, *LISTED):
+        console.complain(
+            f"`--keys` must be one of {', '.join(LISTED)}, or without a section list all, got {section!r}."
+            f"{did_you_mean(section, LISTED)}"
+        )
+        return 2
+    console.say(*key_lines(section, shutil.get_terminal_size().columns if sys.stdout.isatty() else None))
     return 0
 
 
@@ -140,6 +175,8 @@ def run(recipe: Recipe, accept_changes: bool = False) -> None:
 
                 say(f"The report is {write_report([recipe.output_dir], recipe.output_dir / REPORT)}")
             say(f"The model is in {start}")
+            if PartialState().is_main_process:
+                say(f"Commands that use it are in {write_next_steps(recipe, base, tokenizer)}")
         finally:
             if verdict is not None:
                 say("")
@@ -159,7 +196,7 @@ def _audited_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, positions:
     check_lengths(recipe, rows, positions)
     if PartialState().is_main_process and not (recipe.output_dir / "dpo" / FINISHED).is_file():
         *_, last = rows.values()
-        save_evaluated_rows(last.evaluation, recipe.output_dir / EVAL_ROWS)
+        save_evaluated_rows(last.evaluation, recipe.output_dir / EVAL_ROWS, sources_of("eval", recipe.data))
     for split, audit in audits.items():
         say_wrapped(f"{split}: {audit}")
     if (meaning := legend(audits)) is not None:

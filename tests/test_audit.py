@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedT
 from trl import DPOConfig, DPOTrainer, SFTConfig
 
 from dposhift_trl import ChosenSFTTrainer, DPOShiftConfig, DPOShiftTrainer
-from dposhift_trl.columns import CHOSEN_START, ROW_INDEX, TOKEN_COLUMNS
+from dposhift_trl.columns import CHOSEN_START, FILE_ROW, FILE_SOURCE, ROW_INDEX, TOKEN_COLUMNS
 from dposhift_trl.data import rendering
 from dposhift_trl.data.audit import audit_preferences
 from dposhift_trl.data.config import DataConfig
@@ -421,7 +421,8 @@ def test_a_row_that_the_template_refuses_is_dropped_with_its_number_and_the_reas
     assert finding.examples[0]["row"] == 1
     assert finding.examples[0]["reason"] == "I do not answer that."
     with pytest.raises(
-        DataError, match=r"^1 of 3 train rows are `refused`: .* \(first in row 1: I do not answer that\.\)\. Fix"
+        DataError,
+        match=r"^1 of 3 train rows are `refused`: .* \(first in row 1 of demo: I do not answer that\.\)\. Fix",
     ):
         audit(rows, tokenizer, audit={"refused": "error"}).check()
     assert [row["prompt"] for row in audit(Dataset.from_list(rows).to_iterable_dataset(), tokenizer).train] == [
@@ -443,9 +444,11 @@ def test_examples_name_the_row_of_the_file_and_its_id(tokenizer):
         (11, "row-11"),
         (17, "row-17"),
     ]
-    assert sorted(audited.train.column_names) == sorted(
-        ["prompt", "chosen", "rejected", ROW_INDEX, *TOKEN_COLUMNS, CHOSEN_START]
-    )
+    for rows_left in (audited.train, audited.evaluation):
+        assert sorted(rows_left.column_names) == sorted(
+            ["prompt", "chosen", "rejected", "id", ROW_INDEX, FILE_ROW, FILE_SOURCE, *TOKEN_COLUMNS, CHOSEN_START]
+        )
+        assert [f"row-{index}" for index in rows_left[ROW_INDEX]] == rows_left["id"][:]
 
 
 def test_examples_of_a_mixture_name_the_source(tokenizer):
@@ -461,7 +464,7 @@ def test_examples_of_a_mixture_name_the_source(tokenizer):
     audited = audit_preferences(train, None, config, tokenizer, [truncation])[truncation]
     examples = audited.audits["train"].findings["identical"].examples
     assert {(example["source"], example["row"]) for example in examples} <= {("a.jsonl", 5), ("b.jsonl", 5)}
-    with pytest.raises(DataError, match=r"\(first in row 5 of [ab].jsonl\)"):
+    with pytest.raises(DataError, match=r"\(first in row 5 of [ab].jsonl, id [5x]\)"):
         audited.check()
 
 

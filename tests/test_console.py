@@ -111,6 +111,6 @@ def test_names_of_strangers_do_not_act_on_a_terminal(tmp_path, capfd):
     assert run([str(tmp_path / "x.yaml")]) == 2
     assert quiet(capfd).err.splitlines()[-1].startswith("`output_dir` must be empty or a run folder, got ")
     assert run([str(tmp_path / "x.yaml"), "--dry-run"]) == 0
-    assert "The rows cannot be loaded" in quiet(capfd).out
+    assert "The rows cannot be counted" in quiet(capfd).out
     assert generate([str(tmp_path / NAME)]) == 2
     assert "which does not exist" in quiet(capfd).err

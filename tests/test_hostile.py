@@ -565,7 +565,7 @@ LONG = (json.dumps(ROW) + "\n" + FILLER).encode()
     ("ending", "start", "end", "reason"),
     [
         (".jsonl", LONG, b"{{{", "JSON parse error: "),
-        (".jsonl", LONG, b'{"chosen": "a\xff"}', "'utf-8' codec can't decode"),
+        (".jsonl", LONG, b'{"chosen": "a\xff"}', "the file must be UTF-8 text, got the byte 0xff"),
         (".jsonl", LONG, json.dumps({**ROW, "more": 1}).encode(), "Couldn't cast"),
         (".csv", b"prompt,chosen,rejected\n" + b"w1,,\n" * 20_000, b"w1,w2,w3,w4\n", "Error tokenizing data"),
     ],
@@ -595,7 +595,7 @@ def test_bytes_that_are_no_text_are_refused_in_parquet(streaming):
     text = pa.Array.from_buffers(pa.string(), 1, [None, pa.py_buffer(b"\0\0\0\0\1\0\0\0"), pa.py_buffer(b"\xff")])
     path = f"../rows/rows{next(NUMBER)}.parquet"
     pq.write_table(pa.table({"prompt": ["w1"], "chosen": text, "rejected": ["w3"]}), path)
-    with pytest.raises(DataError, match=r"^The rows of `data` cannot be read: 'utf-8' codec can't decode"):
+    with pytest.raises(DataError, match=r"^The rows of `data` cannot be read: the file must be UTF-8 text"):
         use_plain_chat_template(load_preferences(DataConfig(path=path, streaming=streaming), 0)[0], make_tokenizer())
 
 

@@ -200,6 +200,15 @@ def test_an_encoder_is_refused(refuse, tmp_path):
     assert "another kind of model (BertForMaskedLM)" in line
 
 
+@pytest.mark.parametrize("value", [None, []], ids=["null", "empty"])
+def test_a_model_without_the_name_of_its_class_is_told_which_one_is_usual(refuse, tmp_path, value):
+    line = refuse(save(gpt2(), tmp_path / "gpt2", ("config.json", {"architectures": value})))
+    assert line.endswith(
+        "its `config.json` must name the class of the model, got none. If it is a GPT2LMHeadModel, add "
+        '`"architectures": ["GPT2LMHeadModel"]`.'
+    )
+
+
 def test_a_generation_config_that_cannot_be_saved_is_refused(refuse, tmp_path):
     change = ("generation_config.json", {"do_sample": False, "temperature": 0.5})
     line = refuse(save(gpt2(), tmp_path / "model", change))
@@ -288,9 +297,9 @@ def test_rows_beyond_the_positions_are_told_with_their_number(refuse, tmp_path, 
     lengths = [f"{name}.max_length={'null' if length is None else length}" for name in ("sft", "dpo")]
     line = refuse(save(gpt2(n_positions=32), tmp_path / "model"), *lengths)
     assert line.startswith(
-        f"`dpo.max_length` must be at most 32, the positions of the model, got {length}: 1 train rows"
+        f"`dpo.max_length` must be at most 32, the positions of the model, got {length or 'null'}: 1 train rows"
     )
-    assert line.endswith("the first one is row 5 of the split. Set `dpo.max_length: 32`.")
+    assert line.endswith(f"the first one is row 5 of {tmp_path}/rows.jsonl. Set `dpo.max_length: 32`.")
 
 
 def test_stage_one_reads_no_rejected_answer_so_none_is_too_long_for_it(recipe, tmp_path):

@@ -57,7 +57,7 @@ def test_every_run_command_names_a_recipe_that_exists_and_keys_that_are_valid(li
 
 def test_every_recipe_ends_its_header_with_its_own_command():
     for recipe in RECIPES:
-        header = [line for line in recipe.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
+        header = recipe.read_text(encoding="utf-8").split("\n\n")[0].splitlines()
         assert re.search(rf"-m dposhift_trl\.(run|sweep) recipes/{re.escape(recipe.name)}( |$)", header[-1]), recipe
 
 

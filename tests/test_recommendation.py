@@ -38,6 +38,14 @@ def test_means_and_intervals_over_seeds_are_those_of_student():
     assert outcome.reference_chosen == -30.0
 
 
+def test_the_interval_of_a_share_over_seeds_ends_at_1():
+    runs = {seed: of_one_run(0.9, -1.0, accuracy=accuracy) for seed, accuracy in enumerate((0.99, 0.9, 0.95))}
+    accuracy = Outcome.over_seeds("x", runs).accuracy
+    assert accuracy.value == pytest.approx(0.9467, abs=1e-4)
+    assert accuracy.low == pytest.approx(0.8347, abs=1e-3)
+    assert accuracy.high == 1.0
+
+
 def test_a_seed_without_the_number_leaves_the_mean_unknown():
     runs = {1: of_one_run(0.9, -1.0), 2: dataclasses.replace(of_one_run(0.9, -1.0), chosen=Estimate())}
     assert Outcome.over_seeds("x", runs).chosen == Estimate()
@@ -179,6 +187,8 @@ def test_runs_that_differ_in_their_seed_are_one_group(sweep):
     chosen = [run.last["displacement/chosen"] for run in groups[1].runs]
     assert groups[1].outcome.chosen.value == pytest.approx(sum(chosen) / 3)
     assert groups[1].outcome.seeds.keys() == {1, 2, 3}
+    fell = groups[1].mean("displacement/chosen_fell")
+    assert 0 <= fell.low <= fell.value <= fell.high <= 1
     assert not groups[2].outcome.seeds
     assert recommend_lambda([group.outcome for group in groups])[0] == "fixed-0.75"
 

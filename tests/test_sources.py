@@ -19,7 +19,7 @@ from datasets import Dataset, Features, Image, List, Value
 from trl import SFTConfig
 
 from dposhift_trl import ChosenSFTTrainer, DPOShiftConfig, DPOShiftTrainer
-from dposhift_trl.columns import FILE_ROW, FILE_SOURCE, STREAM_ROW_INDEX
+from dposhift_trl.columns import FILE_ROW, FILE_SOURCE, ROW_INDEX, STREAM_ROW_INDEX
 from dposhift_trl.data import formats
 from dposhift_trl.data.config import ROW_ID, DataConfig, DataSource
 from dposhift_trl.data.errors import DataError
@@ -65,7 +65,7 @@ def write(name, content):
     return name
 
 
-NUMBERS = (STREAM_ROW_INDEX, FILE_ROW, FILE_SOURCE, ROW_ID)
+NUMBERS = (ROW_INDEX, STREAM_ROW_INDEX, FILE_ROW, FILE_SOURCE, ROW_ID)
 
 
 def load(seed=0, **settings):

@@ -13,11 +13,8 @@ from trl import maybe_extract_prompt
 
 from ..columns import (
     CHOSEN_START,
-    FILE_ROW,
-    FILE_SOURCE,
     PREFERENCE_COLUMNS,
     REFUSAL,
-    ROW_INDEX,
     ROW_KINDS,
     STREAM_ROW_INDEX,
     TOKEN_COLUMNS,
@@ -27,6 +24,7 @@ from .config import AUDIT_KINDS, ROW_ID, DataConfig
 from .errors import DataError, reading_rows
 from .kinds import starts_with_other_prompts
 from .messages import is_conversation
+from .origin import origin, origin_text
 from .shapes import wrong_shape
 from .sources import Rows, column_names
 from .tokenization import PairTokenizer, tokenize_rows
@@ -36,9 +34,8 @@ from .tokens import PairTokens, Truncation, shorten
 # Kinds that depend on other rows, and so are not looked for in a stream
 AMONG_ROWS = ("duplicate", "leaked")
 # Columns that only the audit reads
-NOTES = (ROW_KINDS, REFUSAL, FILE_ROW, FILE_SOURCE, ROW_ID)
-# Keys of an example in `audit.json` that not every row has
-SOURCE, REASON = "source", "reason"
+NOTES = (ROW_KINDS, REFUSAL)
+REASON = "reason"  # key of an example in `audit.json`
 
 
 @dataclass
@@ -191,7 +188,7 @@ class _SplitAuditor:
             self._drops(kinds, split.source, place)
         keep = [place for place, row in enumerate(_token_rows(split.rows)) if self._keeps(place, *row)]
         rows = split.rows if len(keep) == len(split.rows) else split.rows.select(keep)
-        self.rows: Dataset = _without_notes(rows)
+        self.rows: Dataset = _without_notes(rows, *NOTES)
         self.result = SplitAudit(len(split.source), len(keep), self.findings)
         self.result.refusal = self._refusal()
         if self.result.refusal is None:
@@ -232,11 +229,10 @@ class _SplitAuditor:
         for kind, finding in self.findings.items():
             if finding.count and finding.policy == "error":
                 first = finding.examples[0]
-                where = f"{first['row']}{f' of {first[SOURCE]}' if SOURCE in first else ''}"
-                where += f": {first[REASON]}" if REASON in first else ""
+                where = origin_text(first, self.config) + (f": {first[REASON]}" if REASON in first else "")
                 return (
                     f"{finding.count} of {rows} {name} rows are `{kind}`: {AUDIT_KINDS[kind].description} (first in "
-                    f"row {where}). Fix the data, or set `data.audit.{kind}: drop`."
+                    f"{where}). Fix the data, or set `data.audit.{kind}: drop`."
                 )
         if kept >= max(share * rows, 1):
             return None
@@ -298,7 +294,7 @@ def _audit_stream(rows: IterableDataset, name: str, config: DataConfig, truncati
             f"The row audit leaves none of the streamed {name} rows: {found or 'there are none'}. {shape}Fix the "
             f"data,{longer} or hold out fewer rows."
         )
-    return _without_notes(kept)
+    return _without_notes(kept, *NOTES, ROW_ID)
 
 
 def truncation_kinds(tokens: PairTokens, truncation: Truncation) -> Iterator[str]:
@@ -319,21 +315,15 @@ def _token_rows(rows: Dataset) -> Iterator[tuple[list[str], list[int], list[int]
             yield from zip(*(batch[name] for name in names), strict=True)
 
 
-def _without_notes(rows: Any) -> Any:
-    """Rows without the columns that only the audit reads."""
+def _without_notes(rows: Any, *names: str) -> Any:
+    """Rows without columns that only the audit reads."""
     known = column_names(rows)
-    return rows.remove_columns([name for name in NOTES if name in known])
+    return rows.remove_columns([name for name in names if name in known])
 
 
 def _example(row: dict[str, Any], split: str, config: DataConfig) -> dict[str, Any]:
-    """A row as `audit.json` shows it, with its number in the file, and what the chat template says against it."""
-    example = {"row": row.get(FILE_ROW, row[ROW_INDEX])}
-    if config.mixture is not None and FILE_SOURCE in row:
-        sources = [source for source in config.sources if split == "train" or source.eval_split is not None]
-        example[SOURCE] = sources[row[FILE_SOURCE]].path
-    if ROW_ID in row:
-        example[ROW_ID] = shorten(row[ROW_ID])
-    example |= {name: shorten(row.get(name)) for name in PREFERENCE_COLUMNS}
+    """A row as `audit.json` shows it: where it comes from, and what the chat template says against it."""
+    example = origin(row, split, config) | {name: shorten(row.get(name)) for name in PREFERENCE_COLUMNS}
     if row.get(REFUSAL) is not None:
         example[REASON] = shorten(row[REFUSAL])
     return example

@@ -1,6 +1,7 @@
 """The `data` section of a recipe."""
 
 import dataclasses
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -9,6 +10,9 @@ from ..ranges import check_ranges
 
 
 AUDIT_POLICIES = ("drop", "keep", "error")
+
+ROW_ID = "id"  # of the data, shown with the number of a row
+KEPT_COLUMNS = (*PREFERENCE_COLUMNS, *TEMPLATE_COLUMNS, ROW_ID)
 
 SHUFFLE_BUFFER = 1_000  # as in datasets; each look at the first row of a stream fills it
 
@@ -49,8 +53,11 @@ AUDIT_KINDS = {
     "thinking": AuditKind("only one answer has an empty `<think>` block", "keep"),
 }
 
-ROW_ID = "id"  # only shown, in what the audit found
-KEPT_COLUMNS = (*PREFERENCE_COLUMNS, *TEMPLATE_COLUMNS, ROW_ID)
+
+def legend(found: Iterable[str]) -> str:
+    """What kinds of rows are, in one line, the gravest first."""
+    names = set(found)
+    return "; ".join(f"{name}: {kind.description}" for name, kind in AUDIT_KINDS.items() if name in names)
 
 
 @dataclass

@@ -27,7 +27,20 @@ def reading_rows() -> Iterator[None]:
     except Exception as error:
         if not _is_reader_error(error):
             raise
-        raise DataError(f"The rows of `data` cannot be read: {error}. Fix the file.") from error
+        raise DataError(f"The rows of `data` cannot be read: {reason(error)}. Fix the file.") from error
+
+
+def reason(error: Exception) -> str:
+    """Why rows cannot be read, in words for the user: what the library says, and what made it say so."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, UnicodeDecodeError):
+            return (
+                f"the file must be UTF-8 text, got the byte {cause.object[cause.start]:#04x} of another encoding. "
+                "Save it as UTF-8, for example with `iconv -f latin1 -t utf-8`"
+            )
+        cause = cause.__cause__
+    return f"{error}{': ' if error.__cause__ else ''}{error.__cause__ or ''}"
 
 
 def _is_reader_error(error: Exception) -> bool:

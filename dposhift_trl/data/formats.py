@@ -146,6 +146,12 @@ def text_cells(urls: Iterable[str], separator: str) -> dict[str, Any]:
         with fsspec.open(url, "rb", compression="infer") as file:
             head = pd.read_csv(file, sep=separator, dtype=str, na_filter=False, nrows=1)
         names = list(head.columns)
+        other = next((mark for mark in ";\t|," if mark in names[0] and mark != separator), None)
+        if len(names) == 1 and other is not None:
+            raise ValueError(
+                f"its cells must be separated by {separator!r}, got the header {names[0]!r} with {other!r}. Save it "
+                "with commas as `.csv`, or with tabs as `.tsv`"
+            )
         if any("\0" in name for name in names):
             raise ValueError("the names of its columns must not contain NUL characters. Rename them")
         if not isinstance(head.index, pd.RangeIndex):

@@ -8,12 +8,13 @@ from typing import Any
 from accelerate import PartialState
 from datasets import Dataset, IterableDataset
 
-from .config import KEPT_COLUMNS, DataSource
+from .config import KEPT_COLUMNS, ROW_ID, DataSource
 from .errors import DataError
 
 
 logger = logging.getLogger(__name__)
 
+INTEGERS = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
 # Columns that TRL and processors of multimodal models read. The command trains on text alone
 MEDIA_COLUMNS = ("image", "images", "video", "videos", "audio", "audios")
 
@@ -21,6 +22,15 @@ MEDIA_COLUMNS = ("image", "images", "video", "videos", "audio", "audios")
 def column_names(rows: Dataset | IterableDataset) -> list[str]:
     """Column names; for an iterable dataset that does not know them, the names in its first row."""
     return rows.column_names or list(next(iter(rows), {}))
+
+
+def holds_ids(rows: Dataset | IterableDataset, column: str) -> bool:
+    """Whether a column holds ids: text or integers."""
+    feature = (rows.features or {}).get(column)
+    if feature is None:
+        first: dict[str, Any] = next(iter(rows), {})
+        return isinstance(first.get(column), (str, int))
+    return getattr(feature, "dtype", None) in ("string", "large_string", *INTEGERS)
 
 
 def select_columns(rows: Dataset | IterableDataset, source: DataSource) -> Dataset | IterableDataset:
@@ -45,6 +55,13 @@ def select_columns(rows: Dataset | IterableDataset, source: DataSource) -> Datas
                 f"are {', '.join(names)}."
             )
     source_names = {name: name for name in KEPT_COLUMNS if name in names and name not in renames.values()} | renames
+    if ROW_ID in source_names and not holds_ids(rows, source_names[ROW_ID]):
+        if ROW_ID in renames:
+            raise DataError(
+                f"`data.columns` must map `id` to text or integers, got {renames[ROW_ID]!r} of {source.path!r}, which "
+                "holds others. Remove it, or map another column."
+            )
+        del source_names[ROW_ID]
     missing = [name for name in ("chosen", "rejected") if name not in source_names]
     if missing:
         raise DataError(

@@ -11,6 +11,7 @@ from datasets import (
     DatasetBuilder,
     DatasetDict,
     IterableDataset,
+    Value,
     concatenate_datasets,
     interleave_datasets,
     load_dataset_builder,
@@ -22,7 +23,7 @@ from datasets.packaged_modules.csv.csv import CsvConfig
 from ..columns import FILE_ROW, FILE_SOURCE, with_row_index
 from .config import ROW_ID, DataConfig, DataSource
 from .demo import demo_dataset
-from .errors import DataError, reading_rows
+from .errors import DataError, reading_rows, reason
 from .files import files_of_folder, is_saved, local_path, named_files
 from .formats import BUILDERS, ENDINGS, FileFormat, check_regular, digest, format_of, read_files, text_cells
 from .selection import column_names, select_columns
@@ -59,8 +60,7 @@ def load_preferences(config: DataConfig, seed: int) -> tuple[Rows, Rows | None]:
     evaluated = [source for source in sources if source.eval_split is not None]
     evaluation = _numbered([_load_split(source, str(source.eval_split), config) for source in evaluated])
     eval_rows = _mixed(evaluated, evaluation, concatenate_datasets) if evaluation else None
-    if isinstance(rows, IterableDataset):
-        rows = with_row_index(rows)  # before rows are held out and shuffled, so that the numbers are the files'
+    rows = with_row_index(rows)  # before rows are held out and shuffled, so that the numbers are the files'
     if config.eval_size is not None:
         rows, eval_rows = _hold_out(rows, config.eval_size, seed)
     rows, eval_rows = _first(rows, config.max_train_rows), _first(eval_rows, config.max_eval_rows)
@@ -110,8 +110,9 @@ def _load_split(source: DataSource, split: str, config: DataConfig) -> Rows:
     except DataError:
         raise
     except Exception as error:  # every reader raises its own errors
-        reason = f"{error}{': ' if error.__cause__ else ''}{error.__cause__ or ''}"
-        raise DataError(f"`data.path` {source.path!r}, split {split!r}, cannot be read: {reason}") from error
+        if "corresponds to no data" in str(error):  # of a file of blank lines, or of a header alone
+            raise DataError(f"`data.path` {source.path!r}, split {split!r}, has no rows.") from error
+        raise DataError(f"`data.path` {source.path!r}, split {split!r}, cannot be read: {reason(error)}") from error
     if not names or (isinstance(rows, IterableDataset) and next(iter(rows), None) is None):
         raise DataError(f"`data.path` {source.path!r}, split {split!r}, has no rows.")
     return select_columns(rows, source)
@@ -124,12 +125,20 @@ def _mixed(sources: list[DataSource], rows: list[Rows], mix: Callable[[list[Rows
             "Either all sources of `data.mixture` must have a column 'prompt' or none, got it only in "
             f"{', '.join(map(str, with_prompt))}. Add it to the others."
         )
-    if len(rows) > 1:  # ids of different types cannot be mixed, and source and number of a row name it as well
-        rows = [part.remove_columns([name for name in column_names(part) if name == ROW_ID]) for part in rows]
+    if len(rows) > 1:
+        rows = _with_ids_alike(rows)
     try:
         return mix(rows)
     except (ValueError, TypeError) as error:
         raise DataError(f"The sources of `data.mixture` cannot be mixed: {error}") from error
+
+
+def _with_ids_alike(rows: list[Rows]) -> list[Rows]:
+    """Ids of a mixture as text, since those of another source may be; none unless all sources have them."""
+    named = [ROW_ID in column_names(part) for part in rows]
+    if all(named) and all(isinstance(part, Dataset) for part in rows):
+        return [part.cast_column(ROW_ID, Value("string")) for part in rows]
+    return [part.remove_columns(ROW_ID) if has else part for part, has in zip(rows, named, strict=True)]
 
 
 def _read(source: DataSource, split: str, config: DataConfig) -> Rows:

@@ -9,7 +9,7 @@ from datasets import Dataset
 from trl import SFTConfig
 
 from ..config import DPOShiftConfig
-from ..data.sources import Rows
+from ..data.sources import Rows, load_preferences
 from ..recipe import Recipe, dump_yaml
 from ..schedules import LambdaPlan
 from ..training.batching import make_token_sampler, without_lost_rows
@@ -31,8 +31,9 @@ def describe(recipe: Recipe) -> None:
         try:
             base = base_model(recipe, Path(folder))
             tokenizer = load_tokenizer(recipe, base)
-        except RunError as error:  # without a tokenizer, the rows are neither read nor counted
-            say_wrapped(f"The rows cannot be loaded: {error}")
+        except RunError as error:  # without a tokenizer, the rows are read, but neither tokenized nor counted
+            say_wrapped(f"The rows cannot be counted: {error}")
+            load_preferences(recipe.data, recipe.seed)
         else:
             positions = check_model(recipe, base, tokenizer)
             rows = load_rows(recipe, tokenizer)

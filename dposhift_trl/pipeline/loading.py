@@ -11,7 +11,7 @@ from trl import SFTConfig
 from ..artifacts import ArtifactError, read_mapping, whole_folder
 from ..data.audit import AuditedRows, SplitAudit, audit_preferences
 from ..data.chat_template import check_template, use_plain_chat_template
-from ..data.config import AUDIT_KINDS
+from ..data.config import legend as meaning_of
 from ..data.demo import save_demo_model
 from ..data.shapes import convert
 from ..data.sources import load_preferences
@@ -162,6 +162,5 @@ def findings(rows: dict[str, AuditedRows]) -> dict[str, SplitAudit]:
 
 def legend(audits: dict[str, SplitAudit]) -> str | None:
     """What the kinds found are, in one line."""
-    found = {kind for audit in audits.values() for kind, finding in audit.findings.items() if finding.count}
-    kinds = [f"{kind}: {audit_kind.description}" for kind, audit_kind in AUDIT_KINDS.items() if kind in found]
-    return "; ".join(kinds) or None
+    found = (kind for audit in audits.values() for kind, finding in audit.findings.items() if finding.count)
+    return meaning_of(found) or None

@@ -34,6 +34,7 @@ from transformers import (
     get_scheduler,
 )
 from transformers.integrations import get_available_reporting_integrations
+from transformers.integrations.integration_utils import is_flytekit_available
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
@@ -44,10 +45,11 @@ from trl import SFTConfig, get_peft_config
 
 from ..artifacts import FINISHED
 from ..choices import did_you_mean
-from ..columns import CHOSEN_IDS, PROMPT_IDS, REJECTED_IDS, ROW_INDEX
+from ..columns import CHOSEN_IDS, PROMPT_IDS, REJECTED_IDS
 from ..config import DPOShiftConfig
 from ..data.audit import AuditedRows
 from ..data.errors import one_line
+from ..data.origin import origin, origin_text
 from ..data.sources import Rows
 from ..recipe import Recipe
 from ..reference.cache import ReferenceCacheError, default_folder
@@ -59,6 +61,13 @@ from .processes import from_main
 
 
 HUB_TIMEOUT = 10  # seconds
+# Packages of trackers that have another name
+TRACKER_PACKAGES = {
+    "azure_ml": "azureml-core",
+    "comet_ml": "comet-ml",
+    "dagshub": "dagshub mlflow",
+    "flyte": "flytekit",
+}
 
 
 def check_settings(recipe: Recipe) -> None:
@@ -114,7 +123,7 @@ def check_model(recipe: Recipe, base: str, tokenizer: PreTrainedTokenizerBase) -
     if model is None:
         _refuse(mistakes)
         return None
-    positions = _positions(model)
+    positions = table_positions(model)
     adapter = get_peft_config(recipe.model)
     if adapter is not None and not is_adapter:
         mistakes += _adapter_mistakes(model, adapter)
@@ -146,6 +155,7 @@ def check_lengths(recipe: Recipe, rows: dict[str, AuditedRows], positions: int |
         if positions is None or (args.max_length is not None and args.max_length <= positions):
             continue
         remedy = f"Set `{name}.max_length: {positions}`."
+        length = "null" if args.max_length is None else args.max_length
         # The other strategies number the positions of each row anew
         packed = isinstance(args, SFTConfig) and args.packing and args.packing_strategy == "wrapped"
         for split, dataset in (("train", rows[name].train), ("eval", rows[name].evaluation)):
@@ -153,7 +163,7 @@ def check_lengths(recipe: Recipe, rows: dict[str, AuditedRows], positions: int |
                 setting = "`packing_strategy: wrapped`" if packed else "`data.streaming`"
                 mistakes.append(
                     f"`{name}.max_length` must be at most {positions}, the positions of the model, with {setting}, "
-                    f"got {args.max_length}. {remedy}"
+                    f"got {length}. {remedy}"
                 )
                 break
             if dataset is None:
@@ -162,10 +172,11 @@ def check_lengths(recipe: Recipe, rows: dict[str, AuditedRows], positions: int |
             lengths = [min(length, args.max_length or length) for length in _lengths(dataset, answers)]
             beyond = [index for index, length in enumerate(lengths) if length > positions]
             if beyond:
+                first = origin_text(origin(dataset[beyond[0]], split, recipe.data), recipe.data)
                 mistakes.append(
                     f"`{name}.max_length` must be at most {positions}, the positions of the model, got "
-                    f"{args.max_length}: {len(beyond)} {split} rows have more tokens, the longest one "
-                    f"{max(lengths)}, the first one is row {dataset[beyond[0]][ROW_INDEX]} of the split. {remedy}"
+                    f"{length}: {len(beyond)} {split} rows have more tokens, the longest one "
+                    f"{max(lengths)}, the first one is {first}. {remedy}"
                 )
     _refuse(mistakes)
 
@@ -200,8 +211,7 @@ def _place_mistakes(model: str) -> Iterator[str]:
 
 
 def _setting_mistakes(args: SFTConfig | DPOShiftConfig) -> Iterator[str]:
-    for tracker in sorted(set(args.report_to) - {*get_available_reporting_integrations(), "flyte"}):
-        yield f"report_to` requires the package of {tracker!r}, which is not installed. Install it, or remove it."
+    yield from _tracker_mistakes(args.report_to)
     if args.use_liger_kernel and not is_liger_kernel_available():
         yield "use_liger_kernel` requires liger-kernel, got True. Run `pip install liger-kernel`, or remove it."
     if args.torch_compile_backend is not None and args.torch_compile_backend not in torch.compiler.list_backends(()):
@@ -233,6 +243,18 @@ def _setting_mistakes(args: SFTConfig | DPOShiftConfig) -> Iterator[str]:
         )
     if args.push_to_hub and (fault := from_main(_hub_fault(args.hub_token))):
         yield f"push_to_hub` {fault}"
+
+
+def _tracker_mistakes(trackers: list[str]) -> Iterator[str]:
+    available = {*get_available_reporting_integrations(), *(["flyte"] if is_flytekit_available() else [])}
+    for tracker in sorted(set(trackers) - available):
+        if tracker == "kubeflow":
+            yield "report_to` must not contain 'kubeflow' outside of a job of Kubeflow Trainer. Remove it."
+            continue
+        yield (
+            f"report_to` requires the package of {tracker!r}, which is not installed. Run "
+            f"`pip install {TRACKER_PACKAGES.get(tracker, tracker)}`, or remove it."
+        )
 
 
 def _evaluation_metrics(args: SFTConfig | DPOShiftConfig) -> list[str]:
@@ -288,6 +310,13 @@ def _model_config(recipe: Recipe, base: str) -> tuple[PreTrainedConfig, bool]:
 
 
 def _kind_mistakes(base: str, config: PreTrainedConfig) -> Iterator[str]:
+    usual = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
+    if not config.architectures and usual is not None:
+        yield (
+            f"`model.model_name_or_path` {base!r}: its `config.json` must name the class of the model, got none. If "
+            f'it is a {usual}, add `"architectures": ["{usual}"]`.'
+        )
+        return
     architecture = (config.architectures or [None])[0]
     known = {
         *MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values(),
@@ -392,7 +421,7 @@ def _training_mistakes(
         yield f"lr_scheduler_type` cannot be {scheduler!r} here: {_sentence(error)} Check `lr_scheduler_kwargs`."
 
 
-def _positions(model: PreTrainedModel) -> int | None:
+def table_positions(model: PreTrainedModel) -> int | None:
     """Number of positions, if they are looked up in a table; rotary and relative ones have no end."""
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     tables = [

@@ -6,7 +6,7 @@ import os
 import re
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +29,18 @@ from ..artifacts import (
     read_mapping,
     write_whole,
 )
-from ..columns import PREFERENCE_COLUMNS, ROW_INDEX, SAVED_ROW_INDEX, TEMPLATE_COLUMNS, with_row_index
+from ..columns import (
+    FILE_ROW,
+    FILE_SOURCE,
+    PREFERENCE_COLUMNS,
+    ROW_INDEX,
+    SAVED_ROW_INDEX,
+    TEMPLATE_COLUMNS,
+    with_row_index,
+)
+from ..data.config import ROW_ID
 from ..data.errors import one_line
+from ..data.origin import ROW, SOURCE
 from ..data.sources import Rows
 from ..integrity import is_last, stage_fault
 from ..recipe import STAGES, Recipe, RecipeError, changed_keys, dump_yaml, read_yaml
@@ -41,9 +51,10 @@ from .processes import from_main
 
 # Where the rows and the model come from; a stage that goes on compares what they contain
 PLACES = ("data.path", "model.model_name_or_path", "data.mixture.path")
+SAVED_NAMES = {ROW_INDEX: SAVED_ROW_INDEX, FILE_ROW: ROW}
 # What a run shows of itself, and where; neither rows nor weights depend on it
 SHOWN = re.compile(
-    r"report|logging_format|sample_prompts|wandb\..*|"
+    r"report|logging_format|sample_prompts|wandb\..*|dpo\.print_verdict|"
     r"(sft|dpo)\.(report_to|disable_tqdm|logging_steps|log_level|log_level_replica)"
 )
 
@@ -219,10 +230,27 @@ def _check_shared(folder: Path) -> None:
         raise RunError(f"`output_dir` must be the same folder on every machine, got {folder}. Choose a shared disk.")
 
 
-def save_evaluated_rows(rows: Rows | None, path: Path) -> None:
-    """Save the evaluation rows before tokenization, with the `row_index` under which their scores are saved."""
+def save_evaluated_rows(rows: Rows | None, path: Path, sources: Sequence[str] = ()) -> None:
+    """
+    Save the evaluation rows before tokenization.
+
+    With them the `row_index` under which their scores are saved, their `id` if they have one, and of several sources
+    the `source` and the number of the `row` in it.
+
+    Args:
+        rows (`Dataset` or `IterableDataset`, *optional*):
+            Rows of the audit. Those that are streamed are not saved.
+        path (`Path`):
+            Parquet file.
+        sources (`Sequence[str]`, *optional*):
+            Paths of the sources, from [`~data.origin.sources_of`].
+    """
     if isinstance(rows, Dataset):
         rows = with_row_index(rows)
-        names = [name for name in (*PREFERENCE_COLUMNS, *TEMPLATE_COLUMNS, ROW_INDEX) if name in rows.column_names]
-        texts = rows.select_columns(names).rename_column(ROW_INDEX, SAVED_ROW_INDEX)
-        write_whole(path, texts.with_format("arrow")[:])
+        names = [*PREFERENCE_COLUMNS, *TEMPLATE_COLUMNS, ROW_INDEX, ROW_ID]
+        if len(sources) > 1:
+            rows = rows.add_column(SOURCE, [sources[source] for source in rows[FILE_SOURCE]])
+            names += [FILE_ROW, SOURCE]
+        saved = rows.select_columns([name for name in names if name in rows.column_names])
+        renames = {name: new for name, new in SAVED_NAMES.items() if name in saved.column_names}
+        write_whole(path, saved.rename_columns(renames).with_format("arrow")[:])

@@ -16,9 +16,8 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.hub import extract_commit_hash
 
 from ..artifacts import ArtifactError, read_mapping, write_whole
-from ..columns import ROW_INDEX
+from ..columns import PREFERENCE_COLUMNS, ROW_INDEX, TEMPLATE_COLUMNS
 from ..data.audit import AuditedRows
-from ..data.config import KEPT_COLUMNS
 from ..data.errors import reading_rows
 from ..data.sources import Rows
 from ..reference.fingerprint import stable_hash
@@ -27,6 +26,7 @@ from .processes import say
 
 
 ADAPTER_CONFIG = "adapter_config.json"
+TEXT_COLUMNS = (*PREFERENCE_COLUMNS, *TEMPLATE_COLUMNS)
 STREAMED = 100  # rows of an iterable dataset that are compared
 # What saving, moving, or another version of a library changes in a configuration
 UNSTABLE_SETTINGS = {"_name_or_path", "base_model_name_or_path", "transformers_version", "peft_version"}
@@ -153,13 +153,13 @@ def _hash_of_rows(rows: Rows) -> str:
 
 def _as_text(rows: Rows) -> Iterator[str]:
     if isinstance(rows, Dataset):
-        names = [name for name in (*KEPT_COLUMNS, ROW_INDEX) if name in rows.column_names]
+        names = [name for name in (*TEXT_COLUMNS, ROW_INDEX) if name in rows.column_names]
         for table in rows.select_columns(names).with_format("arrow").iter(batch_size=1000):
             yield json.dumps(table.to_pydict(), sort_keys=True, default=str)
     else:
         with reading_rows():
             for row in itertools.islice(rows, STREAMED):
-                texts = {name: row[name] for name in KEPT_COLUMNS if name in row}
+                texts = {name: row[name] for name in TEXT_COLUMNS if name in row}
                 yield json.dumps(texts, sort_keys=True, default=str)
 
 

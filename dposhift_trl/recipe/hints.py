@@ -1,6 +1,7 @@
 """The types of keys: whether a value fits one, and what it is in words."""
 
 import dataclasses
+import functools
 import re
 import types
 import typing
@@ -11,12 +12,17 @@ import pydantic
 
 def fits(value: Any, hint: Any) -> bool:
     """Whether a value from YAML is of a type, without a conversion other than from integers to numbers."""
-    config = pydantic.ConfigDict(strict=True, arbitrary_types_allowed=True, allow_inf_nan=False)
     try:
-        pydantic.TypeAdapter(hint, config=None if dataclasses.is_dataclass(hint) else config).validate_python(value)
+        _adapter(hint).validate_python(value)
     except pydantic.ValidationError:
         return False
     return True
+
+
+@functools.cache
+def _adapter(hint: Any) -> pydantic.TypeAdapter:
+    config = pydantic.ConfigDict(strict=True, arbitrary_types_allowed=True, allow_inf_nan=False)
+    return pydantic.TypeAdapter(hint, config=None if dataclasses.is_dataclass(hint) else config)
 
 
 def describe(hint: Any) -> str:

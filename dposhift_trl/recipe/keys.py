@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import inspect
+import json
 import re
 import typing
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from typing import Any
 
 from ..choices import choices
 from ..data.config import DataSource
-from ..ranges import RANGES
+from ..ranges import RANGES, Rule
 from .hints import describe
 from .sections import (
     BEST_METRIC,
@@ -79,16 +80,32 @@ class RecipeKey:
         return self.help[: end.end()] if end else self.help
 
     @property
-    def rule(self) -> str | None:
-        """The numbers that it takes, in words that follow "must be"; `None` if all of its type."""
-        return RANGES[self.name].rule.words if self.name in RANGES else None
+    def rule(self) -> Rule | None:
+        """The numbers that it takes; `None` if all of its type."""
+        return RANGES[self.name].rule if self.name in RANGES else None
 
     @property
     def type(self) -> str:
         """What it takes, in words that follow "must be"."""
         if not self.words:
-            return describe(self.hint) + (f", {self.rule}" if self.rule else "")
+            return describe(self.hint) + (f", {self.rule.words}" if self.rule else "")
         return f"one of {', '.join(self.words)}" + (" or null" if type(None) in typing.get_args(self.hint) else "")
+
+    @property
+    def default_text(self) -> str:
+        """Its default, as a recipe writes it, and that without evaluation rows if it differs."""
+        if self.default is REQUIRED:
+            return "none, required"
+        text = _as_written(self.default)
+        if self.default == self.default_without_eval:
+            return text
+        return f"{text}, or {_as_written(self.default_without_eval)} without evaluation rows"
+
+
+def _as_written(value: Any) -> str:
+    if isinstance(value, str):
+        return value or "''"
+    return json.dumps(value)
 
 
 def recipe_keys(section: str | None = None) -> list[RecipeKey]:
@@ -113,7 +130,7 @@ def recipe_keys(section: str | None = None) -> list[RecipeKey]:
     if section is None:
         return [key for name in (TOP_LEVEL, *SECTIONS) for key in recipe_keys(name)]
     cls = {TOP_LEVEL: TopLevel, MIXTURE: DataSource, **SECTIONS}[section]
-    return sorted(_keys(section, cls).values(), key=lambda key: not key.is_ours)
+    return sorted(keys_of(section, cls).values(), key=lambda key: not key.is_ours)
 
 
 def keys_by_name(section: str) -> dict[str, RecipeKey]:
@@ -122,7 +139,8 @@ def keys_by_name(section: str) -> dict[str, RecipeKey]:
 
 
 @functools.cache
-def _keys(section: str, cls: type) -> dict[str, RecipeKey]:
+def keys_of(section: str, cls: type) -> dict[str, RecipeKey]:
+    """The keys that a dataclass gives a section, by name."""
     hints, documented = typing.get_type_hints(cls), _documented(cls)
     without_eval = STAGE_DEFAULTS if section in STAGES else {}
     with_eval = {**without_eval}

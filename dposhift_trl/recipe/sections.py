@@ -54,11 +54,11 @@ class TopLevel:
 
     Parameters:
         output_dir (`str`):
-            Run folder. Each stage writes to a folder inside it.
+            Run folder, in which each stage has a folder.
         seed (`int`, *optional*, defaults to `42`):
             Seed of both stages, and of the choice of rows.
         run_name (`str`, *optional*):
-            Name of the run in trackers, to which each stage appends its own. Defaults to the name of `output_dir`.
+            Name of the run in trackers, by default that of `output_dir`. Each stage appends its own.
         report (`bool`, *optional*, defaults to `True`):
             Whether to write the report, an HTML page, at the end of the run.
         logging_format (`str`, *optional*, defaults to `"lines"`):
@@ -117,13 +117,14 @@ class WandbConfig:
 
     Parameters:
         project (`str`, *optional*):
-            W&B project. Defaults to `WANDB_PROJECT`, else `dposhift_trl`.
+            W&B project, by default `WANDB_PROJECT`, else `dposhift_trl`.
         entity (`str`, *optional*):
-            W&B user or team. Defaults to `WANDB_ENTITY`.
+            W&B user or team, by default `WANDB_ENTITY`.
         mode (`str`, *optional*):
-            `online`, `offline` or `disabled`. Defaults to `WANDB_MODE`, else online if logged in to W&B, else offline.
+            Whether the runs are uploaded: `online`, `offline` or `disabled`. By default `WANDB_MODE`, else online if
+            logged in to W&B, else offline.
         tags (`list[str]`, *optional*):
-            Tags for the runs of both stages. Defaults to `WANDB_TAGS`.
+            Tags for the runs of both stages, by default `WANDB_TAGS`.
     """
 
     project: str | None = None

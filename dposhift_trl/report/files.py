@@ -48,9 +48,10 @@ def read_file(
 
 
 def read_columns(path: Path) -> dict[str, np.ndarray]:
-    """The columns of a Parquet file of numbers, in float64. Null becomes NaN."""
+    """The columns of numbers in a Parquet file, in float64. Null becomes NaN. Ids may be text, and are left out."""
     table = pq.read_table(path)
-    return {name: np.asarray(table[name].to_pylist(), dtype=float) for name in table.column_names}
+    numeric = [field.name for field in table.schema if not pa.types.is_string(field.type)]
+    return {name: np.asarray(table[name].to_pylist(), dtype=float) for name in numeric}
 
 
 def number(value: Any) -> float:

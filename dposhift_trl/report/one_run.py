@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..artifacts import FINISHED, GENERATIONS, STATISTICS
+from ..data.config import legend
 from .answers import STATISTICS_OF_ANSWERS, degeneration, read_examples
 from .drawing import Drawing
 from .figures import Line, curves
@@ -12,7 +13,7 @@ from .files import number
 from .pairs import show_pairs
 from .run_folder import Run
 from .samples import Sample, read_samples
-from .texts import as_text, opening, plain
+from .texts import as_text, opening, plain, row_name
 
 
 SHOWN_QUESTIONS = 6  # questions whose answers differ most
@@ -22,11 +23,12 @@ LONGEST_OPENING = 90  # characters of a prompt in the heading of a question
 def describe_run(run: Run) -> tuple[dict[str, Any], list[Drawing]]:
     """Values of the template and figures of the page about one run."""
     pairs, drawn_pairs = show_pairs(run)
-    drawings = [drawing for drawing in [*_draw_curves(run), *drawn_pairs] if drawing]
+    curves_of_run = [] if run.diagnosis else _draw_curves(run)  # it has one evaluation and no training
+    drawings = [drawing for drawing in [*curves_of_run, *drawn_pairs] if drawing]
     values = {
         "title": run.name,
         **pairs,
-        "facts": _facts(run),
+        "facts": _facts(run) if run.diagnosis is None else [("The diagnosis", _facts_of_diagnosis(run.diagnosis))],
         "summary": _summary(run),
         "audit": _audit(run),
         "answers": _answers(run),
@@ -207,12 +209,13 @@ def _audit(run: Run) -> list[dict[str, Any]]:
                 "rows": audit.get("rows"),
                 "kept": audit.get("kept"),
                 "checks": ", ".join(findings),
+                "legend": legend(name for name, finding in findings.items() if finding.get("count")),
                 "findings": [
                     {
                         "name": name,
                         "count": finding.get("count"),
                         "policy": finding.get("policy"),
-                        "rows": ", ".join(str(example.get("row")) for example in finding.get("examples") or []),
+                        "rows": _examples(finding.get("examples") or []),
                     }
                     for name, finding in findings.items()
                     if finding.get("count")
@@ -220,6 +223,22 @@ def _audit(run: Run) -> list[dict[str, Any]]:
             }
         )
     return found
+
+
+def _facts_of_diagnosis(diagnosis: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What was scored, and how."""
+    settings = diagnosis.get("settings")
+    beta = settings.get("beta") if isinstance(settings, dict) else None
+    facts = {
+        "Policy": diagnosis.get("policy"),
+        "Reference": diagnosis.get("reference"),
+        "Pairs": diagnosis.get("pairs"),
+        "Beta of the rewards": beta,
+        "Device": diagnosis.get("device"),
+        "Time, seconds": diagnosis.get("seconds"),
+        "Versions": f"dposhift_trl {diagnosis.get('version')}",
+    }
+    return [(name, str(value)) for name, value in facts.items() if value is not None]
 
 
 def _facts(run: Run) -> list[tuple[str, list[tuple[str, str]]]]:
@@ -245,5 +264,10 @@ def _facts(run: Run) -> list[tuple[str, list[tuple[str, str]]]]:
         versions = finished.get("versions")
         if isinstance(versions, dict):
             facts.append(("Versions", ", ".join(f"{package} {version}" for package, version in versions.items())))
-        found.append((name, facts))
+        found.append((f"{name.upper()} stage", facts))
     return found
+
+
+def _examples(examples: list[dict[str, Any]]) -> str:
+    names = [row_name(None, example).removeprefix("Row ") for example in examples]
+    return ("; " if any("," in name for name in names) else ", ").join(names)

@@ -49,7 +49,7 @@ for (const figure of document.querySelectorAll("figure[data-dots]")) {
     if (index === current) return;
     current = index;
     const prompt = prompts[index] && ` “${prompts[index]}”`;
-    const text = `Row ${rows[index]}: chosen ${signed(chosen[index])}, rejected ${signed(rejected[index])} nats.${prompt}`;
+    const text = `${rows[index]}: chosen ${signed(chosen[index])}, rejected ${signed(rejected[index])} nats.${prompt}`;
     readout.textContent = text;
     readout.classList.remove("sub");
     picker.setAttribute("aria-valuenow", index + 1);

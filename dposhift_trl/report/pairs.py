@@ -12,7 +12,7 @@ from .drawing import Drawing
 from .figures import density, histogram, scatter
 from .files import read_columns, read_file
 from .run_folder import Run
-from .texts import as_text, opening
+from .texts import as_text, opening, row_name
 from .tokens import Answers, Scale, read_tokens, shown_tokens
 
 
@@ -117,7 +117,7 @@ def _names_of_dots(run: Run, scores: Mapping[str, np.ndarray]) -> dict[str, list
     rows = [int(row) for row in scores[SAVED_ROW_INDEX][shown]]
     prompts = [run.rows.get(row, {}) for row in rows]
     return {
-        "rows": rows,
+        "rows": [row_name(*named) for named in zip(rows, prompts, strict=True)],
         "chosen": [round(float(value), 3) for value in chosen[shown]],
         "rejected": [round(float(value), 3) for value in rejected[shown]],
         "prompts": [opening(row["prompt"], OPENING) if "prompt" in row else "" for row in prompts],
@@ -151,7 +151,7 @@ def _pair(run: Run, scores: Mapping[str, float], answers: Answers, scale: Scale 
         if name in row
     ]
     return {
-        "row": index,
+        "row": row_name(index, row),
         "opening": opening(row["prompt"], OPENING) if "prompt" in row else "",
         "chosen_logratio": scores["chosen_logratios"],
         "rejected_logratio": scores["rejected_logratios"],

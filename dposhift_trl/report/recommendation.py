@@ -80,7 +80,7 @@ class Outcome:
             outcomes[0].lambdas,
             mean_over_seeds([outcome.chosen for outcome in outcomes]),
             mean_over_seeds([outcome.margin for outcome in outcomes]),
-            mean_over_seeds([outcome.accuracy for outcome in outcomes]),
+            mean_over_seeds([outcome.accuracy for outcome in outcomes], share=True),
             math.fsum(starts) / len(starts) if same_start else None,
             any(outcome.shifted_between for outcome in outcomes),
             outcomes[0].settings,
@@ -107,13 +107,23 @@ class Outcome:
         return self.complete and margin is not None and accuracy is not None and margin[0] > 0 and accuracy[0] > 0.5
 
 
-def mean_over_seeds(estimates: Sequence[Estimate]) -> Estimate:
-    """Mean of one value per seed and its 95% interval; unknown if one of them is."""
+def mean_over_seeds(estimates: Sequence[Estimate], share: bool = False) -> Estimate:
+    """
+    Mean of one value per seed and its 95% interval; unknown if one of them is.
+
+    Args:
+        estimates (`Sequence[Estimate]`):
+            One per seed.
+        share (`bool`, *optional*, defaults to `False`):
+            Whether the values are shares, whose interval ends at 0 and 1.
+    """
     values = [estimate.value for estimate in estimates if estimate.value is not None]
     if len(values) < len(estimates) or not values:
         return UNKNOWN
-    low, high = t_interval(values) or (None, None)
-    return Estimate(math.fsum(values) / len(values), low, high)
+    mean, interval = math.fsum(values) / len(values), t_interval(values)
+    if interval is None:
+        return Estimate(mean)
+    return Estimate(mean, *(min(max(end, 0.0), 1.0) for end in interval)) if share else Estimate(mean, *interval)
 
 
 def difference(one: Outcome, other: Outcome, name: str) -> Estimate:

@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .files import number
-from .findings import Estimate
+from .findings import Estimate, finite
 from .recommendation import Outcome, mean_over_seeds
 from .run_folder import Run
 
 
 OF_ONE_RUN = ("seed", "output_dir", "run_name", "wandb")  # keys of a recipe that tell runs of one setting apart
+SHARES = ("displacement/chosen_fell", "rewards/accuracies")
 
 
 @dataclass(frozen=True)
@@ -43,9 +44,7 @@ class SeedGroup:
 
     def mean(self, metric: str) -> Estimate:
         """Mean of a metric of the last evaluations over the seeds, with its 95% interval by Student's t."""
-        return mean_over_seeds(
-            [Estimate.of({metric: run.last.get(metric, float("nan"))}, metric) for run in self.runs]
-        )
+        return mean_over_seeds([Estimate(finite(run.last, metric)) for run in self.runs], metric in SHARES)
 
 
 def seed_groups(runs: Sequence[Run]) -> list[SeedGroup]:

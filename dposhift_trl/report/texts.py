@@ -1,12 +1,14 @@
 """Prompts and answers as plain text of bounded length, and numbers as text."""
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from ..data.messages import message_as_text, tool_calls
 
 
 LONGEST_TEXT = 4_000  # characters of a prompt or answer
+LONGEST_NAME = 60
 
 
 def as_text(content: Any) -> str:
@@ -31,6 +33,16 @@ def opening(content: Any, length: int) -> str:
     """The first words of a prompt, on one line."""
     words = " ".join(as_text(content).split())
     return words if len(words) <= length else f"{words[:length]} …"
+
+
+def row_name(index: Any, row: Mapping[str, Any]) -> str:
+    """A row by its number, of several sources with the source, and by its id if it has one."""
+    number, source, identity = row.get("row", index), row.get("source"), row.get("id")
+    return (
+        f"Row {number}"
+        + (f" of {opening(source, LONGEST_NAME)}" if source is not None else "")
+        + (f", id {opening(str(identity), LONGEST_NAME)}" if identity is not None else "")
+    )
 
 
 def plain(value: float, digits: int = 2) -> str:

@@ -1,12 +1,15 @@
 """Scores of pairs, and the metrics computed from them: means, shares, quantiles and confidence intervals."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import torch
 
 from ..columns import SAVED_ROW_INDEX
+from ..data.config import ROW_ID
 from ..intervals import bootstrap_interval
 from ..losses import dpo_shift_loss
 
@@ -62,13 +65,22 @@ class PairScores:
         """Concatenate matrices from [`PairScores.as_matrix`], in float64 on the CPU."""
         return cls(*torch.cat(matrices).cpu().double().unbind(dim=1))
 
-    def as_table(self) -> pa.Table:
-        """One row per pair, sorted by row index, with the log-ratios as additional columns."""
+    def as_table(self, ids: Mapping[int, Any] | None = None) -> pa.Table:
+        """
+        One row per pair, sorted by row index, with the log-ratios as additional columns.
+
+        Args:
+            ids (`Mapping[int, Any]`, *optional*):
+                The data's own ids by row index, for a column of them.
+        """
         names = [field.name for field in fields(self) if field.name != "batch_loss"]
         columns = {name: getattr(self, name) for name in [*names, "chosen_logratios", "rejected_logratios"]}
         order = np.argsort(self.row_index.numpy(), kind="stable")
         arrays = {name: column.numpy()[order] for name, column in columns.items()}
-        return pa.table({n: a.astype(np.int64) if n in INTEGER_COLUMNS else a for n, a in arrays.items()})
+        table = pa.table({n: a.astype(np.int64) if n in INTEGER_COLUMNS else a for n, a in arrays.items()})
+        if not ids:
+            return table
+        return table.append_column(ROW_ID, [[ids.get(index) for index in table[SAVED_ROW_INDEX].to_pylist()]])
 
     @property
     def chosen_logratios(self) -> torch.Tensor:

@@ -1,10 +1,15 @@
 """Collects the scores of pairs between logs, and turns them into logged metrics and saved tables."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
+from datasets import Dataset
 
 from ..artifacts import PAIRS, write_whole
+from ..columns import ROW_INDEX
+from ..data.config import ROW_ID
+from ..data.selection import holds_ids
 from .metrics import PairScores, evaluation_metrics, pair_metrics
 
 
@@ -55,7 +60,7 @@ class PairRecorder:
         step, matrix = next((step, matrix) for step, matrix in batches if not torch.isfinite(matrix).all())
         return step, PairScores.from_matrices([matrix])
 
-    def take_metrics(self, mode: str, table: Path | None = None) -> dict[str, float]:
+    def take_metrics(self, mode: str, table: Path | None = None, rows: Any = None) -> dict[str, float]:
         """
         Compute the metrics of the recorded pairs, then discard the pairs. Empty if no pairs were recorded.
 
@@ -64,6 +69,8 @@ class PairRecorder:
                 `"train"` or `"eval"`. `"eval"` adds quantiles and confidence intervals.
             table (`Path`, *optional*):
                 Parquet file in which the scores are saved.
+            rows (`Dataset`, *optional*):
+                Rows that were scored, for their column `id`, which is saved beside the scores.
 
         Returns:
             `dict[str, float]`: Metrics by name.
@@ -73,10 +80,17 @@ class PairRecorder:
         scores = PairScores.from_matrices([matrix for _, matrix in self._batches[mode]])
         self.clear(mode)
         if table is not None:
-            write_whole(table, scores.as_table())
+            write_whole(table, scores.as_table(row_ids(rows)))
         return pair_metrics(scores, self.beta) | (evaluation_metrics(scores, self.beta) if mode == "eval" else {})
 
 
 def table_path(output_dir: str, prefix: str, step: int) -> Path:
     """File in which an evaluation saves the scores of its pairs: `pairs/<prefix>-<step>.parquet` in `output_dir`."""
     return Path(output_dir) / PAIRS / f"{prefix.replace('/', '_')}-{step:06d}.parquet"
+
+
+def row_ids(rows: Any) -> dict[int, Any]:
+    """Ids of rows by their number; none unless there is a column `id` of text or integers."""
+    if not isinstance(rows, Dataset) or not {ROW_INDEX, ROW_ID} <= set(rows.column_names):
+        return {}
+    return dict(zip(rows[ROW_INDEX], rows[ROW_ID], strict=True)) if holds_ids(rows, ROW_ID) else {}
