@@ -15,6 +15,7 @@ from .console import complain, say
 COMMANDS = {
     "run": "Train from a recipe: supervised fine-tuning on the chosen answers, then DPO-Shift.",
     "sweep": "Run a recipe for every combination of values from one stage 1, and compare the results.",
+    "diagnose": "Say what training did to a model that is already there, from preference pairs.",
     "report": "Write one HTML page about a run, or comparing several.",
     "generate": "Generate answers with the SFT model and the final model of a run.",
     "reference": "List or clear the cached log-probabilities of reference models.",

@@ -24,7 +24,12 @@ AUDIT = "audit.json"
 EVAL_ROWS = "eval_rows.parquet"
 REPORT = "report"
 GENERATIONS = "generations"
+NEXT_STEPS = "next_steps.md"
+PREFERENCES = "eval_pairs.jsonl"  # the evaluated pairs as conversations, for RewardBench
 LOCK = ".lock"
+
+# In the folder of a diagnosis, beside those of a run folder
+DIAGNOSIS = "diagnosis.json"
 
 # In the folder of a stage
 START = "start.json"
@@ -132,7 +137,7 @@ def whole_files(folder: Path) -> Iterator[Path]:
         yield unfinished
         found = [path.relative_to(unfinished) for path in unfinished.rglob("*") if path.is_file()]
         for name in sorted(found, key=lambda name: (-len(name.parts), name)):
-            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (unfinished / name).replace(folder / name)
     finally:
         with contextlib.suppress(OSError):

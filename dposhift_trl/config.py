@@ -79,6 +79,8 @@ class DPOShiftConfig(DPOConfig):
             Whether to save the log-probabilities and log-ratios of every pair at each evaluation, as
             `pairs/<prefix>-<step>.parquet` in `output_dir`, about 80 bytes per pair. After training also those of each
             token of the 10 pairs that fell most and the 10 that rose most, in `pairs/tokens/`.
+        print_verdict (`bool`, *optional*, defaults to `True`):
+            Whether to print what the last evaluation shows, once after `train` and after each `evaluate` of your own.
 
     Raises:
         ValueError: If a value is out of range, or if lambda can differ from 1 with a loss that does not support it: a
@@ -167,6 +169,13 @@ class DPOShiftConfig(DPOConfig):
             "help": "Whether to save the log-probabilities and log-ratios of every pair at each evaluation, as "
             "`pairs/<prefix>-<step>.parquet` in `output_dir`, about 80 bytes per pair. After training also those of "
             "each token of the 10 pairs that fell most and the 10 that rose most, in `pairs/tokens/`.",
+        },
+    )
+    print_verdict: bool = field(
+        default=True,
+        metadata={
+            "help": "Whether to print what the last evaluation shows, once after `train` and after each `evaluate` "
+            "of your own.",
         },
     )
 

@@ -30,6 +30,7 @@ from .pipeline.checkpoints import last_complete_checkpoint as last_complete_chec
 from .pipeline.dry_run import describe
 from .pipeline.errors import RUN_AGAIN, RunError, WriteError
 from .pipeline.loading import base_model, check_rows, findings, legend, load_rows, load_tokenizer
+from .pipeline.next_steps import write_next_steps
 from .pipeline.notes import recipe_notes
 from .pipeline.preflight import check_lengths, check_model, check_settings
 from .pipeline.processes import complain, say, say_wrapped
@@ -174,6 +175,8 @@ def run(recipe: Recipe, accept_changes: bool = False) -> None:
 
                 say(f"The report is {write_report([recipe.output_dir], recipe.output_dir / REPORT)}")
             say(f"The model is in {start}")
+            if PartialState().is_main_process:
+                say(f"Commands that use it are in {write_next_steps(recipe, base, tokenizer)}")
         finally:
             if verdict is not None:
                 say("")

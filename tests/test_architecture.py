@@ -34,7 +34,7 @@ LAYERS = (
     ("recipe",),
     ("generate",),
     ("pipeline",),
-    ("run", "sweep"),
+    ("run", "sweep", "diagnose"),
     ("__main__",),
 )
 

@@ -43,6 +43,7 @@ def test_the_config_adds_no_other_fields_and_changes_one_default():
     assert [
         *("lambda_schedule", "shift_lambda", "lambda_min", "lambda_max", "lambda_target", "lambda_target_metric"),
         *("allow_lambda_above_one", "shared_prompt", "max_tokens_per_batch", "save_pair_scores"),
+        "print_verdict",
     ] == ADDED_FIELDS
     theirs = {f.name: f.default for f in dataclasses.fields(DPOConfig)}
     changed = [f.name for f in dataclasses.fields(DPOShiftConfig) if f.default != theirs.get(f.name, f.default)]

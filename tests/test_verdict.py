@@ -162,11 +162,13 @@ def test_perplexity_is_compared_with_the_reference_whose_log_probabilities_the_l
     assert f"perplexity by {growth:.3g};" in said({**last, "logps/chosen": math.nan}), "from nats per token"
 
 
-def test_without_lengths_or_lambda_no_advice_is_given():
+def test_without_lengths_no_advice_is_given_and_without_lambda_what_to_try_after_dpo():
     last = {n: v for n, v in metrics().items() if n not in ("perplexity/chosen", "displacement/chosen_per_token")}
     assert "it is unknown whether this fall is large" in said(last)
     last = {n: v for n, v in metrics().items() if n != "shift/lambda"}
-    assert "Lambda was not logged" in said(last)
+    assert "Which lambda the model was trained with is unknown. If it was trained with DPO, train" in said(last)
+    unmoved = {n: v for n, v in metrics(chosen=0.5).items() if n != "shift/lambda"}
+    assert said(unmoved).endswith("The chosen answers kept their probability, so there is no need for DPO-Shift.")
 
 
 def test_it_is_one_paragraph_that_reads_the_same_twice():

@@ -123,7 +123,7 @@ def check_model(recipe: Recipe, base: str, tokenizer: PreTrainedTokenizerBase) -
     if model is None:
         _refuse(mistakes)
         return None
-    positions = _positions(model)
+    positions = table_positions(model)
     adapter = get_peft_config(recipe.model)
     if adapter is not None and not is_adapter:
         mistakes += _adapter_mistakes(model, adapter)
@@ -421,7 +421,7 @@ def _training_mistakes(
         yield f"lr_scheduler_type` cannot be {scheduler!r} here: {_sentence(error)} Check `lr_scheduler_kwargs`."
 
 
-def _positions(model: PreTrainedModel) -> int | None:
+def table_positions(model: PreTrainedModel) -> int | None:
     """Number of positions, if they are looked up in a table; rotary and relative ones have no end."""
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     tables = [

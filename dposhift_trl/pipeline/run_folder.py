@@ -54,7 +54,7 @@ PLACES = ("data.path", "model.model_name_or_path", "data.mixture.path")
 SAVED_NAMES = {ROW_INDEX: SAVED_ROW_INDEX, FILE_ROW: ROW}
 # What a run shows of itself, and where; neither rows nor weights depend on it
 SHOWN = re.compile(
-    r"report|logging_format|sample_prompts|wandb\..*|"
+    r"report|logging_format|sample_prompts|wandb\..*|dpo\.print_verdict|"
     r"(sft|dpo)\.(report_to|disable_tqdm|logging_steps|log_level|log_level_replica)"
 )
 

@@ -31,7 +31,9 @@ class RunSFTTrainer(_OfRun, ChosenSFTTrainer):
 
 
 class RunDPOShiftTrainer(_OfRun, DPOShiftTrainer):
-    """Stage 2 of a run."""
+    """Stage 2 of a run, which prints the verdict once the model is saved."""
+
+    prints_verdict = False
 
 
 def _hub_dataset(recipe: Recipe) -> str | None:

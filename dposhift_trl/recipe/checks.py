@@ -1,7 +1,7 @@
 """What is wrong with a recipe before its sections are built, and with sections that do not go together."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 from ..choices import choice_mistake, did_you_mean
@@ -59,17 +59,7 @@ def check_keys_and_types(values: dict[str, Any], path: str) -> None:
     Raises:
         RecipeError: With one line per mistake.
     """
-    mistakes = []
-    top_level = keys_by_name(TOP_LEVEL)
-    for key, value in values.items():
-        if key in top_level:
-            mistakes += _value_mistakes({key: value}, top_level, path)
-        elif key not in SECTIONS:
-            mistakes.append(f"{path}: unknown key `{key}`.{did_you_mean(key, [*top_level, *SECTIONS])}")
-        elif value is not None and not isinstance(value, dict):
-            mistakes.append(f"{path}: section `{key}` must be a mapping, got {value!r}.")
-        elif value is not None:
-            mistakes += _section_mistakes(key, value, keys_by_name(key), path)
+    mistakes = key_mistakes(values, keys_by_name(TOP_LEVEL), SECTIONS, path)
     for name in ("output_dir", "model", "data"):
         if not values.get(name):
             mistakes.append(f"{path}: `{name}` is missing. Every recipe needs `output_dir`, `model` and `data`.")
@@ -79,6 +69,35 @@ def check_keys_and_types(values: dict[str, Any], path: str) -> None:
         )
     if mistakes:
         raise RecipeError(*mistakes)
+
+
+def key_mistakes(
+    values: dict[str, Any], top_level: dict[str, RecipeKey], sections: Collection[str], path: str
+) -> list[str]:
+    """
+    Mistakes in the keys of a recipe and in their values, one line each. Single values for lists become lists.
+
+    Args:
+        values (`dict[str, Any]`):
+            The recipe.
+        top_level (`dict[str, RecipeKey]`):
+            Its keys that are in no section, by name.
+        sections (`Collection[str]`):
+            Names of its sections.
+        path (`str`):
+            What the messages call it.
+    """
+    mistakes = []
+    for key, value in values.items():
+        if key in top_level:
+            mistakes += _value_mistakes({key: value}, top_level, path)
+        elif key not in sections:
+            mistakes.append(f"{path}: unknown key `{key}`.{did_you_mean(key, [*top_level, *sections])}")
+        elif value is not None and not isinstance(value, dict):
+            mistakes.append(f"{path}: section `{key}` must be a mapping, got {value!r}.")
+        elif value is not None:
+            mistakes += _section_mistakes(key, value, keys_by_name(key), path)
+    return mistakes
 
 
 def _section_mistakes(section: str, values: dict[str, Any], keys: dict[str, RecipeKey], path: str) -> list[str]:

@@ -130,7 +130,7 @@ def recipe_keys(section: str | None = None) -> list[RecipeKey]:
     if section is None:
         return [key for name in (TOP_LEVEL, *SECTIONS) for key in recipe_keys(name)]
     cls = {TOP_LEVEL: TopLevel, MIXTURE: DataSource, **SECTIONS}[section]
-    return sorted(_keys(section, cls).values(), key=lambda key: not key.is_ours)
+    return sorted(keys_of(section, cls).values(), key=lambda key: not key.is_ours)
 
 
 def keys_by_name(section: str) -> dict[str, RecipeKey]:
@@ -139,7 +139,8 @@ def keys_by_name(section: str) -> dict[str, RecipeKey]:
 
 
 @functools.cache
-def _keys(section: str, cls: type) -> dict[str, RecipeKey]:
+def keys_of(section: str, cls: type) -> dict[str, RecipeKey]:
+    """The keys that a dataclass gives a section, by name."""
     hints, documented = typing.get_type_hints(cls), _documented(cls)
     without_eval = STAGE_DEFAULTS if section in STAGES else {}
     with_eval = {**without_eval}

@@ -26,6 +26,29 @@ from .sections import (
 from .yaml import apply_override, check_size, read_yaml
 
 
+def read_values(path: str | None, overrides: Sequence[str] = (), name: str | None = None) -> dict[str, Any]:
+    """
+    Read a recipe as plain values, and apply `key=value` overrides. Its keys are not checked.
+
+    Args:
+        path (`str`, *optional*):
+            YAML 1.2 file. Without it, there is nothing but the overrides.
+        overrides (`Sequence[str]`, *optional*):
+            Dotted keys with a value in YAML.
+        name (`str`, *optional*):
+            What messages call the recipe. Defaults to `path`.
+
+    Raises:
+        RecipeError: If the file or an override cannot be read, or its values could not be saved and read back.
+    """
+    name, values = name or str(path), {} if path is None else read_yaml(path)
+    for override in overrides:
+        apply_override(values, override, name)
+    check_size(values, name)
+    check_writable(values, name)
+    return values
+
+
 def load_recipe(path: str, overrides: Sequence[str] = ()) -> Recipe:
     """
     Read a recipe, apply `key=value` overrides and check all of it, before any model or dataset is loaded.
@@ -43,16 +66,12 @@ def load_recipe(path: str, overrides: Sequence[str] = ()) -> Recipe:
         RecipeError: With one line per mistake that names the file, section and key and, for an unknown key, the
             closest valid one.
     """
-    values = read_yaml(path)
-    for override in overrides:
-        apply_override(values, override, path)
-    check_size(values, path)
-    check_writable(values, path)
+    values = read_values(path, overrides)
     check_keys_and_types(values, path)
     resolved = _with_defaults(values, path)
-    data: DataConfig = _build(DataConfig, resolved["data"], "data", path)
-    model = _build(RecipeModelConfig, resolved["model"], "model", path)
-    wandb = _build(WandbConfig, resolved["wandb"], "wandb", path)
+    data: DataConfig = build_section(DataConfig, resolved["data"], "data", path)
+    model = build_section(RecipeModelConfig, resolved["model"], "model", path)
+    wandb = build_section(WandbConfig, resolved["wandb"], "wandb", path)
     stages = {}
     mistakes = []
     for name, stage in STAGES.items():
@@ -66,7 +85,7 @@ def load_recipe(path: str, overrides: Sequence[str] = ()) -> Recipe:
         }
         try:
             hub = hub_defaults(decided["run_name"], resolved[name])
-            stages[name] = _build(stage, {**resolved[name], **decided, **hub}, name, path)
+            stages[name] = build_section(stage, {**resolved[name], **decided, **hub}, name, path)
         except RecipeError as error:
             mistakes.append(str(error))
     if mistakes:
@@ -134,7 +153,13 @@ def _with_defaults(values: dict[str, Any], path: str) -> dict[str, Any]:
     return resolved
 
 
-def _build(cls: type, values: dict[str, Any], section: str, path: str) -> Any:
+def build_section(cls: type, values: dict[str, Any], section: str, path: str) -> Any:
+    """
+    The dataclass of a section.
+
+    Raises:
+        RecipeError: If its own checks refuse a value.
+    """
     try:
         # `TrainingArguments` prints advice
         with contextlib.redirect_stdout(io.StringIO()):

@@ -73,6 +73,8 @@ class ReferenceScorer:
             Settings that determine the scores.
         show_progress (`bool`, *optional*, defaults to `True`):
             Whether to show a progress bar.
+        title (`str`, *optional*, defaults to `"Reference log-probabilities"`):
+            What the progress bar is called.
     """
 
     def __init__(
@@ -82,12 +84,14 @@ class ReferenceScorer:
         accelerator: Accelerator,
         settings: ScoringSettings,
         show_progress: bool = True,
+        title: str = "Reference log-probabilities",
     ):
         self.score_batch = score_batch
         self.collator = collator
         self.accelerator = accelerator
         self.settings = settings
         self.show_progress = show_progress
+        self.title = title
         self.fingerprint: str | None = None  # of the reference that scored last
 
     def score(self, model: Any, adapter: str | None, dataset: Dataset, name: str, batch_size: int) -> Dataset:
@@ -127,7 +131,7 @@ class ReferenceScorer:
 
         if obstacle := self._cache_obstacle(model):
             if self.accelerator.is_main_process:
-                logger.warning("The reference's log-probabilities are not cached, since %s.", printable(obstacle))
+                logger.warning("Log-probabilities are not cached, since %s.", printable(obstacle))
             values = validated(score(whole), whole)
         else:
             values = cached_reference_logps(
@@ -191,7 +195,7 @@ class ReferenceScorer:
         place = f"{name}, rows {rows.start} to {rows.stop} of {len(dataset)}"
         progress = tqdm(
             prepare_data_loader(loader, self.accelerator.device, put_on_device=True),
-            desc=f"Reference log-probabilities ({printable(place)})",
+            desc=f"{self.title} ({printable(place)})",
             disable=len(rows) <= SPOT_ROWS or not (self.show_progress and self.accelerator.is_main_process),
         )
         gather = self.accelerator.gather_for_metrics

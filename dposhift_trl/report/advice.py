@@ -46,7 +46,10 @@ def what_to_try(lambdas: Sequence[float], plan: LambdaPlan) -> str:
     if plan.adaptive:
         return _what_to_try_adaptive(lambdas, plan)
     if not lambdas:
-        return "Lambda was not logged, so it is unknown whether there is room to lower it."
+        return (
+            "Which lambda the model was trained with is unknown. If it was trained with DPO, train it with DPO-Shift "
+            f"instead: try `shift_lambda: 0.95`, then lower, {_SAME_PAIRS}"
+        )
     low = min(lambdas)
     if len(lambdas) > 1:
         change = f"Lambda went from {' to '.join(f'{value:.3g}' for value in lambdas)}"

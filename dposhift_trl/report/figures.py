@@ -145,7 +145,7 @@ def curves(
 
 
 def histogram(name: str, title: str, xlabel: str, color: str, before: np.ndarray, after: np.ndarray) -> Drawing | None:
-    """Histograms of log-probability with the SFT model and with the final model, as in the paper."""
+    """Histograms of log-probability with the reference and with the final model, as in the paper."""
     before, after = before[np.isfinite(before)], after[np.isfinite(after)]
     if not len(before) or not len(after):
         return None
@@ -153,22 +153,20 @@ def histogram(name: str, title: str, xlabel: str, color: str, before: np.ndarray
         figure, axes = new_axes(title, xlabel, "Pairs")
         both = np.concatenate([before, after])
         bins = np.histogram_bin_edges(both, bins=40 if _spreads(both) else 1).tolist()
-        axes.hist(
-            before, bins, color=COLORS["muted"][0], alpha=0.4, label=f"SFT model (reference), mean {before.mean():.1f}"
-        )
+        axes.hist(before, bins, color=COLORS["muted"][0], alpha=0.4, label=f"Reference, mean {before.mean():.1f}")
         axes.hist(
             after,
             bins,
             color=COLORS[color][0],
             histtype="step",
             linewidth=2,
-            label=f"Final model, mean {after.mean():.1f}",
+            label=f"Policy, mean {after.mean():.1f}",
         )
         axes.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
         add_legend(figure)
         alt = (
-            f"Histogram of {len(after)} pairs. Mean {before.mean():.2f} with the SFT model, {after.mean():.2f} with "
-            "the final model."
+            f"Histogram of {len(after)} pairs. Mean {before.mean():.2f} with the reference, {after.mean():.2f} with "
+            "the policy."
         )
         return draw(name, title, alt, figure)
 
@@ -204,7 +202,7 @@ def density(name: str, title: str, xlabel: str, margins: np.ndarray) -> Drawing 
         mean, positive = margins.mean(), (margins > 0).mean()
         axes.axvline(mean, color=COLORS["accent"][0], linewidth=1.2)
         for x, text, color, at_left in (
-            (0, "SFT: all at 0", "ink", mean >= 0),
+            (0, "reference: all at 0", "ink", mean >= 0),
             (mean, f"mean {mean:.2f}; {positive:.0%} above 0", "accent", mean < 0),
         ):
             axes.annotate(

@@ -23,11 +23,12 @@ LONGEST_OPENING = 90  # characters of a prompt in the heading of a question
 def describe_run(run: Run) -> tuple[dict[str, Any], list[Drawing]]:
     """Values of the template and figures of the page about one run."""
     pairs, drawn_pairs = show_pairs(run)
-    drawings = [drawing for drawing in [*_draw_curves(run), *drawn_pairs] if drawing]
+    curves_of_run = [] if run.diagnosis else _draw_curves(run)  # it has one evaluation and no training
+    drawings = [drawing for drawing in [*curves_of_run, *drawn_pairs] if drawing]
     values = {
         "title": run.name,
         **pairs,
-        "facts": _facts(run),
+        "facts": _facts(run) if run.diagnosis is None else [("The diagnosis", _facts_of_diagnosis(run.diagnosis))],
         "summary": _summary(run),
         "audit": _audit(run),
         "answers": _answers(run),
@@ -224,6 +225,22 @@ def _audit(run: Run) -> list[dict[str, Any]]:
     return found
 
 
+def _facts_of_diagnosis(diagnosis: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What was scored, and how."""
+    settings = diagnosis.get("settings")
+    beta = settings.get("beta") if isinstance(settings, dict) else None
+    facts = {
+        "Policy": diagnosis.get("policy"),
+        "Reference": diagnosis.get("reference"),
+        "Pairs": diagnosis.get("pairs"),
+        "Beta of the rewards": beta,
+        "Device": diagnosis.get("device"),
+        "Time, seconds": diagnosis.get("seconds"),
+        "Versions": f"dposhift_trl {diagnosis.get('version')}",
+    }
+    return [(name, str(value)) for name, value in facts.items() if value is not None]
+
+
 def _facts(run: Run) -> list[tuple[str, list[tuple[str, str]]]]:
     """Versions, hardware, time and speed of each stage, as far as they were recorded."""
     found = []
@@ -247,7 +264,7 @@ def _facts(run: Run) -> list[tuple[str, list[tuple[str, str]]]]:
         versions = finished.get("versions")
         if isinstance(versions, dict):
             facts.append(("Versions", ", ".join(f"{package} {version}" for package, version in versions.items())))
-        found.append((name, facts))
+        found.append((f"{name.upper()} stage", facts))
     return found
 
 

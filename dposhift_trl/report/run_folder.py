@@ -7,6 +7,7 @@ from typing import Any
 
 from ..artifacts import (
     AUDIT,
+    DIAGNOSIS,
     EVAL_ROWS,
     GENERATIONS,
     PAIRS,
@@ -52,6 +53,8 @@ class Run:
             Statistics of the generated answers.
         settings (`dict[str, Any]`, *optional*):
             The resolved recipe.
+        diagnosis (`dict[str, Any]`, *optional*):
+            What was scored, if this is no run but a diagnosis.
     """
 
     folder: Path
@@ -64,6 +67,7 @@ class Run:
     plan: LambdaPlan
     answers: Answers | None
     settings: dict[str, Any] | None = None
+    diagnosis: dict[str, Any] | None = None
 
     @property
     def dpo(self) -> Stage:
@@ -173,7 +177,10 @@ def read_run(folder: Path, beta: float | None = None) -> Run:
         answers = read_file(folder / GENERATIONS / STATISTICS, read_answers, None, notes, "the table of answers")
         answers = None if answers is None else of_these_weights(answers, folder, notes)
     recipe = None if settings is None else read_text(folder / RECIPE)
-    return Run(folder, folder.resolve().name, stages, recipe, audit, rows, notes, plan, answers, settings)
+    diagnosis = None
+    if (folder / DIAGNOSIS).exists():
+        diagnosis = read_file(folder / DIAGNOSIS, read_mapping, None, notes, "what was diagnosed")
+    return Run(folder, folder.resolve().name, stages, recipe, audit, rows, notes, plan, answers, settings, diagnosis)
 
 
 def _read_plan(recipe: dict[str, Any], stage: Stage, notes: list[str]) -> LambdaPlan:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..artifacts import FINISHED, PAIRS, STATE, read_mapping
+from ..artifacts import DIAGNOSIS, FINISHED, PAIRS, STATE, read_mapping
 from .files import number, read_columns, read_file
 from .pair_scores import metrics_of_pairs
 from .stock import find_beta, is_stock, mean_of_last_logs, settings_of, with_log_ratios
@@ -151,10 +151,11 @@ def _read_pairs_alone(stage: Stage, run: Path, beta: float | None, notes: list[s
     betas = settings_of(run).betas
     if beta is None:
         beta = next(iter(betas)) if len(betas) == 1 else None
-    notes.append(
-        f"{stage.folder.name}: no {STATE} can be read, so all numbers are computed from the scores of pairs"
-        + ("." if beta else ", with margins at beta 1: pass `--beta` for those of the run.")
-    )
+    if not (run / DIAGNOSIS).exists():
+        notes.append(
+            f"{stage.folder.name}: no {STATE} can be read, so all numbers are computed from the scores of pairs"
+            + ("." if beta else ", with margins at beta 1: pass `--beta` for those of the run.")
+        )
     for step, path in sorted(stage.pairs.items()):
         columns = read_file(path, read_columns, {}, notes, f"the evaluation of step {step}")
         if metrics := metrics_of_pairs(columns, beta or 1.0):

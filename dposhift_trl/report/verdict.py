@@ -266,14 +266,16 @@ def _meaning_and_advice(findings: Findings, lambdas: Sequence[float], plan: Lamb
             "It is unusual for rejected answers to rise: training normally lowers them. Read the pairs in which they "
             "rose before changing a setting."
         )
+    # Lambda is unknown where a model was trained elsewhere, most likely by DPO
+    no_reason = "no reason to change lambda" if lambdas or plan.adaptive else "no need for DPO-Shift"
     if chosen != "fell":
-        return "The chosen answers kept their probability, so there is no reason to change lambda."
+        return f"The chosen answers kept their probability, so there is {no_reason}."
     if findings.fall == "unknown":
         return "The lengths of the answers were not logged, so it is unknown whether this fall is large."
     if findings.fall == "slight":
         return (
-            "This is a slight fall, with perplexity up by less than 10%, and no reason to change lambda. Some fall is "
-            "normal: DPO-Shift reduces it but does not prevent it."
+            f"This is a slight fall, with perplexity up by less than 10%, and {no_reason}. Some fall is normal: "
+            "DPO-Shift reduces it but does not prevent it."
         )
     if findings.fall == "large":
         meaning = (

@@ -23,6 +23,7 @@ READ_LATER = {
     "precompute_ref_batch_size",
     "ref_model_mixup_alpha",
     "ref_model_sync_steps",
+    "print_verdict",
     "save_pair_scores",
 }
 # All others that are not transformers' own are read once, when the trainer is created

@@ -9,6 +9,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from trl import DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
@@ -21,6 +22,8 @@ from ..scoring import shared_prompt_scores
 
 
 logger = logging.getLogger(__name__)
+
+AnswerTokens = tuple[int, str, list[int], list[float]]  # row, answer, tokens, and their log-probabilities
 
 PAIRS_AT_EACH_END = 10
 UNFINISHED = "\ufffd"  # what a tokenizer decodes the first bytes of a character to
@@ -56,44 +59,62 @@ def save_token_scores(
         table (`Path`):
             Scores of the pairs, saved by the evaluation.
     """
-    path = table.parent / TOKENS / table.name
-    path.unlink(missing_ok=True)  # of an earlier evaluation at this step
+    path, is_main = table.parent / TOKENS / table.name, trainer.is_world_process_zero()
+    if is_main:
+        path.unlink(missing_ok=True)  # of an earlier evaluation at this step
     collator = getattr(trainer.data_collator, "collator", trainer.data_collator)
-    saved = isinstance(rows, Dataset) and {PROMPT_IDS, ROW_INDEX} <= set(rows.column_names) and table.exists()
-    if not saved or not isinstance(collator, DataCollatorForPreference) or trainer.ld_alpha is not None:
+    usable = isinstance(rows, Dataset) and {PROMPT_IDS, ROW_INDEX} <= set(rows.column_names)
+    if not usable or not isinstance(collator, DataCollatorForPreference) or trainer.ld_alpha is not None:
         return
-    wanted = changed_most(table)
+    (wanted,) = broadcast_object_list([changed_most(table) if is_main and table.exists() else []])
     try:
-        if wanted and (found := _token_table(trainer, reference, _selected(rows, wanted))) is not None:
+        # On every process, since all of them load the reference together
+        found = _tokens_of(trainer, reference, selected(rows, wanted)) if wanted else None
+        if found is not None and is_main:
             write_whole(path, found)
     except (OSError, RuntimeError, ValueError) as error:  # such as no memory for both models
         reason = printable(" ".join(str(error).split()))[:300]
         logger.warning("The log-probabilities of tokens are not saved: %s", reason)
 
 
-def changed_most(table: Path) -> list[int]:
+def changed_most(table: Path | pa.Table) -> list[int]:
     """Numbers of the rows whose chosen log-ratio fell most, then of those whose chosen log-ratio rose most."""
-    columns = pq.read_table(table, columns=[SAVED_ROW_INDEX, "chosen_logratios"]).to_pydict()
+    table = table if isinstance(table, pa.Table) else pq.read_table(table)
+    columns = table.select([SAVED_ROW_INDEX, "chosen_logratios"]).to_pydict()
     pairs = sorted(zip(columns["chosen_logratios"], columns[SAVED_ROW_INDEX], strict=True))
     fell = [int(row) for change, row in pairs[:PAIRS_AT_EACH_END] if change < -UNCHANGED]
     rose = [int(row) for change, row in reversed(pairs[-PAIRS_AT_EACH_END:]) if change > UNCHANGED]
     return [*fell, *rose]
 
 
-def _selected(rows: Dataset, wanted: Sequence[int]) -> Dataset:
+def selected(rows: Dataset, wanted: Sequence[int]) -> Dataset:
+    """The rows with some numbers, in their order."""
     places = {number: place for place, number in enumerate(rows[ROW_INDEX])}
     return rows.select([places[number] for number in wanted if number in places])
 
 
-def _token_table(trainer: DPOTrainer, reference: Callable[[], Any], rows: Dataset) -> pa.Table | None:
+def _tokens_of(trainer: DPOTrainer, reference: Callable[[], Any], rows: Dataset) -> pa.Table | None:
     """The tokens of all answers in order, or `None` if there is no reference."""
     policy = trainer.accelerator.unwrap_model(trainer.model)
-    logps = _score(trainer, policy, rows)
+    settings = trainer.data_collator, trainer.args.per_device_eval_batch_size, trainer.accelerator
+    logps = score_tokens(policy, rows, *settings)
     with reference() as model:
         if model is None:
             return None
-        ref_logps = _score(trainer, model, rows)
-    tokenizer = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
+        ref_logps = score_tokens(model, rows, *settings)
+    return token_table(getattr(trainer.processing_class, "tokenizer", trainer.processing_class), logps, ref_logps)
+
+
+def token_table(tokenizer: Any, logps: Sequence[AnswerTokens], ref_logps: Sequence[AnswerTokens]) -> pa.Table:
+    """
+    The tokens of all answers in order, with their log-probabilities.
+
+    Args:
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            The tokenizer.
+        logps, ref_logps (`Sequence[AnswerTokens]`):
+            Output of [`score_tokens`] for the policy and for the reference.
+    """
     lines = []
     for (number, answer, ids, values), (*_, ref_values) in zip(logps, ref_logps, strict=True):
         texts, start = list(token_texts(tokenizer, ids)), 0
@@ -107,15 +128,31 @@ def _token_table(trainer: DPOTrainer, reference: Callable[[], Any], rows: Datase
     return pa.table([list(column) for column in columns], schema=TOKEN_TABLE)
 
 
-def _score(trainer: DPOTrainer, model: Any, rows: Dataset) -> list[tuple[int, str, list[int], list[float]]]:
-    """Row, answer, tokens, and their log-probabilities."""
-    found: list[tuple[int, str, list[int], list[float]]] = []
-    training, size = model.training, trainer.args.per_device_eval_batch_size
+def score_tokens(
+    model: Any, rows: Dataset, collator: Callable[..., Any], batch_size: int, accelerator: Any
+) -> list[AnswerTokens]:
+    """
+    The tokens of each answer and their log-probabilities.
+
+    Args:
+        model (`torch.nn.Module`):
+            The model, which scores by TRL's fused head.
+        rows (`Dataset`):
+            Tokenized and numbered pairs.
+        collator (`Callable`):
+            Collates them into a batch.
+        batch_size (`int`):
+            Number of pairs per batch.
+        accelerator ([`~accelerate.Accelerator`]):
+            Its device and precision.
+    """
+    found: list[AnswerTokens] = []
+    training = model.training
     model.eval()
-    for start in range(0, len(rows), size):
-        examples = [rows[place] for place in range(start, min(start + size, len(rows)))]
-        batch = trainer.data_collator(examples)
-        log_probs = token_logps(model, batch, trainer.accelerator)
+    for start in range(0, len(rows), batch_size):
+        examples = [rows[place] for place in range(start, min(start + batch_size, len(rows)))]
+        batch = collator(examples)
+        log_probs = token_logps(model, batch, accelerator)
         numbers = [example[ROW_INDEX] for example in examples]
         answers = [(number, answer) for answer in ("chosen", "rejected") for number in numbers]
         mask, ids = batch["completion_mask"][:, 1:].bool(), batch["input_ids"][:, 1:]

@@ -78,6 +78,7 @@ from .seam import Shift, ShiftedModel, seam_fault
 from .settings import LambdaInForce, check_unchanged, name_best_metric, settings_read, warn_of_slow_precision
 from .sharing import draws_masks, prepare_shared_prompt
 from .token_scores import save_token_scores
+from .verdicts import Verdicts
 
 
 logger = get_logger(__name__)
@@ -86,7 +87,7 @@ logger = get_logger(__name__)
 TRL_WINDOW = "trl>=1.16,<1.17"
 
 
-class DPOShiftTrainer(ExactResume, DPOTrainer):
+class DPOShiftTrainer(ExactResume, Verdicts, DPOTrainer):
     r"""
     Trainer for [DPO-Shift](https://huggingface.co/papers/2502.07599), a drop-in replacement for [`~trl.DPOTrainer`].
 
@@ -263,6 +264,13 @@ class DPOShiftTrainer(ExactResume, DPOTrainer):
     def shift_lambda(self) -> float:
         """Lambda in force; its one writer is the [`LambdaScheduleCallback`]."""
         return self.lambda_callback.shift_lambda
+
+    @property
+    def lambda_in_force(self) -> LambdaInForce | None:
+        """What sets lambda; after training, what has set it."""
+        if not self._shifts:
+            return None
+        return self._trained_lambda or LambdaInForce.of(self._args_in_force, self.lambda_callback)
 
     def add_callback(self, callback: Any) -> None:
         """A [`LambdaScheduleCallback`] replaces the one made from the config, since lambda has one writer."""
@@ -478,7 +486,7 @@ class DPOShiftTrainer(ExactResume, DPOTrainer):
         with self._evaluating(rows), self._references.at_hand(needed=passed):
             metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         finished = not self.is_in_train or self.state.global_step >= self.state.max_steps
-        if finished and self.args.save_pair_scores and not self.is_sharded and self.is_world_process_zero():
+        if finished and self.args.save_pair_scores and not self.is_sharded:
             table = table_path(self.args.output_dir, metric_key_prefix, self.state.global_step)
             save_token_scores(self, self._references.model, rows, table)
         return metrics
@@ -549,8 +557,8 @@ class DPOShiftTrainer(ExactResume, DPOTrainer):
     ) -> None:
         """Adds the settings in force, the verdict and the last metrics to TRL's card."""
         super().create_model_card(model_name, dataset_name, tags)
-        if self._shifts and self.is_world_process_zero():
-            in_force = self._trained_lambda or LambdaInForce.of(self._args_in_force, self.lambda_callback)
+        in_force = self.lambda_in_force
+        if in_force is not None and self.is_world_process_zero():
             best = self.state.best_model_checkpoint if self.args.load_best_model_at_end else None
             log_history = log_until(self.state.log_history, best)
             append_shift_section(Path(self.args.output_dir), self._args_in_force, in_force, log_history)
