@@ -200,6 +200,7 @@ def test_a_run_has_its_verdict_figures_pairs_audit_recipe_and_versions(one):
         "The log-probability of the chosen answers fell by",
         "48 of 50 rows kept.",
         "empty 2 drop 4, 9",
+        "empty: an answer is empty or only whitespace",
         "seed: 1",
         "trl 1.16.0",
         "cpu, 1 process(es)",

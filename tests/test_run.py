@@ -76,7 +76,7 @@ def test_both_stages_run_and_leave_a_model_that_generates(recipe, tmp_path):
     environment = {name: value for name, value in ENVIRONMENT.items() if name != "WANDB_MODE"}
     done = succeed(recipe, "dpo.report_to=wandb", "report=true", env=environment)
     run = tmp_path / "run"
-    assert "no W&B login, logging offline" in done.stdout
+    assert f"W&B project dposhift_trl (offline, no login), {run}/wandb; upload with" in done.stdout
     assert "train: 19 of 19 rows kept" in done.stdout
     for stage in ("sft", "dpo"):
         assert (run / stage / "model.safetensors").is_file()
@@ -705,6 +705,7 @@ def test_two_processes_see_the_same_lambda_and_the_same_metrics_as_one(recipe, t
         env=ENVIRONMENT, capture_output=True, text=True, timeout=180,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
+    assert done.stdout.count(", 2 processes, float32\n") == done.stdout.count("step 4/4 ") == 1
     succeed(recipe, f"output_dir={tmp_path / 'one'}", *common)
     two, one = history(tmp_path / "run" / "dpo"), history(tmp_path / "one" / "dpo")
     assert [entry.get("shift/lambda") for entry in two] == [entry.get("shift/lambda") for entry in one]

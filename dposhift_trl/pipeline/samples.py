@@ -128,8 +128,7 @@ def why_no_samples(trainer: RunDPOShiftTrainer, count: int) -> str | None:
     args = trainer.args
     reasons = {
         "as set": count == 0,
-        "no evaluation rows": trainer.eval_dataset is None,
-        "no evaluations": args.eval_strategy == "no" and not args.eval_on_start,
+        "nothing is evaluated": args.eval_strategy == "no" and not args.eval_on_start,
         "the model is sharded": trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled,
         "the model reads images": trainer._is_vision_dataset,
     }

@@ -9,6 +9,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from trl import DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
@@ -58,15 +59,18 @@ def save_token_scores(
         table (`Path`):
             Scores of the pairs, saved by the evaluation.
     """
-    path = table.parent / TOKENS / table.name
-    path.unlink(missing_ok=True)  # of an earlier evaluation at this step
+    path, is_main = table.parent / TOKENS / table.name, trainer.is_world_process_zero()
+    if is_main:
+        path.unlink(missing_ok=True)  # of an earlier evaluation at this step
     collator = getattr(trainer.data_collator, "collator", trainer.data_collator)
-    saved = isinstance(rows, Dataset) and {PROMPT_IDS, ROW_INDEX} <= set(rows.column_names) and table.exists()
-    if not saved or not isinstance(collator, DataCollatorForPreference) or trainer.ld_alpha is not None:
+    usable = isinstance(rows, Dataset) and {PROMPT_IDS, ROW_INDEX} <= set(rows.column_names)
+    if not usable or not isinstance(collator, DataCollatorForPreference) or trainer.ld_alpha is not None:
         return
-    wanted = changed_most(table)
+    (wanted,) = broadcast_object_list([changed_most(table) if is_main and table.exists() else []])
     try:
-        if wanted and (found := _tokens_of(trainer, reference, selected(rows, wanted))) is not None:
+        # On every process, since all of them load the reference together
+        found = _tokens_of(trainer, reference, selected(rows, wanted)) if wanted else None
+        if found is not None and is_main:
             write_whole(path, found)
     except (OSError, RuntimeError, ValueError) as error:  # such as no memory for both models
         reason = printable(" ".join(str(error).split()))[:300]
