@@ -62,7 +62,9 @@ def test_each_evaluation_writes_the_answers_and_the_first_one_those_of_the_refer
     lines = written(tmp_path / "run")
     assert [line["step"] for line in lines] == [0, 0, 2, 2, 4, 4, 6, 6]
     assert all(list(line) == list(samples.COLUMNS) for line in lines)
-    for row in (0, 1):
+    rows = {line["row"] for line in lines}
+    assert len(rows) == 2
+    for row in rows:
         of_row = [line for line in lines if line["row"] == row]
         assert len({(line["prompt"], line["chosen"], line["reference"]) for line in of_row}) == 1
         assert of_row[0]["policy"] == of_row[0]["reference"]
