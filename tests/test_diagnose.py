@@ -37,10 +37,11 @@ def tune(model):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
     for _ in range(20):
         loss = torch.zeros(())
-        for row in rows:
-            for sign, name in ((1, "chosen"), (-0.6, "rejected")):
-                ids = torch.tensor([tokenizer(row["prompt"] + row[name])["input_ids"]])
-                loss = loss + sign * model(input_ids=ids, labels=ids).loss / len(rows)
+        for sign, name in ((1, "chosen"), (-0.6, "rejected")):
+            texts = [row["prompt"] + row[name] for row in rows]
+            batch = tokenizer(texts, padding=True, return_tensors="pt", return_token_type_ids=False)
+            labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+            loss = loss + sign * model(**batch, labels=labels).loss
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -71,6 +72,12 @@ def work(there, tmp_path, monkeypatch) -> Path:
         (tmp_path / path.name).symlink_to(path)
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.fixture
+def no_page(monkeypatch):
+    """Drawing a page takes seconds."""
+    monkeypatch.setattr("dposhift_trl.report.page.write_report", lambda folders, destination: destination)
 
 
 BOTH = ("--policy", "policy", "--reference", "reference", "--data", "prefs.jsonl")
@@ -155,7 +162,7 @@ def test_scores_are_computed_once_and_shared_with_training(work, settings, monke
 # Pairs
 
 
-def test_rows_are_audited_and_keep_their_numbers(work, here):
+def test_rows_are_audited_and_keep_their_numbers(work, here, no_page):
     rows = make_rows(24).to_list()
     rows[2]["chosen"] = rows[2]["rejected"]
     rows[5]["chosen"] = None
@@ -170,8 +177,7 @@ def test_rows_are_audited_and_keep_their_numbers(work, here):
     assert found["missing"]["examples"][0]["row"] == 5
 
 
-def test_evaluation_rows_are_scored_if_a_recipe_names_some(work, there):
-    shutil.copytree(there / "reference", work / "one")
+def test_evaluation_rows_are_scored_if_a_recipe_names_some(work, no_page):
     folder = work / "splits"
     folder.mkdir()
     make_rows(6).to_json(folder / "train.jsonl")
@@ -216,7 +222,7 @@ def test_the_verdict_names_no_lambda_and_the_report_is_written(work, here):
         assert training not in body, training
 
 
-def test_a_recipe_says_the_same_as_the_options(work, here):
+def test_a_recipe_says_the_same_as_the_options(work, here, no_page):
     text = "policy: policy\nreference: reference\ndata: {path: prefs.jsonl}\noutput_dir: from_recipe\nbeta: 0.2\n"
     (work / "x.yaml").write_text(text)
     here("x.yaml")
@@ -229,7 +235,7 @@ def test_a_recipe_says_the_same_as_the_options(work, here):
     assert (found.policy, found.beta, found.limit, found.data.path) == ("policy", 0.4, 4, "y")
 
 
-def test_an_earlier_diagnosis_is_kept(work, here):
+def test_an_earlier_diagnosis_is_kept(work, here, no_page):
     here(*BOTH)
     here(*BOTH)
     here(*BOTH, "--beta", "0.2")

@@ -689,7 +689,7 @@ def test_ctrl_c_saves_the_current_run_and_the_same_command_finishes_it(recipe, t
         env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
     folder, log = tmp_path / "sweep" / "fixed-1.0" / "dpo", tmp_path / "sweep" / "fixed-1.0.log"
-    while not (log.is_file() and "'loss'" in log.read_text()):
+    while not (log.is_file() and re.search(r"^step +\d+/150 ", log.read_text(), re.MULTILINE)):
         assert process.poll() is None, process.communicate()
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does

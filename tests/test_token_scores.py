@@ -95,7 +95,7 @@ def test_a_run_does_not_end_by_a_reference_that_does_not_come_back(tiny_model, s
 
 
 def test_the_pairs_at_each_end_are_those_that_changed(tmp_path):
-    changes = [0.0, -3.0, 2.0, -1e-5, *[-2.0 - index / 100 for index in range(12)], 1.0]
+    changes = [0.0, -3.0, 2.0, -1e-5, *[-2.0 - index / 100 for index in range(12)], 1.0, 1e-5]
     path = tmp_path / "pairs.parquet"
     pq.write_table(pa.table({"row_index": range(100, 100 + len(changes)), "chosen_logratios": changes}), path)
     found = changed_most(path)

@@ -35,7 +35,7 @@ from ..pipeline.run_folder import save_evaluated_rows
 from ..recipe import dump_yaml
 from ..reference.fingerprint import reference_key
 from ..training.metrics import PairScores
-from ..training.recorder import table_path
+from ..training.recorder import row_ids, table_path
 from .models import ModelSource
 from .settings import DiagnoseError, DiagnoseSettings
 
@@ -132,7 +132,8 @@ def save(
     try:
         with whole_files(folder) as unfinished:
             table = table_path(str(unfinished), "eval", 0)
-            write_whole(table, scores.as_table().drop_columns(["shift_lambda"]))  # which is unknown
+            known = scores.as_table(row_ids(audited.train)).drop_columns(["shift_lambda"])  # there is no lambda
+            write_whole(table, known)
             if tokens is not None:
                 write_whole(table.parent / TOKENS / table.name, tokens)
             (folder / PAIRS / TOKENS / table.name).unlink(missing_ok=True)  # of an earlier diagnosis

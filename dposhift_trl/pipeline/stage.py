@@ -68,7 +68,7 @@ def run_stage(
             Checkpoint to resume from, from [`~pipeline.resume.resume_point`].
 
     Returns:
-        [`~report.verdict.Verdict`] or `None`: The verdict on the stage `dpo`, if it was evaluated.
+        [`~report.verdict.Verdict`] or `None`: The verdict on the stage `dpo`, if it was evaluated, to be printed.
 
     Raises:
         RunError: If the trainer cannot be created, or the checkpoint cannot be loaded.
@@ -142,7 +142,7 @@ def _save(trainer: RunSFTTrainer | RunDPOShiftTrainer, recipe: Recipe, name: str
         ) from error
     if not args.push_to_hub:
         trainer.create_model_card()
-    if isinstance(args, DPOShiftConfig):
+    if isinstance(args, DPOShiftConfig) and args.print_verdict:
         best = trainer.state.best_model_checkpoint if args.load_best_model_at_end else None
         return verdict_of(log_until(trainer.state.log_history, best), args.lambda_plan)
     return None

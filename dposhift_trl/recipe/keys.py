@@ -141,7 +141,7 @@ def keys_by_name(section: str) -> dict[str, RecipeKey]:
 @functools.cache
 def keys_of(section: str, cls: type) -> dict[str, RecipeKey]:
     """The keys that a dataclass gives a section, by name."""
-    hints, documented = typing.get_type_hints(cls), _documented(cls)
+    hints, documented, own = typing.get_type_hints(cls), _documented(cls), _own_fields(cls)
     without_eval = STAGE_DEFAULTS if section in STAGES else {}
     with_eval = {**without_eval}
     if section in STAGES:
@@ -160,15 +160,17 @@ def keys_of(section: str, cls: type) -> dict[str, RecipeKey]:
             default=with_eval.get(field.name, default),
             default_without_eval=without_eval.get(field.name, default),
             help=help_text,
-            is_ours=_owner(cls, field.name).__module__.startswith(f"{__package__.split('.')[0]}."),
+            is_ours=field.name in own,
             words=tuple(map(str, choices(field, hints[field.name]))),
         )
-    return keys
+    return {name: keys[name] for name in dict.fromkeys([*own, *keys]) if name in keys}
 
 
-def _owner(cls: type, name: str) -> type:
-    """The class that defines the field as it is."""
-    return next(base for base in cls.__mro__ if name in inspect.get_annotations(base))
+def _own_fields(cls: type) -> list[str]:
+    """Fields that a class of this package defines, or defines anew, in their order there."""
+    package = __name__.split(".")[0]
+    ours = [base for base in reversed(cls.__mro__) if base.__module__.split(".")[0] == package]
+    return list(dict.fromkeys(name for base in ours for name in inspect.get_annotations(base)))
 
 
 def _documented(cls: type) -> dict[str, str]:

@@ -121,7 +121,7 @@ class WandbConfig:
         entity (`str`, *optional*):
             W&B user or team, by default `WANDB_ENTITY`.
         mode (`str`, *optional*):
-            Whether the runs are uploaded: `online`, `offline` or `disabled`. By default `WANDB_MODE`, else online if
+            Whether the runs are uploaded: `online`, `offline` or `disabled`, by default `WANDB_MODE`, else online if
             logged in to W&B, else offline.
         tags (`list[str]`, *optional*):
             Tags for the runs of both stages, by default `WANDB_TAGS`.

@@ -22,7 +22,7 @@ for (const button of document.querySelectorAll("#runs th button")) {
 // Dots of the scatter say which pair they are: at the pointer, at a touch, and by the arrow keys
 const signed = value => (value < 0 ? "−" : "+") + Math.abs(value).toFixed(2);
 for (const figure of document.querySelectorAll("figure[data-dots]")) {
-  const { box: [left, top, right, bottom], x, y, rows, chosen, rejected, prompts } = JSON.parse(figure.dataset.dots);
+  const { box: [left, top, right, bottom], x, y, rows, names, chosen, rejected, prompts } = JSON.parse(figure.dataset.dots);
   if (!rows) continue;
   const svg = figure.querySelector("svg"), view = svg.viewBox.baseVal;
   const across = value => left + (right - left) * (value - x[0]) / (x[1] - x[0]);
@@ -49,7 +49,7 @@ for (const figure of document.querySelectorAll("figure[data-dots]")) {
     if (index === current) return;
     current = index;
     const prompt = prompts[index] && ` “${prompts[index]}”`;
-    const text = `${rows[index]}: chosen ${signed(chosen[index])}, rejected ${signed(rejected[index])} nats.${prompt}`;
+    const text = `${names[index]}: chosen ${signed(chosen[index])}, rejected ${signed(rejected[index])} nats.${prompt}`;
     readout.textContent = text;
     readout.classList.remove("sub");
     picker.setAttribute("aria-valuenow", index + 1);

@@ -117,7 +117,8 @@ def _names_of_dots(run: Run, scores: Mapping[str, np.ndarray]) -> dict[str, list
     rows = [int(row) for row in scores[SAVED_ROW_INDEX][shown]]
     prompts = [run.rows.get(row, {}) for row in rows]
     return {
-        "rows": [row_name(*named) for named in zip(rows, prompts, strict=True)],
+        "rows": rows,
+        "names": [row_name(*named) for named in zip(rows, prompts, strict=True)],
         "chosen": [round(float(value), 3) for value in chosen[shown]],
         "rejected": [round(float(value), 3) for value in rejected[shown]],
         "prompts": [opening(row["prompt"], OPENING) if "prompt" in row else "" for row in prompts],

@@ -19,7 +19,7 @@ MEANS = (*LOGRATIOS, *LOGRATIOS.values(), "rewards/margins", "rewards/accuracies
 
 # Names of beta and of the loss: of LLaMA-Factory, axolotl (also `trl.beta`), and TRL
 BETAS = ("pref_beta", "rl_beta", "dpo_beta", "beta")
-LOSSES = ("pref_loss", "loss_type", "rl")
+LOSSES = ("pref_loss", "loss_type", "dpo_loss_type", "rl")
 SIGMOID = ("sigmoid", "dpo")
 WITHOUT_REFERENCE = ("simpo", "orpo", "cpo")  # their rewards are log-probabilities
 SECTIONS = ("trl", "dpo", "method")  # in which the settings may be, besides the file itself
