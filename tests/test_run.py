@@ -93,7 +93,7 @@ def test_both_stages_run_and_leave_a_model_that_generates(recipe, tmp_path):
     assert len(list((run / "report" / "figures").glob("*.png"))) >= 8
     rows = pq.read_table(run / "eval_rows.parquet")
     scores = pq.read_table(run / "dpo" / "pairs" / "eval-000006.parquet")
-    assert rows["row_index"].to_pylist() == scores["row_index"].to_pylist()
+    assert sorted(rows["row_index"].to_pylist()) == scores["row_index"].to_pylist()
     assert rows.column_names[:3] == ["prompt", "chosen", "rejected"]
     assert list((run / "wandb").glob("offline-run-*/*.wandb"))
     assert YAML(typ="safe").load(run / "recipe.yaml")["dpo"]["lambda_schedule"] == "linear_decrease"
