@@ -9,6 +9,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from trl import DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
@@ -56,15 +57,19 @@ def save_token_scores(
         table (`Path`):
             Scores of the pairs, saved by the evaluation.
     """
-    path = table.parent / TOKENS / table.name
-    path.unlink(missing_ok=True)  # of an earlier evaluation at this step
+    path, main = table.parent / TOKENS / table.name, trainer.is_world_process_zero()
+    if main:
+        path.unlink(missing_ok=True)  # of an earlier evaluation at this step
     collator = getattr(trainer.data_collator, "collator", trainer.data_collator)
-    saved = isinstance(rows, Dataset) and {PROMPT_IDS, ROW_INDEX} <= set(rows.column_names) and table.exists()
-    if not saved or not isinstance(collator, DataCollatorForPreference) or trainer.ld_alpha is not None:
+    tokenized = isinstance(rows, Dataset) and {PROMPT_IDS, ROW_INDEX} <= set(rows.column_names)
+    if not tokenized or not isinstance(collator, DataCollatorForPreference) or trainer.ld_alpha is not None:
         return
-    wanted = changed_most(table)
-    try:
-        if wanted and (found := _token_table(trainer, reference, _selected(rows, wanted))) is not None:
+    wanted = broadcast_object_list([changed_most(table) if main and table.exists() else []])[0]
+    if not wanted:
+        return
+    try:  # on every process, since they may load the reference together
+        found = _token_table(trainer, reference, _selected(rows, wanted))
+        if main and found is not None:
             write_whole(path, found)
     except (OSError, RuntimeError, ValueError) as error:  # such as no memory for both models
         reason = printable(" ".join(str(error).split()))[:300]

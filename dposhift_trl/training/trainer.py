@@ -473,7 +473,7 @@ class DPOShiftTrainer(ExactResume, DPOTrainer):
         with self._evaluating(rows), self._references.at_hand(needed=passed):
             metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         finished = not self.is_in_train or self.state.global_step >= self.state.max_steps
-        if finished and self.args.save_pair_scores and not self.is_sharded and self.is_world_process_zero():
+        if finished and self.args.save_pair_scores and not self.is_sharded:
             table = table_path(self.args.output_dir, metric_key_prefix, self.state.global_step)
             save_token_scores(self, self._references.model, rows, table)
         return metrics
