@@ -189,6 +189,7 @@ def test_a_step_of_two_processes_on_a_budget_is_the_mean_over_its_pairs_too(tiny
     for left, right in zip(two, one, strict=True):
         for name in ("loss", "grad_norm", "rewards/margins", "logps/chosen"):
             assert left[name] == pytest.approx(right[name], rel=1e-4, abs=1e-6), name
+    assert [path.name for path in (tmp_path / "two" / "pairs" / "tokens").iterdir()] == ["eval-000003.parquet"]
     left, right = (load_file(tmp_path / run / "model.safetensors") for run in ("two", "one"))
     assert all(torch.allclose(left[name], right[name], rtol=1e-4, atol=1e-6) for name in right)
 
