@@ -270,7 +270,7 @@ def test_sigterm_to_the_launcher_alone_saves_the_run_that_it_has_launched(recipe
     log = tmp_path / "log"
     with log.open("wb") as stream:
         launcher = subprocess.Popen(launch, env=ENVIRONMENT, stdout=stream, stderr=subprocess.STDOUT)
-    wait_for(lambda: "'loss'" in log.read_text(), launcher)
+    wait_for(lambda: "\nstep " in log.read_text(), launcher)
     launcher.terminate()
     assert launcher.wait() == -signal.SIGTERM
     wait_for(lambda: "dpo: stopped by SIGTERM, saved at step" in log.read_text())
@@ -284,10 +284,10 @@ def test_a_closed_terminal_does_not_stop_a_run_under_nohup_and_ctrl_c_saves(reci
             ["nohup", *RUN, str(recipe), *ENDLESS], env=ENVIRONMENT, stdout=stream, stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
         )  # fmt: skip
-    wait_for(lambda: "'loss'" in log.read_text(), process)
+    wait_for(lambda: "\nstep " in log.read_text(), process)
     process.send_signal(signal.SIGHUP)
-    steps = log.read_text().count("'loss'")
-    wait_for(lambda: log.read_text().count("'loss'") > steps + 2, process)
+    steps = log.read_text().count("\nstep ")
+    wait_for(lambda: log.read_text().count("\nstep ") > steps + 2, process)
     process.send_signal(signal.SIGINT)
     assert process.wait(300) == 130
     assert re.search(r"dpo: stopped by SIGINT, saved at step \d+. Run the same", log.read_text().splitlines()[-1])
