@@ -23,6 +23,7 @@ from transformers import (
     ProcessorMixin,
     TrainerCallback,
 )
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import DPOConfig, DPOTrainer
@@ -75,6 +76,7 @@ from .recorder import PairRecorder, table_path
 from .references import References, lack_scores
 from .seam import Shift, ShiftedModel, seam_fault
 from .settings import LambdaInForce, check_unchanged, name_best_metric, settings_read
+from .sharded import check_parallelism, keep_scores_unrounded
 from .sharing import draws_masks, prepare_shared_prompt
 
 
@@ -211,17 +213,33 @@ class DPOShiftTrainer(ExactResume, DPOTrainer):
             "NEFTune scales its noise by the length of a row": self.args.neftune_noise_alpha,
             "the dataset holds images": self._is_vision_dataset,
             "its load-balancing loss counts every token of every row": self.aux_loss_enabled,
-            "sharded models have not been verified": self.is_sharded,
             "`torch_compile` would compile it anew for every batch": self._compiles,
             "the data collator is not TRL's, and may pad or cut rows in another way": not trl_collates,
         }
         obstacle = next((reason for reason, holds in obstacles.items() if holds), None)
-        return prepare_shared_prompt(self.args.shared_prompt, models, obstacle, self.accelerator.autocast)
+        # ZeRO-3 gathers weights only once the trainer has wrapped the policy
+        self._sharing_is_checked = not is_deepspeed_zero3_enabled()
+        return prepare_shared_prompt(
+            self.args.shared_prompt, models, obstacle, self.accelerator.autocast, verify=self._sharing_is_checked
+        )
 
-    @property
-    def is_sharded(self) -> bool:
-        """Whether FSDP or DeepSpeed divides the model among processes."""
-        return self.is_fsdp_enabled or self.is_deepspeed_enabled
+    def _check_sharing(self) -> None:
+        """Checks on the first batch what could not be checked before."""
+        self._sharing_is_checked = True
+        if self.shares_prompts:
+            models = [self.accelerator.unwrap_model(self.model_wrapped)]
+            self.shares_prompts = prepare_shared_prompt(
+                self.args.shared_prompt, models, None, self.accelerator.autocast
+            )
+            self.data_collator.shares_prompts = self.shares_prompts
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Called between policy and reference, which TRL would load with `device_map="auto"` under FSDP."""
+        super().create_accelerator_and_postprocess()
+        check_parallelism(self.accelerator)
+        keep_scores_unrounded(self.accelerator)
+        if self.is_fsdp_enabled:
+            self.args.model_init_kwargs = {**(self.args.model_init_kwargs or {}), "device_map": None}
 
     @property
     def _compiles(self) -> bool:
@@ -288,6 +306,9 @@ class DPOShiftTrainer(ExactResume, DPOTrainer):
         check_unchanged(self.args, self._args_in_force)
         inputs, training = dict(inputs), self.model.training
         row_index, layout = inputs.pop(ROW_INDEX, None), inputs.pop(SHARED_PROMPT, None)
+        if not self._sharing_is_checked:
+            self._check_sharing()
+        layout = layout if self.shares_prompts else None
         if layout is None and self.shares_prompts:  # of an iterable dataset
             layout = PairLayout.from_batch({name: inputs[name].cpu() for name in BATCH_KEYS})
             layout = layout.to(self.accelerator.device)
