@@ -15,11 +15,7 @@ logger = get_logger(__name__)
 
 
 def prepare_shared_prompt(
-    wanted: bool | str,
-    models: list[Any],
-    obstacle: str | None,
-    autocast: Callable[[], AbstractContextManager[Any]],
-    verify: bool = True,
+    wanted: bool | str, models: list[Any], obstacle: str | None, autocast: Callable[[], AbstractContextManager[Any]]
 ) -> bool:
     """
     Prepare models to read shared tokens once, if that is exact, and log what was decided.
@@ -33,8 +29,6 @@ def prepare_shared_prompt(
             Why the run rules it out, whatever the models, as a phrase.
         autocast (`Callable`):
             Makes the context in which training runs the models, [`~accelerate.Accelerator.autocast`].
-        verify (`bool`, *optional*, defaults to `True`):
-            Whether to score two small pairs now. Otherwise this is left to a second call.
 
     Returns:
         `bool`: Whether shared tokens are read once.
@@ -50,12 +44,9 @@ def prepare_shared_prompt(
         try:
             for model in models:
                 enable_shared_prompt(model)
-            ways = dict.fromkeys(verify_shared_prompt(model, autocast) for model in models if verify)
+            ways = dict.fromkeys(verify_shared_prompt(model, autocast) for model in models)
         except ValueError as error:
             obstacle = str(error)
-    if obstacle is None and not verify:
-        logger.info("shared_prompt is on, to be checked on the first batch")
-        return True
     if obstacle is None:
         logger.info(
             "shared_prompt is on: scores agree with those of padded rows to rounding, not bit for bit; attention: "

@@ -23,7 +23,6 @@ from transformers import (
     ProcessorMixin,
     TrainerCallback,
 )
-from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import DPOConfig, DPOTrainer
@@ -76,7 +75,7 @@ from .recorder import PairRecorder, table_path
 from .references import References, lack_scores
 from .seam import Shift, ShiftedModel, seam_fault
 from .settings import LambdaInForce, check_unchanged, name_best_metric, settings_read
-from .sharded import check_parallelism, keep_scores_unrounded
+from .sharded import Sharded, runnable
 from .sharing import draws_masks, prepare_shared_prompt
 
 
@@ -84,7 +83,7 @@ from .sharing import draws_masks, prepare_shared_prompt
 TRL_WINDOW = "trl>=1.16,<1.17"
 
 
-class DPOShiftTrainer(ExactResume, DPOTrainer):
+class DPOShiftTrainer(ExactResume, Sharded, DPOTrainer):
     r"""
     Trainer for [DPO-Shift](https://huggingface.co/papers/2502.07599), a drop-in replacement for [`~trl.DPOTrainer`].
 
@@ -200,10 +199,11 @@ class DPOShiftTrainer(ExactResume, DPOTrainer):
         self._eval_prefix, self._evaluated_rows = "eval", self.eval_dataset
         self._pairs_per_batch: float | None = None
 
-        self.shares_prompts = self._prepare_shared_prompt()
-        self.data_collator = PairCollator(self.data_collator, self.shares_prompts)
-        self._token_sampler = make_token_sampler(self.train_dataset, args, self.accelerator, self.shares_prompts)
-        self._references.prepare(ref_model, quantization_config)
+        with runnable(self.model, self.accelerator, shards=self.is_deepspeed_enabled) as policy:
+            self.shares_prompts = self._prepare_shared_prompt()
+            self.data_collator = PairCollator(self.data_collator, self.shares_prompts)
+            self._token_sampler = make_token_sampler(self.train_dataset, args, self.accelerator, self.shares_prompts)
+            self._references.prepare(policy, ref_model, quantization_config)
 
     def _prepare_shared_prompt(self) -> bool:
         models = [self.accelerator.unwrap_model(model) for model in (self.model, self.ref_model) if model is not None]
@@ -217,29 +217,7 @@ class DPOShiftTrainer(ExactResume, DPOTrainer):
             "the data collator is not TRL's, and may pad or cut rows in another way": not trl_collates,
         }
         obstacle = next((reason for reason, holds in obstacles.items() if holds), None)
-        # ZeRO-3 gathers weights only once the trainer has wrapped the policy
-        self._sharing_is_checked = not is_deepspeed_zero3_enabled()
-        return prepare_shared_prompt(
-            self.args.shared_prompt, models, obstacle, self.accelerator.autocast, verify=self._sharing_is_checked
-        )
-
-    def _check_sharing(self) -> None:
-        """Checks on the first batch what could not be checked before."""
-        self._sharing_is_checked = True
-        if self.shares_prompts:
-            models = [self.accelerator.unwrap_model(self.model_wrapped)]
-            self.shares_prompts = prepare_shared_prompt(
-                self.args.shared_prompt, models, None, self.accelerator.autocast
-            )
-            self.data_collator.shares_prompts = self.shares_prompts
-
-    def create_accelerator_and_postprocess(self) -> None:
-        """Called between policy and reference, which TRL would load with `device_map="auto"` under FSDP."""
-        super().create_accelerator_and_postprocess()
-        check_parallelism(self.accelerator)
-        keep_scores_unrounded(self.accelerator)
-        if self.is_fsdp_enabled:
-            self.args.model_init_kwargs = {**(self.args.model_init_kwargs or {}), "device_map": None}
+        return prepare_shared_prompt(self.args.shared_prompt, models, obstacle, self.accelerator.autocast)
 
     @property
     def _compiles(self) -> bool:
@@ -306,9 +284,6 @@ class DPOShiftTrainer(ExactResume, DPOTrainer):
         check_unchanged(self.args, self._args_in_force)
         inputs, training = dict(inputs), self.model.training
         row_index, layout = inputs.pop(ROW_INDEX, None), inputs.pop(SHARED_PROMPT, None)
-        if not self._sharing_is_checked:
-            self._check_sharing()
-        layout = layout if self.shares_prompts else None
         if layout is None and self.shares_prompts:  # of an iterable dataset
             layout = PairLayout.from_batch({name: inputs[name].cpu() for name in BATCH_KEYS})
             layout = layout.to(self.accelerator.device)
