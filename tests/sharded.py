@@ -7,9 +7,9 @@ Run by torchrun: FSDP2 and DeepSpeed ZeRO on CPU processes over gloo.
 Accelerate shards over accelerators only. Here it takes the processes for such, with the CPU as their device; wrapping,
 collectives, and checkpoints are the real ones.
 
-MODE is a key of `MODES`, or `launched` if `accelerate launch --config_file` has set the environment. JOBS.json is a list
-of trainings with the fields of [`Job`]. They run one after another, since starting the processes takes longer than a
-training, and each leaves `result_<rank>.json` in its folder. With `-m` a module runs instead.
+MODE is a key of `MODES`, or `launched` if `accelerate launch --config_file` has set the environment. JOBS.json is a
+list of trainings with the fields of [`Job`]. They run one after another, since starting the processes takes longer
+than a training, and each leaves `result_<rank>.json` in its folder. With `-m` a module runs instead.
 """
 
 import dataclasses

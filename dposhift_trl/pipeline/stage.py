@@ -78,7 +78,7 @@ def run_stage(
     say(f"{name}: " + (f"resuming from {checkpoint}" if checkpoint else f"starting from {start}"))
     if checkpoint is None and PartialState().is_main_process and (place := set_earlier_aside(folder)):
         say(f"{name}: the log and the scores of an earlier training are now in {place}")
-    began = time.monotonic()
+    began, launched_as = time.monotonic(), PartialState().distributed_type
     trainer = _make_trainer(name, recipe, start, tokenizer, rows)
     trainer.add_callback(signals)
     if isinstance(trainer, RunDPOShiftTrainer):
@@ -101,6 +101,7 @@ def run_stage(
     # otherwise hold for the next one. The processes stay connected
     AcceleratorState._reset_state()
     GradientState._reset_state()
+    PartialState().distributed_type = launched_as  # which FSDP has renamed
 
 
 def _train(trainer: RunSFTTrainer | RunDPOShiftTrainer, checkpoint: Path | None, signals: SaveOnSignal) -> None:
