@@ -159,6 +159,7 @@ def train(job: Job) -> dict[str, Any]:
         "distributed_type": trainer.accelerator.distributed_type.value,
         "shares_prompts": getattr(trainer, "shares_prompts", None),
         "precomputed": getattr(trainer, "precompute_ref_logps", None),
+        "reference": getattr(getattr(getattr(trainer, "_references", None), "scorer", None), "fingerprint", None),
         "logs": trainer.state.log_history,
         "metrics": metrics,
     }

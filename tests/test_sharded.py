@@ -80,6 +80,14 @@ def test_a_resumed_training_equals_an_uninterrupted_one(mode, trained):
     assert differences(trained(mode)["shared, gpt2, resumed"], trained(mode)["shared, gpt2"])[1] == 0.0
 
 
+@EACH_MODE
+def test_the_scores_of_a_reference_are_found_in_the_cache_whatever_divides_it(mode, trained):
+    for name in ("rows, opt", "shared, gpt2", "shared, adapter trained further"):
+        fingerprint = result_of(trained("ddp")[name])["reference"]
+        assert fingerprint is not None or name.startswith("rows")
+        assert result_of(trained(mode)[name])["reference"] == fingerprint
+
+
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory):
     """A recipe of two stages of a few steps on a tiny model."""
@@ -93,7 +101,7 @@ def recipe(tmp_path_factory):
     }  # fmt: skip
     text = {
         "model": {"model_name_or_path": str(folder / "models" / "llama")},
-        "data": {"path": str(folder), "split": "train", "eval_split": "test"},
+        "data": {"path": str(folder), "eval_split": "test"},
         "sft": stage,
         "dpo": {**stage, "shift_lambda": 0.75},
         "report": False,

@@ -79,6 +79,8 @@ def run_stage(
     if checkpoint is None and PartialState().is_main_process and (place := set_earlier_aside(folder)):
         say(f"{name}: the log and the scores of an earlier training are now in {place}")
     began, launched_as = time.monotonic(), PartialState().distributed_type
+    if (deepspeed := recipe.stages[name].deepspeed_plugin) is not None:
+        deepspeed.set_deepspeed_weakref()  # which loading a model reads; the settings of the last stage were set last
     trainer = _make_trainer(name, recipe, start, tokenizer, rows)
     trainer.add_callback(signals)
     if isinstance(trainer, RunDPOShiftTrainer):
