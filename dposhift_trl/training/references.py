@@ -1,6 +1,7 @@
 """Where a trainer's reference log-probabilities come from: scored before training, or batch by batch."""
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -173,6 +174,8 @@ class References:
                 self._prepare_loaded,
                 quantization_config,
             )
+        elif trainer.is_deepspeed_enabled:  # whose engine would not find its way between two models later
+            load = functools.partial(divided, trainer.accelerator.unwrap_model(reference), trainer.accelerator)
         self.stored = StoredReference(reference, trainer.accelerator.device, load)
         if trainer.is_deepspeed_enabled:
             reference.destroy()
