@@ -105,6 +105,7 @@ def trainings(folder: Path, models: Path) -> dict[str, dict[str, Any]]:
         )
         add(f"{reading}, accumulation", "opt", {**own, "gradient_accumulation_steps": 2, "max_steps": 2})
         add(f"{reading}, checkpointing", settings={**own, "gradient_checkpointing": True})
+        add(f"{reading}, LoRA with checkpointing", settings={**own, "gradient_checkpointing": True}, lora=LORA)
         add(f"{reading}, adaptive lambda", settings={**own, "lambda_schedule": "adaptive", "lambda_target": 0.0})
         add(f"{reading}, stream", settings=own, stream=True)
         add(f"{reading}, two epochs", settings={**own, "max_steps": -1, "num_train_epochs": 2}, rows=30)

@@ -33,6 +33,7 @@ FEW = [
     "shared, rows that are passed later",
     "shared, reference given",
     "shared, adapter trained further",
+    "shared, LoRA with checkpointing",
     "shared, batches by tokens",
 ]
 MODES = {"fsdp2": "FSDPLlamaForCausalLM", "zero3": "DeepSpeedEngine"}

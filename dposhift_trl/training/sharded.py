@@ -21,6 +21,9 @@ class Sharded(Trainer):
         super().create_accelerator_and_postprocess()
         check_parallelism(self.accelerator)
         keep_scores_unrounded(self.accelerator)
+        # TRL makes checkpointing reentrant for adapters under ZeRO-3, by a name that transformers 5.24 no longer reads
+        if self.args.gradient_checkpointing_kwargs and not getattr(self.args, "activation_checkpointing_kwargs", True):
+            self.args.activation_checkpointing_kwargs = self.args.gradient_checkpointing_kwargs
         if self.is_fsdp_enabled:
             self.args.model_init_kwargs = {**(self.args.model_init_kwargs or {}), "device_map": None}
 
