@@ -442,3 +442,14 @@ def test_a_user_without_a_home_is_told_what_to_set(recipe, monkeypatch, capsys):
     assert line.startswith("The cache of reference scores, ~/.cache/huggingface/dposhift_trl/reference, needs a home")
     with pytest.raises(preflight.RunError, match=r"`dpo\.precompute_ref_log_probs` needs a folder: The cache"):
         preflight.check_settings(load_recipe(str(recipe)))
+
+
+@pytest.mark.parametrize("how", [[], ["--dry-run"]], ids=["run", "dry run"])
+def test_a_launcher_with_another_precision_than_the_recipe_is_refused(how, recipe, monkeypatch, capsys):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    assert main([str(recipe), "dpo.bf16=true", *how]) == 2
+    error = capsys.readouterr().err
+    assert "`sft.bf16` and `fp16` must agree with the launcher's `mixed_precision`, which is bf16, got no." in error
+    assert "`dpo.bf16`" not in error
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    assert main([str(recipe), "--dry-run"]) == 0

@@ -6,6 +6,7 @@ model without weights, on the `meta` device.
 """
 
 import dataclasses
+import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -217,6 +218,12 @@ def _setting_mistakes(args: SFTConfig | DPOShiftConfig) -> Iterator[str]:
     if args.torch_compile_backend is not None and args.torch_compile_backend not in torch.compiler.list_backends(()):
         known = ", ".join(torch.compiler.list_backends(()))
         yield f"torch_compile_backend` must be one of {known}, got {args.torch_compile_backend!r}."
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION") or "no"
+    if launched not in ("no", own := "fp16" if args.fp16 else "bf16" if args.bf16 else "no"):
+        yield (
+            f"bf16` and `fp16` must agree with the launcher's `mixed_precision`, which is {launched}, got {own}. "
+            f"Write `{launched}: true`, or pass `--mixed_precision no` to `accelerate launch`."
+        )
     if args.fp16 and args.device.type == "cpu":
         yield "fp16` requires a GPU, got True. Set `bf16: true` to train in half precision on a CPU."
     if args.activation_offloading and args.device.type == "cpu":

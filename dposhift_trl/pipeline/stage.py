@@ -13,6 +13,7 @@ from accelerate.utils import is_peft_model
 from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled  # httpx's or httpx2's, which it is built on
 from peft import AutoPeftModelForCausalLM
 from transformers import PreTrainedTokenizerBase, TrainerState
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from trl import get_peft_config, get_quantization_config
 
 from .. import __version__
@@ -80,7 +81,9 @@ def run_stage(
     say(f"{name}: " + (f"resuming from {checkpoint}" if checkpoint else f"starting from {start}"))
     if checkpoint is None and PartialState().is_main_process and (place := set_earlier_aside(folder)):
         say(f"{name}: the log and the scores of an earlier training are now in {place}")
-    began = time.monotonic()
+    began, launched_as = time.monotonic(), PartialState().distributed_type
+    if (deepspeed := recipe.stages[name].deepspeed_plugin) is not None:
+        deepspeed.set_deepspeed_weakref()  # which loading a model reads; the settings of the last stage were set last
     with PackageLogs() as logs:
         trainer = _make_trainer(name, recipe, start, tokenizer, rows)
         trainer.add_callback(signals)
@@ -90,7 +93,7 @@ def run_stage(
             verdict = _save(trainer, recipe, name)
     if PartialState().is_main_process:
         if recipe.model.merge_adapter and is_peft_model(trainer.model):
-            _merge_adapter(trainer, folder)
+            _merge_adapter(recipe, trainer.processing_class, folder)
         write_whole(folder / FINISHED, json.dumps(_summary(trainer, time.monotonic() - began), indent=2))
     PartialState().wait_for_everyone()
     trainer.accelerator.free_memory()
@@ -98,6 +101,7 @@ def run_stage(
     # otherwise hold for the next one. The processes stay connected
     AcceleratorState._reset_state()
     GradientState._reset_state()
+    PartialState().distributed_type = launched_as  # which FSDP has renamed
     return verdict
 
 
@@ -152,11 +156,7 @@ def _make_trainer(
     name: str, recipe: Recipe, start: str, tokenizer: PreTrainedTokenizerBase, rows: AuditedRows
 ) -> RunSFTTrainer | RunDPOShiftTrainer:
     args, model = recipe.stages[name], recipe.model
-    init_kwargs = {
-        "revision": model.model_revision,
-        "attn_implementation": model.attn_implementation,
-        "dtype": model.dtype,
-    }
+    init_kwargs = _loading(recipe)
     quantization = get_quantization_config(model)
     options: dict[str, Any] = {
         "args": args,
@@ -192,10 +192,28 @@ def _make_trainer(
         raise RunError(f"Stage `{name}` cannot start: {' '.join(str(error).split())}") from error
 
 
-def _merge_adapter(trainer: RunSFTTrainer | RunDPOShiftTrainer, folder: Path) -> None:
-    merged = trainer.accelerator.unwrap_model(trainer.model).merge_and_unload()
-    merged.save_pretrained(folder / MERGED)
-    trainer.processing_class.save_pretrained(folder / MERGED)
+def _merge_adapter(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """
+    Save the model of a folder with its adapter merged.
+
+    The main process merges what was saved, since weights in memory may be divided among processes.
+    """
+    unset_hf_deepspeed_config()  # with ZeRO-3, which would divide the weights of any model that is loaded
+    model = AutoPeftModelForCausalLM.from_pretrained(
+        folder, trust_remote_code=recipe.model.trust_remote_code, **_loading(recipe)
+    )
+    model.merge_and_unload().save_pretrained(folder / MERGED)
+    tokenizer.save_pretrained(folder / MERGED)
+
+
+def _loading(recipe: Recipe) -> dict[str, Any]:
+    """What a base model is loaded with."""
+    model = recipe.model
+    return {
+        "revision": model.model_revision,
+        "attn_implementation": model.attn_implementation,
+        "dtype": model.dtype,
+    }
 
 
 def _summary(trainer: RunSFTTrainer | RunDPOShiftTrainer, seconds: float) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 import torch
 import xxhash
 from accelerate.utils import gather_object, is_peft_model
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.modules import module as torch_module
 
 from ..columns import TOKEN_COLUMNS
@@ -33,8 +34,8 @@ IRRELEVANT_SETTINGS = {
 }
 
 
-# Numbers that a module holds for training, or changes when it is used
-IRRELEVANT_NUMBERS = re.compile(r"^_|^p$|drop|^max_seq_len_cached$")
+# Numbers that a module holds for training, or changes when it is used; the last two are DeepSpeed's
+IRRELEVANT_NUMBERS = re.compile(r"^_|^p$|drop|^max_seq_len_cached$|^ds_|^applied_pre_backward_ref_cnt$")
 
 
 # Packages whose hooks and forwards change no score, or are described by the key
@@ -199,7 +200,7 @@ def _code(modules: dict[str, torch.nn.Module]) -> list[Any]:
     described = [
         [
             name,
-            type(module).__qualname__,
+            next(cls for cls in type(module).__mro__ if not issubclass(cls, FSDPModule)).__qualname__,
             {
                 key: x
                 for key, x in vars(module).items()

@@ -45,7 +45,7 @@ def reference_loader(
     args: DPOShiftConfig,
     dtype: torch.dtype,
     fingerprint: str,
-    prepare: Callable[[Any], None],
+    prepare: Callable[[Any], Any],
     quantization_config: Any = None,
 ) -> Callable[[], Any]:
     """
@@ -61,7 +61,7 @@ def reference_loader(
         fingerprint (`str`):
             Fingerprint of the freed reference, from [`reference_fingerprint`].
         prepare (`Callable`):
-            Called with the loaded model, to make it score as the freed one did.
+            Takes the loaded model and returns it ready to score as the freed one did.
         quantization_config (`BitsAndBytesConfig`, *optional*):
             Quantization of the freed reference.
 
@@ -91,7 +91,6 @@ def reference_loader(
                 f"{get_config_model_id(config)!r}: {problem}. Pass these rows to `DPOShiftTrainer`, or set "
                 "`precompute_ref_log_probs=False`."
             )
-        prepare(reference)
-        return reference
+        return prepare(reference)
 
     return load

@@ -138,7 +138,11 @@ class ReferenceScorer:
                 key,
                 len(dataset),
                 score,
-                description={"model": model.config._name_or_path, "adapter": adapter, "rows": name},
+                description={
+                    "model": self.accelerator.unwrap_model(model).config._name_or_path,
+                    "adapter": adapter,
+                    "rows": name,
+                },
                 confirm=lambda found: self._difference(model, found, score),
             )
         model.train(training)
@@ -158,7 +162,8 @@ class ReferenceScorer:
         score: Callable[[range], tuple[torch.Tensor, torch.Tensor]],
     ) -> str | None:
         """The largest difference of cached scores from the reference's in a few rows, or `None` if it is rounding."""
-        half = self.accelerator.mixed_precision != "no" or model.dtype in (torch.float16, torch.bfloat16)
+        half = self.accelerator.mixed_precision != "no"
+        half |= self.accelerator.unwrap_model(model).dtype in (torch.float16, torch.bfloat16)
         half |= self.accelerator.device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32
         relative, absolute = HALF_PRECISION if half else FULL_PRECISION
         worst, reason = 1.0, None
@@ -177,12 +182,12 @@ class ReferenceScorer:
         return ", ".join(
             (
                 self.accelerator.mixed_precision,
-                model.config._attn_implementation.removeprefix(PREFIX),
+                unwrapped.config._attn_implementation.removeprefix(PREFIX),
                 self.accelerator.device.type,
                 torch.get_float32_matmul_precision(),
                 torch.__version__,
                 transformers.__version__,
-                str(getattr(model.config, "_experts_implementation", None)),
+                str(getattr(unwrapped.config, "_experts_implementation", None)),
                 type(base).__module__,  # contains the revision of code from the Hub
             )
         ) + (", shared prompt" if self.settings.shares_prompts else "")

@@ -21,7 +21,7 @@ from torch.nn.attention import flex_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-from .layout import PairLayout
+from .layout import PairLayout, SealedLayout
 
 
 try:
@@ -346,19 +346,20 @@ def _register(base: str) -> str:
         key: torch.Tensor,
         value: torch.Tensor,
         attention_mask: torch.Tensor | None,
-        packed_pairs: PairLayout | None = None,
+        packed_pairs: SealedLayout | None = None,
         **kwargs: Any,
     ) -> Any:
+        layout = None if packed_pairs is None else packed_pairs.layout
         if hooks := getattr(module, "shared_prompt_hooks", None):
-            hooks.layout = packed_pairs
+            hooks.layout = layout
         modeling = modeling_file(module)
         attend = modeling.ALL_ATTENTION_FUNCTIONS.get_interface(
             base, getattr(modeling, "eager_attention_forward", None)
         )
         untouched = attention_mask is not None and attention_mask.numel() == 1 and kwargs.get("position_bias") is None
-        if packed_pairs is None and not (untouched and key.shape[2] > 1):
+        if layout is None and not (untouched and key.shape[2] > 1):
             return attend(module, query, key, value, attention_mask, **kwargs)
-        if packed_pairs is None or not untouched or hooks is None:
+        if layout is None or not untouched or hooks is None:
             raise ValueError(
                 f"`{type(module).__name__}` must get the layout and an unchanged mask for shared prompts, but the "
                 "model drops the one or changes the other. Score the rows separately."
@@ -367,7 +368,7 @@ def _register(base: str) -> str:
             query,
             key,
             value,
-            packed_pairs,
+            layout,
             functools.partial(attend, module, **kwargs),
             causal=base == "sdpa",
             window=_window(module, **kwargs),

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from trl.kernels import ChunkedLogProbFunction
 
+from .sharded import gathered
+
 
 # Logits in one tile, rows times vocabulary: enough for the matrix product, few enough for the cache
 TILE = 2**20
@@ -127,27 +129,33 @@ class _TokenScores(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, ...]:
-        hidden, weight, bias, targets, target, log_total, mean_weight = ctx.saved_tensors
-        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        grad_hidden = grad_weight = grad_bias = None
-        at_target = through_transform(grad, target, *ctx.transform)[:, None]
-        if needs_hidden:
-            grad_hidden = at_target * weight[targets].to(grad.dtype) - grad[:, None] * mean_weight
-            grad_hidden = grad_hidden.to(hidden.dtype)
-        if needs_weight or needs_bias:
-            # The bias is the weight of a constant
-            rows = hidden.to(grad.dtype)
-            grad_weight = torch.empty(weight.shape, dtype=grad.dtype, device=weight.device)
-            grad_bias = torch.empty(len(weight), 1, dtype=grad.dtype, device=weight.device) if needs_bias else None
-            for start, exps, peak in ctx.kept or _exps(hidden, weight, bias, log_total, ctx.transform):
-                end, factor = start + exps.shape[1], -grad * torch.exp(peak - log_total)
-                torch.mm(exps.t(), rows * factor[:, None], out=grad_weight[start:end])
-                if grad_bias is not None:
-                    torch.mm(exps.t(), factor[:, None], out=grad_bias[start:end])
-            grad_weight = grad_weight.index_add_(0, targets, at_target * rows).to(weight.dtype)
+        _, weight, bias, *_ = ctx.saved_tensors
+        with gathered(weight, bias):
+            return _gradients(ctx, grad)
+
+
+def _gradients(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    hidden, weight, bias, targets, target, log_total, mean_weight = ctx.saved_tensors
+    needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+    grad_hidden = grad_weight = grad_bias = None
+    at_target = through_transform(grad, target, *ctx.transform)[:, None]
+    if needs_hidden:
+        grad_hidden = at_target * weight[targets].to(grad.dtype) - grad[:, None] * mean_weight
+        grad_hidden = grad_hidden.to(hidden.dtype)
+    if needs_weight or needs_bias:
+        # The bias is the weight of a constant
+        rows = hidden.to(grad.dtype)
+        grad_weight = torch.empty(weight.shape, dtype=grad.dtype, device=weight.device)
+        grad_bias = torch.empty(len(weight), 1, dtype=grad.dtype, device=weight.device) if needs_bias else None
+        for start, exps, peak in ctx.kept or _exps(hidden, weight, bias, log_total, ctx.transform):
+            end, factor = start + exps.shape[1], -grad * torch.exp(peak - log_total)
+            torch.mm(exps.t(), rows * factor[:, None], out=grad_weight[start:end])
             if grad_bias is not None:
-                grad_bias = grad_bias.index_add_(0, targets, at_target)[:, 0].to(bias.dtype)
-        return grad_hidden, grad_weight, grad_bias, None, None, None, None
+                torch.mm(exps.t(), factor[:, None], out=grad_bias[start:end])
+        grad_weight = grad_weight.index_add_(0, targets, at_target * rows).to(weight.dtype)
+        if grad_bias is not None:
+            grad_bias = grad_bias.index_add_(0, targets, at_target)[:, 0].to(bias.dtype)
+    return grad_hidden, grad_weight, grad_bias, None, None, None, None
 
 
 def _exps(

@@ -14,7 +14,8 @@ from trl.trainer.utils import FusedCausalLMOutput
 
 from .attention import NAMES, PREFIX
 from .head import OPTIONAL_OUTPUTS, logit_transform, score_rows
-from .layout import PairLayout
+from .layout import PairLayout, SealedLayout, unsealed
+from .sharded import gathered, whole
 from .support import attentions, causal_lm_of, decoder_layers, shared_prompt_obstacle
 
 
@@ -56,7 +57,7 @@ class SharedPromptHooks:
         return {"refused": dict(self.refused), "attended": {}}
 
     def before_model(self, causal_lm: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-        if kwargs.get("packed_pairs") is None or self.outputs is None or self.bypassed:
+        if unsealed(kwargs) is None or self.outputs is None or self.bypassed:
             return None
         return args, {name: value for name, value in kwargs.items() if name not in ("fused_lm_head", "shift_labels")}
 
@@ -86,7 +87,7 @@ class SharedPromptHooks:
 
     def after_backbone(self, backbone: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
         self.layout = None
-        layout = kwargs.get("packed_pairs")
+        layout = unsealed(kwargs)
         if layout is None:
             return None
         hidden = output.last_hidden_state[0].index_select(0, layout.rows)
@@ -96,7 +97,7 @@ class SharedPromptHooks:
         return output
 
     def after_model(self, causal_lm: Any, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
-        layout = kwargs.get("packed_pairs")
+        layout = unsealed(kwargs)
         if layout is None:
             return None
         if self.hidden is None:
@@ -109,8 +110,9 @@ class SharedPromptHooks:
         if self.outputs is None:
             self.outputs = tuple(name for name in OPTIONAL_OUTPUTS if getattr(output, name) is not None)
         transform = logit_transform(causal_lm.config)
-        with torch.autocast(hidden.device.type, enabled=False):
-            scores = score_rows(hidden, head.weight, head.bias, layout.labels[0], self.outputs, *transform)
+        weight, bias = whole(head.weight), whole(head.bias)
+        with torch.autocast(hidden.device.type, enabled=False), gathered(weight, bias):
+            scores = score_rows(hidden, weight, bias, layout.labels[0], self.outputs, *transform)
         return FusedCausalLMOutput(**{name: values[None] for name, values in scores.items()})
 
 
@@ -193,7 +195,7 @@ def shared_prompt_scores(model: nn.Module, layout: PairLayout) -> FusedCausalLMO
         shift_labels=layout.labels[:, :0],  # the head's own rows, see `SharedPromptHooks`
         use_cache=False,
         fused_lm_head=True,
-        packed_pairs=layout,
+        packed_pairs=SealedLayout(layout),
     )
     if output.log_probs.shape != layout.labels.shape:
         raise RuntimeError(

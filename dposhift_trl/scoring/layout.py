@@ -245,3 +245,25 @@ class PairLayout:
             with torch.no_grad():  # always, since torch compiles a variant for each mode
                 self._masks[kind] = make(visible, None, None, length, length, device=device)
         return self._masks[kind]
+
+
+class SealedLayout:
+    """
+    A layout as an argument of a model's forward.
+
+    FSDP2 casts the arguments of each module, and copies a dataclass for that, so that each layer would make the
+    layout's masks anew.
+
+    Args:
+        layout ([`PairLayout`]):
+            The layout, which no wrapper of the model looks into.
+    """
+
+    def __init__(self, layout: PairLayout):
+        self.layout = layout
+
+
+def unsealed(kwargs: Mapping[str, Any]) -> PairLayout | None:
+    """The layout among the arguments of a forward, if there is one."""
+    sealed = kwargs.get("packed_pairs")
+    return None if sealed is None else sealed.layout

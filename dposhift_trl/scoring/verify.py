@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from ..columns import BATCH_KEYS
 from .attention import BranchAttention
@@ -57,6 +58,8 @@ def verify_shared_prompt(
 ) -> str:
     """
     Check log-probabilities and a gradient of two small pairs with shared prompts against padded rows.
+
+    Of a model that FSDP2 divides among processes already, a frozen reference, only the log-probabilities are checked.
 
     An attention kernel that raises or disagrees is disabled for this model, and the next supported one is tried.
 
@@ -127,6 +130,8 @@ class _Check:
     def _run(self, scores: Callable[[], torch.Tensor], rounding: float) -> tuple[torch.Tensor, torch.Tensor]:
         """Scores, and the gradient of a weighted sum of them with respect to the embedding of each token."""
         changes: list[torch.Tensor] = []
+        # The hooks of shared prompts come after those that would make weights whole in the backward pass
+        differentiates = not isinstance(self.model, FSDPModule)
 
         def move(module: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
             place = torch.searchsorted(self.tokens, args[0])
@@ -135,15 +140,16 @@ class _Check:
                 change[place.flatten()] = output.detach().flatten(0, 1).float()
                 draws = torch.rand(change.shape, generator=torch.Generator().manual_seed(0)) - 0.5
                 change *= rounding * _epsilon(output) * draws.to(change.device)
-                changes.append(change.requires_grad_())
+                changes.append(change.requires_grad_(differentiates))
             return output + changes[0][place].to(output.dtype)
 
         hook = causal_lm_of(self.model).get_input_embeddings().register_forward_hook(move)
         try:
-            with torch.enable_grad(), self.autocast():
+            with torch.set_grad_enabled(differentiates), self.autocast():
                 values = scores()
                 weights = torch.linspace(-1, 2, values.numel(), device=values.device).view(values.shape)
-                (gradient,) = torch.autograd.grad((values.float() * weights).sum(), changes)
+                total = (values.float() * weights).sum()
+                (gradient,) = torch.autograd.grad(total, changes) if differentiates else map(torch.zeros_like, changes)
         finally:
             hook.remove()
         return values.detach().float(), gradient
@@ -172,7 +178,8 @@ def _difference(left: tuple[torch.Tensor, ...], right: tuple[torch.Tensor, ...])
     """Largest difference of scores, and of the gradients of a token, relative to their size."""
     (scores, gradients), (expected, expected_gradients) = left, right
     sizes = expected_gradients.norm(dim=1)
-    apart = (gradients - expected_gradients).norm(dim=1) / (sizes + 1e-3 * sizes.max())
+    smallest = (1e-3 * sizes.max()).clamp(min=torch.finfo(sizes.dtype).tiny)
+    apart = (gradients - expected_gradients).norm(dim=1) / (sizes + smallest)
     return (scores - expected).abs().max().item(), apart.max().item()
 
 

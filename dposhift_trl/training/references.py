@@ -1,6 +1,7 @@
 """Where a trainer's reference log-probabilities come from: scored before training, or batch by batch."""
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,6 +18,7 @@ from ..reference.scorer import ReferenceScorer, ScoringSettings, StoredReference
 from ..scoring import PairLayout, enable_shared_prompt
 from .checks import TrainingStopped, check_rows_left
 from .collator import PairCollator
+from .sharded import divided
 
 
 def lack_scores(dataset: Any) -> bool:
@@ -29,7 +31,7 @@ class References:
     The reference of a [`DPOShiftTrainer`]: scores rows before training, frees the model, and brings it back.
 
     The one part that sets the trainer's `ref_model` and `precompute_ref_logps` and adds scores to its datasets.
-    Sharded models and data collators other than TRL's keep the way of [`~trl.DPOTrainer`].
+    Data collators other than TRL's keep the way of [`~trl.DPOTrainer`].
 
     Args:
         trainer ([`DPOShiftTrainer`]):
@@ -41,11 +43,13 @@ class References:
         self.scorer: ReferenceScorer | None = None  # made by `prepare`, if rows are scored before training
         self.stored: StoredReference | None = None
 
-    def prepare(self, given: Any, quantization_config: Any) -> None:
+    def prepare(self, policy: Any, given: Any, quantization_config: Any) -> None:
         """
         Score every row by the reference, if that pays or was asked for, and put the model away.
 
         Args:
+            policy (`torch.nn.Module`):
+                The model to train as it can be run now, which is the reference if there is no other.
             given ([`~transformers.PreTrainedModel`], *optional*):
                 The `ref_model` that was passed to the trainer.
             quantization_config (`BitsAndBytesConfig`, *optional*):
@@ -70,11 +74,13 @@ class References:
         )
         sizes = args.per_device_train_batch_size, args.per_device_eval_batch_size
         train_size, eval_size = (args.precompute_ref_batch_size or size for size in sizes)
-        trainer.train_dataset = self.score(rows[0], "train", train_size)
+        trainer.train_dataset = self.score(rows[0], "train", train_size, policy)
         if isinstance(rows[1], dict):
-            trainer.eval_dataset = {name: self.score(split, name, eval_size) for name, split in rows[1].items()}
+            trainer.eval_dataset = {
+                name: self.score(split, name, eval_size, policy) for name, split in rows[1].items()
+            }
         elif rows[1] is not None:
-            trainer.eval_dataset = self.score(rows[1], "eval", eval_size)
+            trainer.eval_dataset = self.score(rows[1], "eval", eval_size, policy)
         self._put_away(given, quantization_config)
 
     def serves(self, dataset: Any) -> bool:
@@ -83,7 +89,7 @@ class References:
             return isinstance(dataset, Dataset) and self._supported
         return isinstance(dataset, Dataset) or self.trainer.args.precompute_ref_log_probs is None
 
-    def score(self, dataset: Any, name: str, batch_size: int) -> Any:
+    def score(self, dataset: Any, name: str, batch_size: int, policy: Any = None) -> Any:
         """
         The dataset with the reference's scores in its columns; unchanged if they are computed later.
 
@@ -94,12 +100,14 @@ class References:
                 What to call the dataset in the progress bar and in the cache.
             batch_size (`int`):
                 Pairs scored at a time by each process.
+            policy (`torch.nn.Module`, *optional*):
+                The model to train as it can be run now; by default the trainer's own, once it trains.
         """
         if self.scorer is None or isinstance(dataset, IterableDataset):
             return dataset
         trainer = self.trainer
         check_rows_left(dataset, name, trainer.args.max_length)
-        model = trainer.model if trainer.ref_model is None else trainer.ref_model
+        model = (policy or trainer.model) if trainer.ref_model is None else trainer.ref_model
         adapters = getattr(trainer.accelerator.unwrap_model(model), "peft_config", {})
         adapter = "ref" if trainer.ref_model is None and "ref" in adapters else None
         return self.scorer.score(model, adapter, dataset, name, batch_size)
@@ -161,7 +169,7 @@ class References:
     def _supported(self) -> bool:
         collator = self.trainer.data_collator
         collator = collator.collator if isinstance(collator, PairCollator) else collator
-        return isinstance(collator, DataCollatorForPreference) and not self.trainer.is_sharded
+        return isinstance(collator, DataCollatorForPreference)
 
     def _put_away(self, given: Any, quantization_config: Any) -> None:
         trainer, reference, load = self.trainer, self.trainer.ref_model, None
@@ -172,17 +180,22 @@ class References:
             load = reference_loader(
                 trainer.model,
                 trainer.args,
-                reference.dtype,
+                trainer.accelerator.unwrap_model(reference).dtype,
                 str(self.scorer.fingerprint),
                 self._prepare_loaded,
                 quantization_config,
             )
+        elif trainer.is_deepspeed_enabled:  # whose engine would not find its way between two models later
+            load = functools.partial(divided, trainer.accelerator.unwrap_model(reference), trainer.accelerator)
         self.stored = StoredReference(reference, trainer.accelerator.device, load)
+        if trainer.is_deepspeed_enabled:
+            reference.destroy()
         trainer.ref_model = reference = None
         trainer.accelerator.free_memory()  # which holds the model too
         trainer.ref_model = self.stored.put_away()
 
-    def _prepare_loaded(self, reference: Any) -> None:
+    def _prepare_loaded(self, reference: Any) -> Any:
         add_fused_lm_head(reference)
         if self.trainer.shares_prompts:
             enable_shared_prompt(reference, like=self.trainer.accelerator.unwrap_model(self.trainer.model))
+        return divided(reference, self.trainer.accelerator)

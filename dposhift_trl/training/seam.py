@@ -107,16 +107,22 @@ class _Replay(ShiftedModel):
     """
 
     def __init__(self, scored: ShiftedModel):
-        references = scored.scores.ref_chosen_logps.detach(), scored.scores.ref_rejected_logps.detach()
+        scores = scored.scores
+        references = _unrounded(scores.ref_chosen_logps), _unrounded(scores.ref_rejected_logps)
         shift = Shift(0.5, scored.shift.ld_alpha, lambda: references)
         super().__init__(scored.model, dict(scored.inputs), shift)
-        log_probs = scored.outputs.log_probs.detach()
+        log_probs = _unrounded(scored.outputs.log_probs)
         factors = torch.linspace(1.05, 0.95, len(log_probs), device=log_probs.device, dtype=log_probs.dtype)
         self.log_probs = (log_probs * factors[:, None]).requires_grad_()
         self.replayed = dataclasses.replace(scored.outputs, log_probs=self.log_probs)
 
     def _outputs(self, **kwargs: Any) -> Any:
         return self.replayed
+
+
+def _unrounded(values: torch.Tensor) -> torch.Tensor:
+    """Values without gradient in float32 at least, in which the closed form can be told from its neighbors."""
+    return values.detach().to(torch.promote_types(values.dtype, torch.float32))
 
 
 def seam_fault(scored: ShiftedModel, loss_of: Callable[[ShiftedModel], torch.Tensor], beta: float) -> str | None:

@@ -22,9 +22,10 @@ from .callbacks import KeepFreedMemoryCallback, TokenCountCallback
 from .checks import check_not_empty
 from .exact_resume import ExactResume
 from .settings import name_best_metric, warn_of_slow_precision
+from .sharded import Sharded
 
 
-class ChosenSFTTrainer(ExactResume, SFTTrainer):
+class ChosenSFTTrainer(ExactResume, Sharded, SFTTrainer):
     r"""
     Trainer for stage 1, supervised fine-tuning on the chosen answers of preference data.
 

@@ -76,6 +76,7 @@ from .recorder import PairRecorder, table_path
 from .references import References, lack_scores
 from .seam import Shift, ShiftedModel, seam_fault
 from .settings import LambdaInForce, check_unchanged, name_best_metric, settings_read, warn_of_slow_precision
+from .sharded import Sharded, runnable
 from .sharing import draws_masks, prepare_shared_prompt
 from .token_scores import save_token_scores
 from .verdicts import Verdicts
@@ -87,7 +88,7 @@ logger = get_logger(__name__)
 TRL_WINDOW = "trl>=1.16,<1.17"
 
 
-class DPOShiftTrainer(ExactResume, Verdicts, DPOTrainer):
+class DPOShiftTrainer(ExactResume, Sharded, Verdicts, DPOTrainer):
     r"""
     Trainer for [DPO-Shift](https://huggingface.co/papers/2502.07599), a drop-in replacement for [`~trl.DPOTrainer`].
 
@@ -205,10 +206,11 @@ class DPOShiftTrainer(ExactResume, Verdicts, DPOTrainer):
         self._eval_prefix, self._evaluated_rows = "eval", self.eval_dataset
         self._pairs_per_batch: float | None = None
 
-        self.shares_prompts = self._prepare_shared_prompt()
-        self.data_collator = PairCollator(self.data_collator, self.shares_prompts)
-        self._token_sampler = make_token_sampler(self.train_dataset, args, self.accelerator, self.shares_prompts)
-        self._references.prepare(ref_model, quantization_config)
+        with runnable(self.model, self.accelerator, shards=self.is_deepspeed_enabled) as policy:
+            self.shares_prompts = self._prepare_shared_prompt()
+            self.data_collator = PairCollator(self.data_collator, self.shares_prompts)
+            self._token_sampler = make_token_sampler(self.train_dataset, args, self.accelerator, self.shares_prompts)
+            self._references.prepare(policy, ref_model, quantization_config)
 
     def _prepare_shared_prompt(self) -> bool:
         models = [self.accelerator.unwrap_model(model) for model in (self.model, self.ref_model) if model is not None]
@@ -218,17 +220,11 @@ class DPOShiftTrainer(ExactResume, Verdicts, DPOTrainer):
             "NEFTune scales its noise by the length of a row": self.args.neftune_noise_alpha,
             "the dataset holds images": self._is_vision_dataset,
             "its load-balancing loss counts every token of every row": self.aux_loss_enabled,
-            "sharded models have not been verified": self.is_sharded,
             "`torch_compile` would compile it anew for every batch": self._compiles,
             "the data collator is not TRL's, and may pad or cut rows in another way": not trl_collates,
         }
         obstacle = next((reason for reason, holds in obstacles.items() if holds), None)
         return prepare_shared_prompt(self.args.shared_prompt, models, obstacle, self.accelerator.autocast)
-
-    @property
-    def is_sharded(self) -> bool:
-        """Whether FSDP or DeepSpeed divides the model among processes."""
-        return self.is_fsdp_enabled or self.is_deepspeed_enabled
 
     @property
     def _compiles(self) -> bool:
