@@ -129,7 +129,7 @@ def why_no_samples(trainer: RunDPOShiftTrainer, count: int) -> str | None:
     reasons = {
         "as set": count == 0,
         "nothing is evaluated": args.eval_strategy == "no" and not args.eval_on_start,
-        "the model is sharded": trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled,
+        "the model is sharded": trainer.is_sharded,
         "the model reads images": trainer._is_vision_dataset,
     }
     return next((reason for reason, holds in reasons.items() if holds), None)

@@ -16,6 +16,11 @@ from ..scoring.support import causal_lm_of
 class Sharded(Trainer):
     """Trainer whose models FSDP2 or DeepSpeed may divide among processes."""
 
+    @property
+    def is_sharded(self) -> bool:
+        """Whether FSDP or DeepSpeed divides the model among processes."""
+        return self.is_fsdp_enabled or self.is_deepspeed_enabled
+
     def create_accelerator_and_postprocess(self) -> None:
         """Called before TRL loads the reference, which it would place with `device_map="auto"` under FSDP."""
         super().create_accelerator_and_postprocess()
