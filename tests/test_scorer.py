@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 import transformers
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 from conftest import jitter
 from datasets import Dataset
 from transformers import AutoModelForCausalLM
@@ -165,3 +165,17 @@ def test_a_model_that_is_bound_to_its_devices_is_not_moved(mark, model):
     for name, value in mark.items():
         setattr(model, name, value)
     assert move_model(model, "meta").device.type == "cpu"
+
+
+@pytest.mark.parametrize(("way", "precision", "again"), [("FSDP", "bf16", True), ("FSDP", "no", False)])
+def test_layers_cast_whole_round_otherwise_than_operations_that_autocast(way, precision, again, model, monkeypatch):
+    batches = Batches()
+    scorer = make_scorer(batches)
+    monkeypatch.setattr(Accelerator, "mixed_precision", precision)
+    scorer.score(model, None, ROWS, "train", 2)
+    all_rows = len(batches.training)
+    monkeypatch.setattr(Accelerator, "distributed_type", DistributedType[way])
+    scorer.score(model, None, ROWS, "train", 2)
+    compared_with_the_cache = 2
+    assert len(batches.training) == all_rows + (all_rows if again else compared_with_the_cache)
+    assert all_rows > compared_with_the_cache

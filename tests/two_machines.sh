@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Simulates two machines with two connected network namespaces and trains the demo on both with the launch file in
-# recipes/accelerate, without GPUs. Checks that two machines log what one process logs; that the other machine stops if
-# one fails, and the same command resumes from the last complete checkpoint and ends with the same weights; that a run
-# survives ten seconds without network; and that machines without a shared run folder are refused. Takes about eight
-# minutes on two cores.
+# recipes/accelerate, without GPUs. Checks that two machines log what one process logs, and the same with FSDP2; that
+# the other machine stops if one fails, and the same command resumes from the last complete checkpoint and ends with the
+# same weights; that a run survives ten seconds without network; and that machines without a shared run folder are
+# refused. Takes about eight minutes on two cores.
 #
 #   sudo env PATH="$PATH" tests/two_machines.sh
 set -euo pipefail
@@ -42,6 +42,8 @@ settings=(recipes/tiny_shift.yaml {sft,dpo}.{optim=sgd,report_to=none,logging_st
     sft.max_steps=6 sft.eval_steps=3 sft.save_steps=3
     dpo.learning_rate=1e-2 dpo.max_steps=24 dpo.eval_steps=12 dpo.save_steps=6)
 halves=(sft.per_device_train_batch_size=16 dpo.per_device_train_batch_size=8)
+launch=(--config_file recipes/accelerate/two_machines.yaml)
+program=(-m dposhift_trl.run)
 
 start() { # RUN [COMMAND...]: run the command on both machines, on the second through COMMAND; sets $machines
     machines=()
@@ -49,9 +51,8 @@ start() { # RUN [COMMAND...]: run the command on both machines, on the second th
         local by_way_of=(env GLOO_SOCKET_IFNAME="${cables[rank]}")
         [ "$rank" = 0 ] || by_way_of+=("${@:2}")
         ip netns exec "${spaces[rank]}" "${by_way_of[@]}" accelerate launch \
-            --config_file recipes/accelerate/two_machines.yaml --num_processes 2 \
-            --machine_rank "$rank" --main_process_ip 10.77.0.1 \
-            -m dposhift_trl.run "${settings[@]}" "${halves[@]}" output_dir="$work/$1" >"$work/$1-$rank.log" 2>&1 &
+            "${launch[@]}" --num_processes 2 --machine_rank "$rank" --main_process_ip 10.77.0.1 \
+            "${program[@]}" "${settings[@]}" "${halves[@]}" output_dir="$work/$1" >"$work/$1-$rank.log" 2>&1 &
         machines+=($!)
     done
 }
@@ -110,6 +111,15 @@ start two
 finish two
 python -m dposhift_trl.run "${settings[@]}" output_dir="$work/one" >"$work/one.log" 2>&1 || fail "one process"
 compare two one 1e-6
+
+echo "two machines with FSDP2"
+plain=("${launch[@]}") run=("${program[@]}")
+launch=(--config_file recipes/accelerate/fsdp2.yaml --num_machines 2 --main_process_port 29500 --rdzv_backend static)
+program=(tests/sharded.py launched -m dposhift_trl.run)
+start fsdp
+finish fsdp
+compare fsdp two 1e-6
+launch=("${plain[@]}") program=("${run[@]}")
 
 for dies in 0 1; do
     echo "machine $dies is killed during training, and the same command is run again"

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 from accelerate.data_loader import prepare_data_loader
 from accelerate.utils import gather_object, is_peft_model
 from datasets import Dataset
@@ -175,13 +175,20 @@ class ReferenceScorer:
                     reason = f"row {rows[at]} has {cached[at]:.6g} nats there and {now[at]:.6g} now"
         return reason
 
+    @property
+    def _precision(self) -> str:
+        precision, way = self.accelerator.mixed_precision, self.accelerator.distributed_type
+        # Where others autocast operations, these cast whole layers
+        casts = way in (DistributedType.FSDP, DistributedType.DEEPSPEED) and precision != "no"
+        return f"{precision} by {way.value}" if casts else precision
+
     def _arithmetic(self, model: Any) -> str:
         """Everything that determines rounding, and the version of the model's code, which a release may fix."""
         unwrapped = self.accelerator.unwrap_model(model)
         base = unwrapped.get_base_model() if is_peft_model(unwrapped) else unwrapped
         return ", ".join(
             (
-                self.accelerator.mixed_precision,
+                self._precision,
                 unwrapped.config._attn_implementation.removeprefix(PREFIX),
                 self.accelerator.device.type,
                 torch.get_float32_matmul_precision(),
