@@ -280,6 +280,21 @@ RATED = ("chosen", "rejected", "margin", "accuracy")
         pytest.param(metrics(rewards__accuracies_low=0.4), "bad good good fair", id="accuracy-unclear"),
         pytest.param(metrics(rewards__accuracies_low=math.nan), "bad good good unknown", id="no-interval"),
         pytest.param({}, "unknown unknown unknown unknown", id="nothing"),
+        pytest.param(
+            metrics(
+                chosen=0.0,
+                rejected=0.0,
+                growth=1.0,
+                rewards__margins=0.0,
+                rewards__margins_low=0.0,
+                rewards__margins_high=0.0,
+                rewards__accuracies=0.0,
+                rewards__accuracies_low=0.0,
+                rewards__accuracies_high=0.01,
+            ),
+            "unknown unknown unknown unknown",
+            id="still-the-reference",
+        ),
     ],
 )
 def test_each_number_is_rated_by_the_rules_of_the_paragraph(last, ratings):

@@ -143,7 +143,9 @@ class Findings:
 
     @property
     def ratings(self) -> dict[str, Rating]:
-        """How good each of the four numbers is, by the rules above."""
+        """How good each of the four numbers is, by the rules above. Unknown if the policy is still the reference."""
+        if self.untrained:  # every pair is a tie, which counts as not accurate
+            return dict.fromkeys(("chosen", "rejected", "margin", "accuracy"), "unknown")
         falls: dict[Fall, Rating] = {"slight": "good", "clear": "fair", "large": "bad", "unknown": "unknown"}
         chosen: dict[Change, Rating] = {
             "unknown": "unknown", "unmoved": "good", "rose": "good", "fell": falls[self.fall]

@@ -72,7 +72,8 @@ def verdict(last: Mapping[str, float], plan: LambdaPlan | None = None, lambdas: 
 
     The ratings of the tiles follow the same rules. Chosen is good unless it fell; a slight fall is good too, a clear
     one fair, a large one bad. Rejected is good if it fell, bad if it rose. Margin and accuracy are good if their
-    interval is above 0 and 0.5, bad if it is below, fair if it contains them.
+    interval is above 0 and 0.5, bad if it is below, fair if it contains them. All four are unknown if the policy is
+    still the reference.
 
     Args:
         last (`Mapping[str, float]`):
