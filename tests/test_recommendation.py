@@ -150,6 +150,15 @@ def test_the_highest_value_of_another_setting_is_said_and_lambda_1_is_not():
     assert "lambda_max" not in reason
 
 
+def test_seeds_that_agree_by_chance_have_not_learned():
+    # Each run's accuracy, 0.52, has an interval over pairs from 0.47 to 0.57
+    dpo, lower = over_seeds(1.0, [-9.0, -9.1], accuracy=0.52), over_seeds(0.5, [-1.0, -1.1], accuracy=0.52)
+    assert dpo.accuracy.interval == (0.52, 0.52)
+    assert not dpo.learned
+    assert recommend_lambda([dpo, lower])[0] is None
+    assert over_seeds(1.0, [-9.0, -9.1], accuracy=0.56).learned
+
+
 def test_the_confidence_is_that_of_the_seeds():
     assert (
         "confirm it with more seeds (`--seeds 3`"

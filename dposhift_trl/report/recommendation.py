@@ -102,9 +102,22 @@ class Outcome:
 
     @property
     def learned(self) -> bool:
-        """Whether margin and accuracy are above 0 and 0.5 by their intervals."""
-        margin, accuracy = self.margin.interval, self.accuracy.interval
-        return self.complete and margin is not None and accuracy is not None and margin[0] > 0 and accuracy[0] > 0.5
+        """
+        Whether margin and accuracy are above 0 and 0.5 by their intervals.
+
+        Seeds that agree are no evidence about other pairs, so of several seeds the intervals over pairs count too.
+        """
+        if not self.complete:
+            return False
+        over_pairs = [_lowest(outcome) for outcome in self.seeds.values()] or [_lowest(self)]
+        margin, accuracy = (math.fsum(lows) / len(lows) for lows in zip(*over_pairs, strict=True))
+        return min(margin, _lowest(self)[0]) > 0 and min(accuracy, _lowest(self)[1]) > 0.5
+
+
+def _lowest(outcome: Outcome) -> tuple[float, float]:
+    """Lower ends of the intervals of margin and accuracy."""
+    low, other = outcome.margin.low, outcome.accuracy.low
+    return (-math.inf if low is None else low), (-math.inf if other is None else other)
 
 
 def mean_over_seeds(estimates: Sequence[Estimate], share: bool = False) -> Estimate:
@@ -160,10 +173,11 @@ RULE = (
     "Every run is compared with the run at lambda 1, which is DPO (if there are several, with the most accurate one). "
     "Runs that differ only in their seed count as one, with means and 95% intervals over the seeds, and differences "
     "are taken seed by seed. A run qualifies if it learned the preference (the 95% intervals of margin and accuracy "
-    "are above 0 and 0.5), if its accuracy is not significantly below DPO's, and if it keeps at least half of DPO's "
-    "margin. Of these runs, the one whose chosen answers kept most of their log-probability is recommended, if that "
-    "is measurably more than in DPO; of runs that do not differ measurably, the one whose lambda is closest to 1. All "
-    "runs must start from the same SFT model and be evaluated on the same pairs."
+    "are above 0 and 0.5, those over the seeds and, on average, those over the pairs), if its accuracy is not "
+    "significantly below DPO's, and if it keeps at least half of DPO's margin. Of these runs, the one whose chosen "
+    "answers kept most of their log-probability is recommended, if that is measurably more than in DPO; of runs that "
+    "do not differ measurably, the one whose lambda is closest to 1. All runs must start from the same SFT model and "
+    "be evaluated on the same pairs."
 )
 
 
