@@ -187,7 +187,7 @@ class References:
             )
         elif trainer.is_deepspeed_enabled:  # whose engine would not find its way between two models later
             load = functools.partial(divided, trainer.accelerator.unwrap_model(reference), trainer.accelerator)
-        self.stored = StoredReference(reference, trainer.accelerator.device, load)
+        self.stored = StoredReference(reference, next(reference.parameters()).device, load)
         if trainer.is_deepspeed_enabled:
             reference.destroy()
         trainer.ref_model = reference = None
