@@ -209,6 +209,12 @@ def test_each_stage_truncates_by_its_own_length_and_mode(load):
     [
         pytest.param("sed: 1\n", ["unknown key `sed`. Did you mean `seed`?"], id="top level"),
         pytest.param("zzz: 1\n", ["unknown key `zzz`."], id="nothing near"),
+        pytest.param("beta: 0.1\n", ["unknown key `beta`. Write `dpo.beta`."], id="key of a section"),
+        pytest.param(
+            "max_length: 64\n",
+            ["unknown key `max_length`. Write `sft.max_length` or `dpo.max_length`."],
+            id="key of both stages",
+        ),
         pytest.param("1: 1\n", ["unknown key `1`."], id="number as key"),
         pytest.param("~: 1\n", ["unknown key `None`."], id="null as key"),
         pytest.param("wandb: {projct: x}\n", ["unknown key `wandb.projct`. Did you mean `project`?"], id="wandb"),
