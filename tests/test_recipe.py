@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
+from transformers import training_args
 
 from dposhift_trl import DPOShiftConfig
 from dposhift_trl.data.config import AUDIT_KINDS
@@ -244,6 +245,14 @@ def test_an_unknown_key_is_refused_with_the_nearest_one(refuse, text, lines):
 )
 def test_an_unknown_key_of_the_data_is_refused_with_the_nearest_one(refuse, text, line):
     assert refuse(data(text)) == [line]
+
+
+def test_bfloat16_is_refused_where_no_gpu_has_it(refuse, monkeypatch):
+    monkeypatch.setattr(training_args, "is_torch_bf16_gpu_available", lambda: False)
+    assert refuse(HEAD + DATA + "dpo: {}\n") == [
+        "section `dpo`: `bf16`, true unless set, requires a GPU with bfloat16. Write `bf16: false`, or "
+        "`use_cpu: true` to train in bfloat16 on the CPU."
+    ]
 
 
 def test_an_unknown_key_of_the_model_is_refused_with_the_nearest_one(refuse):
