@@ -436,6 +436,7 @@ def test_a_dry_run_prints_steps_and_lambda_and_writes_nothing(recipe, tmp_path, 
     assert "dpo: 6 optimizer steps" in done.out
     assert "lambda: 1 at the start, 0.875 in the middle, 0.75 at the end" in done.out
     assert "lambda_schedule: linear_decrease" in done.out
+    assert "lambda: 0.5 throughout\n" in here(recipe, "--dry-run", "dpo={bf16: false, shift_lambda: 0.5}").out
     assert not (tmp_path / "run").exists()
 
 

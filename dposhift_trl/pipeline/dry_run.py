@@ -58,6 +58,9 @@ def describe(recipe: Recipe) -> None:
 def _lambda_text(plan: LambdaPlan) -> str:
     if plan.adaptive:
         return f"{plan.low:.4g} to {plan.high:.4g}, adapted during training"
+    low, high = plan.range
+    if low == high:
+        return f"{low:.4g} throughout"
     values = map(plan.at, (0.0, 0.5, 1.0))
     return "{:.4g} at the start, {:.4g} in the middle, {:.4g} at the end".format(*values)
 
