@@ -4,6 +4,7 @@ import os
 import stat
 import sys
 import textwrap
+import warnings
 
 
 MAX_LINE = 4_000  # characters of a message; the longest useful one lists transformers' optimizers
@@ -23,6 +24,14 @@ def one_line(message: str) -> str:
     """Format a message for a terminal: a single line of bounded length, with unprintable characters escaped."""
     line = printable(" ".join(message.split()))
     return line if len(line) <= MAX_LINE else f"{line[: MAX_LINE // 2]} [...] {line[-MAX_LINE // 2 :]}"
+
+
+def ignore_warnings() -> None:
+    """Do not show warnings that no setting of a user caused."""
+    # TRL 1.16 reads a name that transformers has deprecated in every forward pass
+    warnings.filterwarnings("ignore", message="`(is_)?gradient_checkpointing", category=FutureWarning)
+    # transformers pins memory by default, and torch says at each pass over the rows that a CPU needs none
+    warnings.filterwarnings("ignore", message="'pin_memory' argument is set", category=UserWarning)
 
 
 _line_is_open = False  # whether the terminal shows a line from `rewrite`

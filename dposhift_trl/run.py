@@ -11,7 +11,6 @@ import json
 import shutil
 import signal
 import sys
-import warnings
 from collections.abc import Sequence
 
 from accelerate import PartialState
@@ -90,8 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if mistakes := launcher_mistakes():
         console.complain(*mistakes)
         return 2
-    # TRL 1.16 reads a name that transformers has deprecated in every forward pass; users cannot change that
-    warnings.filterwarnings("ignore", message="`(is_)?gradient_checkpointing", category=FutureWarning)
+    console.ignore_warnings()
     try:
         recipe = load_recipe(options.recipe, options.overrides)
         if options.dry_run:

@@ -475,7 +475,7 @@ def test_a_larger_max_length_is_proposed_only_where_it_would_help(tokenizer):
         audited.check()
     assert str(raised.value) == (
         "The row audit leaves 3 of 20 train rows, less than `data.min_rows_kept` (0.5): 3 of 20 rows kept: 17 cut "
-        "(drop). 85 % dropped by `max_length` 150; 320 would keep 100 %. Raise `max_length`, or lower "
+        "(drop). `max_length` 150 drops 85% of the rows; 320 would keep 100% of all. Raise `max_length`, or lower "
         "`data.min_rows_kept`."
     )
     kept = audit(rows, tokenizer, max_length=320, min_rows_kept=0.5)

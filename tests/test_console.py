@@ -2,14 +2,16 @@
 
 import doctest
 import json
+import warnings
 
 import pytest
 from test_report import make_run
 from test_report import undrawn as undrawn
+from torch.utils.data import DataLoader
 
 from dposhift_trl import console
 from dposhift_trl.artifacts import ArtifactError
-from dposhift_trl.console import complain, one_line, printable, rewrite, say
+from dposhift_trl.console import complain, ignore_warnings, one_line, printable, rewrite, say
 from dposhift_trl.generate.__main__ import main as generate
 from dposhift_trl.pipeline import processes
 from dposhift_trl.pipeline.errors import RunError, WriteError
@@ -114,3 +116,12 @@ def test_names_of_strangers_do_not_act_on_a_terminal(tmp_path, capfd):
     assert "The rows cannot be counted" in quiet(capfd).out
     assert generate([str(tmp_path / NAME)]) == 2
     assert "which does not exist" in quiet(capfd).err
+
+
+def test_a_warning_that_no_setting_caused_is_not_shown():
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("always")
+        ignore_warnings()
+        list(DataLoader([1, 2], pin_memory=True))
+        warnings.warn("another", UserWarning, stacklevel=1)
+    assert [str(warning.message) for warning in shown] == ["another"]

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
+from transformers import training_args
 
 from dposhift_trl import DPOShiftConfig
 from dposhift_trl.data.config import AUDIT_KINDS
@@ -209,6 +210,12 @@ def test_each_stage_truncates_by_its_own_length_and_mode(load):
     [
         pytest.param("sed: 1\n", ["unknown key `sed`. Did you mean `seed`?"], id="top level"),
         pytest.param("zzz: 1\n", ["unknown key `zzz`."], id="nothing near"),
+        pytest.param("beta: 0.1\n", ["unknown key `beta`. Write `dpo.beta`."], id="key of a section"),
+        pytest.param(
+            "max_length: 64\n",
+            ["unknown key `max_length`. Write `sft.max_length` or `dpo.max_length`."],
+            id="key of both stages",
+        ),
         pytest.param("1: 1\n", ["unknown key `1`."], id="number as key"),
         pytest.param("~: 1\n", ["unknown key `None`."], id="null as key"),
         pytest.param("wandb: {projct: x}\n", ["unknown key `wandb.projct`. Did you mean `project`?"], id="wandb"),
@@ -238,6 +245,14 @@ def test_an_unknown_key_is_refused_with_the_nearest_one(refuse, text, lines):
 )
 def test_an_unknown_key_of_the_data_is_refused_with_the_nearest_one(refuse, text, line):
     assert refuse(data(text)) == [line]
+
+
+def test_bfloat16_is_refused_where_no_gpu_has_it(refuse, monkeypatch):
+    monkeypatch.setattr(training_args, "is_torch_bf16_gpu_available", lambda: False)
+    assert refuse(HEAD + DATA + "dpo: {}\n") == [
+        "section `dpo`: `bf16`, true unless set, requires a GPU with bfloat16. Write `bf16: false`, or "
+        "`use_cpu: true` to train in bfloat16 on the CPU."
+    ]
 
 
 def test_an_unknown_key_of_the_model_is_refused_with_the_nearest_one(refuse):

@@ -436,6 +436,7 @@ def test_a_dry_run_prints_steps_and_lambda_and_writes_nothing(recipe, tmp_path, 
     assert "dpo: 6 optimizer steps" in done.out
     assert "lambda: 1 at the start, 0.875 in the middle, 0.75 at the end" in done.out
     assert "lambda_schedule: linear_decrease" in done.out
+    assert "lambda: 0.5 throughout\n" in here(recipe, "--dry-run", "dpo={bf16: false, shift_lambda: 0.5}").out
     assert not (tmp_path / "run").exists()
 
 
@@ -668,6 +669,13 @@ def test_the_gpt2_recipes_run_unchanged_on_folders_named_as_on_the_hub(name, tmp
 
 TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 ONE = [sys.executable]
+
+
+def test_two_processes_look_at_one_demo_model_in_a_dry_run(recipe):
+    command = [*TWO, "-m", "dposhift_trl.run", str(recipe), "model.model_name_or_path=demo", "--dry-run"]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=180)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.stdout.count("dpo: ") == 1
 
 
 @pytest.mark.parametrize(("first", "second"), [(TWO, ONE), (ONE, TWO)], ids=["two-then-one", "one-then-two"])

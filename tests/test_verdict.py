@@ -136,6 +136,12 @@ def test_if_nothing_was_learned_there_is_no_advice_about_lambda(others, says):
     assert "was learned" not in text
 
 
+@pytest.mark.parametrize(("shift_lambda", "asks"), [(math.nan, True), (0.75, False)], ids=["elsewhere", "run"])
+def test_models_that_may_be_swapped_are_asked_about_only_if_they_were_trained_elsewhere(shift_lambda, asks):
+    last = metrics(shift_lambda=shift_lambda, rewards__accuracies=0.2, rewards__accuracies_high=0.3)
+    assert (", nor, in a diagnosis, policy and reference;" in said(last)) == asks
+
+
 @pytest.mark.parametrize(
     "last",
     [

@@ -249,8 +249,9 @@ class _SplitAuditor:
         lengths = sorted(self.too_long)
         length = lengths[wanted - kept - 1]
         length = -(-length // 64) * 64 if length > 64 else length
-        dropped, left = (f"{100 * n / rows:.0f} %" for n in (len(lengths), kept + bisect.bisect(lengths, length)))
-        return f"{dropped} dropped by `max_length` {self.truncation.max_length}; {length} would keep {left}"
+        dropped, left = (f"{n / rows:.0%}" for n in (len(lengths), kept + bisect.bisect(lengths, length)))
+        longest = self.truncation.max_length
+        return f"`max_length` {longest} drops {dropped} of the rows; {length} would keep {left} of all"
 
     def _remedy(self, kept: int, rows: int) -> str:
         """What to do about rows that are missing, by what most of them are."""

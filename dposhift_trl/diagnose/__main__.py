@@ -8,12 +8,11 @@ if __name__ == "__main__":
 import argparse
 import os
 import sys
-import warnings
 from collections.abc import Sequence
 
 from ..artifacts import REPORT
 from ..command import call
-from ..console import complain, say, wrapped
+from ..console import complain, ignore_warnings, say, wrapped
 from ..data.errors import DataError
 from ..launcher import launcher_mistakes
 from ..recipe import RecipeError
@@ -76,8 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if os.environ["RANK"] == "0":
             complain(f"A diagnosis runs in one process, got {processes}. Start it with `python -m` alone.")
         return 2
-    # TRL 1.16 reads a name that transformers has deprecated; users cannot change that
-    warnings.filterwarnings("ignore", message="`(is_)?gradient_checkpointing", category=FutureWarning)
+    ignore_warnings()
     try:
         settings = load_settings(recipes[0] if recipes else None, overrides, flags)
         from .diagnosis import diagnose  # torch and trl take seconds to import

@@ -92,7 +92,9 @@ def key_mistakes(
         if key in top_level:
             mistakes += _value_mistakes({key: value}, top_level, path)
         elif key not in sections:
-            mistakes.append(f"{path}: unknown key `{key}`.{did_you_mean(key, [*top_level, *sections])}")
+            homes = [f"`{section}.{key}`" for section in sections if key in keys_by_name(section)]
+            advice = f" Write {' or '.join(homes)}." if homes else did_you_mean(key, [*top_level, *sections])
+            mistakes.append(f"{path}: unknown key `{key}`.{advice}")
         elif value is not None and not isinstance(value, dict):
             mistakes.append(f"{path}: section `{key}` must be a mapping, got {value!r}.")
         elif value is not None:

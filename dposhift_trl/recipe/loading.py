@@ -165,4 +165,10 @@ def build_section(cls: type, values: dict[str, Any], section: str, path: str) ->
         with contextlib.redirect_stdout(io.StringIO()):
             return cls(**values)
     except Exception as error:  # the checks in transformers read files, divide and look up names
-        raise RecipeError(f"{path}: section `{section}`: {str(error) or type(error).__name__}") from None
+        text = str(error) or type(error).__name__
+        if "support bf16" in text:  # transformers names neither the key nor its default
+            text = (
+                "`bf16`, true unless set, requires a GPU with bfloat16. Write `bf16: false`, or `use_cpu: true` to "
+                "train in bfloat16 on the CPU."
+            )
+        raise RecipeError(f"{path}: section `{section}`: {text}") from None

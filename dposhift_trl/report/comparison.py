@@ -48,9 +48,10 @@ def compare_runs(runs: Sequence[Run]) -> tuple[dict[str, Any], list[Drawing]]:
     # A run without the number comes last
     table.sort(key=lambda row: -row["values"][SORTED_BY] if math.isfinite(row["values"][SORTED_BY]) else math.inf)
     betas = [beta for run in runs if (beta := run.beta) is not None]
+    headline = _headline(recommended, groups, reason)
     values = {
         "title": f"{len(runs)} runs compared",
-        "headline": _headline(recommended, groups, reason),
+        "headline": headline,
         "cards": [(by_name[row["name"]], row["recommended"]) for row in table],
         "table": table,
         "seeds": [_over_seeds(group, group is recommended) for group in groups if len(group.runs) > 1],
@@ -58,7 +59,7 @@ def compare_runs(runs: Sequence[Run]) -> tuple[dict[str, Any], list[Drawing]]:
         "sorted_by": SORTED_BY,
         "answered": bool(answered),
         "other_questions": len({json.dumps(answers.settings, sort_keys=True) for answers in answered}) > 1,
-        "reason": reason,
+        "reason": reason.removeprefix(headline).lstrip(),  # the headline may be its first sentence
         "rule": RULE,
         "other_betas": bool(betas) and max(betas) > 1.01 * min(betas),
     }

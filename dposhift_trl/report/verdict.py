@@ -175,7 +175,7 @@ def _paragraph(findings: Findings, last: Mapping[str, float], lambdas: list[floa
             "reference, so nothing can be said about lambda. Evaluate again after training."
         ]
     sentences = [_change_of_chosen(findings, last), _change_of_rejected(findings, last)]
-    if reason := _why_nothing_was_learned(findings):
+    if reason := _why_nothing_was_learned(findings, bool(lambdas) or plan.adaptive):
         return [*sentences, reason]
     return [*sentences, _what_was_learned(findings), _meaning_and_advice(findings, lambdas, plan)]
 
@@ -214,8 +214,9 @@ def _in_brackets(parts: Sequence[str]) -> str:
     return f" ({', '.join(parts)})" if parts else ""
 
 
-def _why_nothing_was_learned(findings: Findings) -> str | None:
+def _why_nothing_was_learned(findings: Findings, of_ours: bool) -> str | None:
     margin, accuracy = findings.margin, findings.accuracy
+    models = "" if of_ours else ", nor, in a diagnosis, policy and reference"
     remedy = "Before changing lambda, check learning rate, number of steps and data, and evaluate on more pairs."
     match findings.learning:
         case "learned":
@@ -223,8 +224,8 @@ def _why_nothing_was_learned(findings: Findings) -> str | None:
         case "wrong way":
             return (
                 "The policy prefers the rejected answer more often than the chosen one: accuracy "
-                f"{accuracy.text('.3f')}. Check that the columns `chosen` and `rejected` are not swapped; a lower "
-                "lambda does not fix this."
+                f"{accuracy.text('.3f')}. Check that the columns `chosen` and `rejected` are not swapped{models}; a "
+                "lower lambda does not fix this."
             )
         case "no margin":
             return (

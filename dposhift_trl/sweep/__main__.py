@@ -8,11 +8,10 @@ if __name__ == "__main__":
 import argparse
 import os
 import sys
-import warnings
 from collections.abc import Sequence
 
 from ..command import call
-from ..console import complain, say
+from ..console import complain, ignore_warnings, say
 from ..launcher import launcher_mistakes
 from ..recipe import RecipeError
 from .launch import Stopped
@@ -58,8 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "means over them (default: 1)",
     )
     options = parser.parse_intermixed_args(words[:end])
-    # TRL 1.16 reads a name that transformers 5.23 deprecated; users cannot do anything about it
-    warnings.filterwarnings("ignore", message="`(is_)?gradient_checkpointing", category=FutureWarning)
+    ignore_warnings()
     try:
         if "LOCAL_RANK" in os.environ:
             raise RecipeError(
