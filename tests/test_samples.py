@@ -127,16 +127,14 @@ def test_an_error_ends_the_samples_and_not_the_training(recipe, tmp_path, here, 
         (0, {}, "as set"),
         (2, {"args": SimpleNamespace(eval_strategy="no", eval_on_start=False)}, "nothing is evaluated"),
         (2, {"args": SimpleNamespace(eval_strategy="no", eval_on_start=True)}, None),
-        (2, {"is_fsdp_enabled": True}, "the model is sharded"),
-        (2, {"is_deepspeed_enabled": True}, "the model is sharded"),
+        (2, {"is_sharded": True}, "the model is sharded"),
     ],
-    ids=["on", "off", "no evaluations", "one evaluation", "fsdp", "deepspeed"],
+    ids=["on", "off", "no evaluations", "one evaluation", "sharded"],
 )
 def test_where_there_are_none_the_reason_is_known(count, changes, reason):
     usual = {
         "args": SimpleNamespace(eval_strategy="steps", eval_on_start=True),
-        "is_fsdp_enabled": False,
-        "is_deepspeed_enabled": False,
+        "is_sharded": False,
         "_is_vision_dataset": False,
     }
     assert samples.why_no_samples(SimpleNamespace(**usual | changes), count) == reason
