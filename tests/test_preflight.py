@@ -451,5 +451,8 @@ def test_a_launcher_with_another_precision_than_the_recipe_is_refused(how, recip
     error = capsys.readouterr().err
     assert "`sft.bf16` and `fp16` must agree with the launcher's `mixed_precision`, which is bf16, got no." in error
     assert "`dpo.bf16`" not in error
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp8")  # which no key of a recipe sets
+    with pytest.raises(preflight.RunError, match=r"which is fp8, got bf16\. Pass `--mixed_precision no` to"):
+        preflight.check_settings(load_recipe(str(recipe), ["dpo.bf16=true"]))
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
     assert main([str(recipe), "--dry-run"]) == 0

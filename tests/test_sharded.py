@@ -16,11 +16,11 @@ from conftest import make_rows
 from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file
 from sharded_matrix import TESTS, differences, launch, result_of, save_models, surroundings, trainings
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Trainer
 
 from dposhift_trl import DPOShiftConfig, DPOShiftTrainer
 from dposhift_trl.scoring.sharded import whole
-from dposhift_trl.training.sharded import Sharded, check_parallelism
+from dposhift_trl.training.sharded import Sharded, check_parallelism, release
 
 
 REPOSITORY = TESTS.parent
@@ -165,19 +165,11 @@ def test_the_launch_file_trains_and_merges_an_adapter_in_bf16(mode, recipe, tmp_
 
 def test_the_whole_model_is_saved_with_sharded_checkpoints(trained, tmp_path):
     (job,) = (trained("ddp")[name] for name in ["shared, gpt2"])
-    sharded = {
-        **job,
-        "folder": str(tmp_path / "out"),
-        "settings": {**job["settings"], "metric_for_best_model": "loss", "greater_is_better": False},
-        "environment": {"FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT"},
-    }
+    sharded = {**job, "folder": str(tmp_path / "out"), "environment": {"FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT"}}
     resumed = {**sharded, "resume": str(tmp_path / "out" / "checkpoint-2")}
     result = launch("fsdp2", [sharded, resumed])
     assert result.returncode == 0, result.stderr[-3000:]
     assert (tmp_path / "out" / "checkpoint-2" / "pytorch_model_fsdp_0" / ".metadata").exists()
-    # Without which no best checkpoint is kept, and processes that disagree wait for each other
-    state = json.loads((tmp_path / "out" / "checkpoint-2" / "trainer_state.json").read_text())
-    assert state["best_model_checkpoint"] == str(tmp_path / "out" / "checkpoint-2")
     assert differences(sharded, job)[1] <= 2e-7
 
 
@@ -191,6 +183,25 @@ def test_a_divided_sequence_is_refused(size, kind):
     finally:
         accelerator.state.parallelism_config = None
     check_parallelism(accelerator)
+
+
+def test_a_checkpoint_has_a_folder_before_trainer_looks_for_the_best_one(tiny_model, tmp_path, monkeypatch):
+    args = DPOShiftConfig(str(tmp_path), use_cpu=True, bf16=False, report_to="none")
+    trainer = DPOShiftTrainer(tiny_model, args=args, train_dataset=make_rows(8))
+    monkeypatch.setattr(Trainer, "save_model", lambda *_: None)  # as with `SHARDED_STATE_DICT`
+    trainer.save_model(str(tmp_path / "checkpoint-2"), _internal_call=True)
+    assert (tmp_path / "checkpoint-2").is_dir()
+
+
+@pytest.mark.parametrize("keep_weights", [False, True])
+def test_the_weights_of_an_engine_that_is_done_are_freed(keep_weights):
+    model, ended = torch.nn.Linear(2, 3), []
+    model.weight.ds_tensor = torch.ones(4)  # the part of this process
+    model.destroy = lambda: ended.append(True)
+    release(model, keep_weights=keep_weights)
+    assert ended
+    sizes = [tensor.numel() for tensor in (model.weight, model.weight.ds_tensor, model.bias)]
+    assert sizes == ([6, 4, 3] if keep_weights else [0, 0, 0])
 
 
 @pytest.mark.parametrize(("plugin", "flattens"), [(None, False), (1, True), (2, False)])

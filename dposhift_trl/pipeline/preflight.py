@@ -222,7 +222,8 @@ def _setting_mistakes(args: SFTConfig | DPOShiftConfig) -> Iterator[str]:
     if launched not in ("no", own := "fp16" if args.fp16 else "bf16" if args.bf16 else "no"):
         yield (
             f"bf16` and `fp16` must agree with the launcher's `mixed_precision`, which is {launched}, got {own}. "
-            f"Write `{launched}: true`, or pass `--mixed_precision no` to `accelerate launch`."
+            + (f"Write `{launched}: true`, or pass" if launched in ("bf16", "fp16") else "Pass")
+            + " `--mixed_precision no` to `accelerate launch`."
         )
     if args.fp16 and args.device.type == "cpu":
         yield "fp16` requires a GPU, got True. Set `bf16: true` to train in half precision on a CPU."

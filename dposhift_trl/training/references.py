@@ -18,7 +18,7 @@ from ..reference.scorer import ReferenceScorer, ScoringSettings, StoredReference
 from ..scoring import PairLayout, enable_shared_prompt
 from .checks import TrainingStopped, check_rows_left
 from .collator import PairCollator
-from .sharded import divided
+from .sharded import divided, release
 
 
 def lack_scores(dataset: Any) -> bool:
@@ -42,6 +42,7 @@ class References:
         self.trainer = trainer
         self.scorer: ReferenceScorer | None = None  # made by `prepare`, if rows are scored before training
         self.stored: StoredReference | None = None
+        self._loads_again = False  # whether that comes from its folder
 
     def prepare(self, policy: Any, given: Any, quantization_config: Any) -> None:
         """
@@ -151,6 +152,7 @@ class References:
             self.trainer.ref_model = self.stored.bring_back()
             yield
         finally:
+            self._release(self.trainer.ref_model)
             self.trainer.ref_model = None
             self.trainer.ref_model = self.stored.put_away()
 
@@ -188,11 +190,15 @@ class References:
         elif trainer.is_deepspeed_enabled:  # whose engine would not find its way between two models later
             load = functools.partial(divided, trainer.accelerator.unwrap_model(reference), trainer.accelerator)
         self.stored = StoredReference(reference, next(reference.parameters()).device, load)
-        if trainer.is_deepspeed_enabled:
-            reference.destroy()
+        self._loads_again = given is None
+        self._release(reference)
         trainer.ref_model = reference = None
         trainer.accelerator.free_memory()  # which holds the model too
         trainer.ref_model = self.stored.put_away()
+
+    def _release(self, reference: Any) -> None:
+        if self.trainer.is_deepspeed_enabled and reference is not None:
+            release(reference, keep_weights=not self._loads_again)
 
     def _prepare_loaded(self, reference: Any) -> Any:
         add_fused_lm_head(reference)

@@ -132,3 +132,19 @@ def divided(reference: Any, accelerator: Accelerator) -> Any:
     if getattr(accelerator.state, "fsdp_plugin", None) is not None:
         return prepare_fsdp(reference, accelerator)
     return reference
+
+
+def release(engine: Any, *, keep_weights: bool) -> None:
+    """
+    End a DeepSpeed engine, and free the weights of its model, which DeepSpeed itself never lets go of.
+
+    Args:
+        engine (`deepspeed.DeepSpeedEngine`):
+            Engine, which is not used any more.
+        keep_weights (`bool`):
+            Whether the model will be run again, in another engine.
+    """
+    engine.destroy()
+    for parameter in () if keep_weights else engine.parameters():
+        for tensor in (parameter, getattr(parameter, "ds_tensor", parameter)):  # the part of this process with ZeRO-3
+            tensor.data = tensor.data.new_empty(0)
