@@ -1,4 +1,4 @@
-"""Confidence intervals of means: over pairs by the bootstrap, over seeds by Student's t."""
+"""Confidence intervals: of means and shares over pairs, and of means over seeds."""
 
 import math
 from collections.abc import Sequence
@@ -27,6 +27,33 @@ def bootstrap_interval(values: np.ndarray) -> tuple[float, float] | None:
     interval = stats.bootstrap(
         (values,), np.mean, n_resamples=RESAMPLES, batch=max(1, 2**20 // len(values)), method="percentile", rng=0
     ).confidence_interval
+    return float(interval.low), float(interval.high)
+
+
+def share_interval(holds: np.ndarray) -> tuple[float, float] | None:
+    """
+    Exact 95% interval of a share (Clopper and Pearson).
+
+    It is never of width 0: that 4 of 4 pairs agree says little, while all their resamples agree.
+
+    Args:
+        holds (`np.ndarray`):
+            One truth value per pair.
+
+    Returns:
+        `tuple[float, float]` or `None`: Ends of the interval, `None` for fewer than two values.
+
+    Example:
+
+    ```python
+    >>> [round(end, 3) for end in share_interval(np.array([True] * 4))]
+    [0.398, 1.0]
+
+    ```
+    """
+    if len(holds) < 2:
+        return None
+    interval = stats.binomtest(int(np.count_nonzero(holds)), len(holds)).proportion_ci(0.95, method="exact")
     return float(interval.low), float(interval.high)
 
 

@@ -28,7 +28,7 @@ NAME = "it's, a run"  # a shell and lm_eval read it otherwise than it stands
 TURN = [{"role": "user", "content": "w1"}]
 
 
-def finished_run(tmp_path: Path, *, lora=False, merged=False, chat=False, stages=("sft", "dpo")) -> Path:
+def finished_run(tmp_path: Path, *, lora=False, merged=False, chat=False, remote=False, stages=("sft", "dpo")) -> Path:
     """A folder as a finished run leaves it, and its `next_steps.md`."""
     folder = tmp_path / NAME
     save_tiny_model(folder / "base")
@@ -47,7 +47,8 @@ def finished_run(tmp_path: Path, *, lora=False, merged=False, chat=False, stages
                  "rejected": [{"role": "assistant", "content": row["rejected"]}]} for row in rows]  # fmt: skip
     save_evaluated_rows(Dataset.from_list(rows), folder / "eval_rows.parquet")
     (tmp_path / "x.yaml").write_text(
-        f'output_dir: "{folder}"\nmodel: {{model_name_or_path: demo}}\ndata: {{path: demo, eval_split: test}}\n'
+        f'output_dir: "{folder}"\ndata: {{path: demo, eval_split: test}}\n'
+        f"model: {{model_name_or_path: demo, trust_remote_code: {str(remote).lower()}}}\n"
         + "".join(f"{stage}: {{bf16: false, use_cpu: true, report_to: none}}\n" for stage in stages)
     )
     tokenizer = make_tokenizer()
@@ -66,7 +67,10 @@ def of(path: Path, *words: str) -> list[list[str]]:
     return [line[len(words) :] for line in commands(path) if tuple(line[: len(words)]) == words]
 
 
-KINDS = [{}, {"chat": True}, {"lora": True, "chat": True}, {"lora": True, "merged": True}, {"stages": ("sft",)}]
+KINDS = [
+    {}, {"chat": True, "remote": True}, {"chat": True}, {"lora": True, "chat": True}, {"lora": True, "merged": True},
+    {"stages": ("sft",)},
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: " ".join(kind) or "plain")
@@ -165,6 +169,22 @@ def test_an_adapter_is_merged_by_the_command(tmp_path, monkeypatch):
     found = AutoModelForCausalLM.from_pretrained(merged).state_dict()
     assert all(torch.equal(found[name], value) for name, value in wanted.items())
     assert not of(finished_run(tmp_path / "other", lora=True, merged=True), "python", "-c")
+
+
+# They read the run's own recipe, or no model
+READ_BY_THEMSELVES = ("dposhift_trl.generate", "dposhift_trl.report")
+
+
+def test_code_that_comes_with_a_model_may_run_in_every_command_if_it_might_in_the_run(tmp_path):
+    for kind in ({"chat": True}, {"chat": True, "lora": True}):
+        for remote in (True, False):
+            lines = commands(finished_run(tmp_path / f"{remote}-{len(kind)}", remote=remote, **kind))
+            loading = [
+                line for line in lines if line[0] != "hf" and line[1] != "chat" and not {*line} & {*READ_BY_THEMSELVES}
+            ]
+            assert len(loading) == 6 + 3 * ("lora" in kind)
+            for line in loading:
+                assert any("trust-remote-code" in word.replace("_", "-") for word in line[3:]) is remote, line
 
 
 def test_what_does_not_fit_a_run_is_left_out(tmp_path):

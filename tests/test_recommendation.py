@@ -104,7 +104,7 @@ def test_of_runs_that_are_not_told_apart_the_one_closest_to_1_is_recommended():
     ]
     name, reason = recommend_lambda(runs)
     assert name == "lambda 0.9"
-    assert "this one and lambda 0.75 kept the chosen answers most likely and are not told apart" in reason
+    assert "this one and lambda 0.75 kept the chosen answers most likely and do not differ measurably" in reason
     assert "closest to 1: log-ratio -5.20 nats against -20.00 (+14.80, 95% interval +13.39 to +16.21)" in reason
 
 
@@ -191,6 +191,13 @@ def test_runs_that_differ_in_their_seed_are_one_group(sweep):
     assert 0 <= fell.low <= fell.value <= fell.high <= 1
     assert not groups[2].outcome.seeds
     assert recommend_lambda([group.outcome for group in groups])[0] == "fixed-0.75"
+
+
+def test_a_run_with_other_settings_keeps_its_name_from_a_group(sweep):
+    runs = [read_run(sweep[0]), *(read_run(folder) for folder in sweep[1:3])]
+    runs[0].settings = {**runs[0].settings, "dpo": {"shift_lambda": 0.9}}
+    groups = seed_groups(runs)
+    assert [(group.name, len(group.runs)) for group in groups] == [("fixed-1.0", 1), ("fixed-1.0_seed-2", 2)]
 
 
 def test_the_same_run_twice_and_runs_without_a_recipe_are_no_seeds(sweep, tmp_path):

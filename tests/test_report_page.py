@@ -252,6 +252,17 @@ def test_tokens_are_shown_as_they_are_with_their_shade_and_number(tmp_path, undr
     assert f"Changed most: <script> −{-change:.2f} nats" in text  # a word goes on over the tokens that belong to it
 
 
+def test_text_that_runs_right_to_left_turns_no_number_around(tmp_path, undrawn):  # noqa: F811
+    text = "\u202eمرحبا"
+    source = write_report(
+        [add_tokens(make_run(tmp_path / "run", pairs=3, text=text), text=text)], tmp_path / "out"
+    ).read_text(encoding="utf-8")
+    outside = re.sub(r"<bdi[^>]*>.*?</bdi>|<pre[^>]*>.*?</pre>", "", source, flags=re.DOTALL)
+    assert text[:4] in source
+    assert "\u202e" not in outside
+    assert re.search(r"^pre \{.*unicode-bidi: plaintext;", source, re.MULTILINE)
+
+
 def test_a_pair_without_tokens_is_plain_text(tmp_path, undrawn):  # noqa: F811
     folder = make_run(tmp_path / "run", pairs=3, text="plain")
     assert 'class="tokens"' not in write_report([folder], tmp_path / "a").read_text()

@@ -671,6 +671,13 @@ TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_p
 ONE = [sys.executable]
 
 
+def test_two_processes_look_at_one_demo_model_in_a_dry_run(recipe):
+    command = [*TWO, "-m", "dposhift_trl.run", str(recipe), "model.model_name_or_path=demo", "--dry-run"]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=180)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.stdout.count("dpo: ") == 1
+
+
 @pytest.mark.parametrize(("first", "second"), [(TWO, ONE), (ONE, TWO)], ids=["two-then-one", "one-then-two"])
 def test_a_run_goes_on_with_another_number_of_processes(first, second, recipe, tmp_path):
     # The batch size of a step stays 4 pairs; SGD, since Adam amplifies rounding differences to whole steps

@@ -168,6 +168,15 @@ def test_the_report_shows_how_each_answer_changed(tmp_path, undrawn):
     assert "<b>why?" not in page
 
 
+def test_the_report_shows_the_start_of_texts_that_are_very_long(tmp_path, undrawn):
+    folder = make_run(tmp_path / "run")
+    long = {**line(0, "a", chosen="c" * 1_000_000), "prompt": "p" * 1_000_000}
+    (folder / "dpo" / "samples.jsonl").write_text(json.dumps(long) + "\n")
+    page = write_report([folder], tmp_path / "report").read_text()
+    assert page.count("996000 more characters are not shown") == 2
+    assert len(page) < 500_000
+
+
 @pytest.mark.parametrize("content", ["{", "[]", '{"step": 1}', "\0"])
 def test_broken_answers_are_noted(content, tmp_path):
     (tmp_path / "samples.jsonl").write_text(content)

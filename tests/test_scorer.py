@@ -8,6 +8,7 @@ import transformers
 from accelerate import Accelerator, DistributedType
 from conftest import jitter
 from datasets import Dataset
+from torch.distributed.fsdp import FSDPModule
 from transformers import AutoModelForCausalLM
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
@@ -165,6 +166,16 @@ def test_a_model_that_is_bound_to_its_devices_is_not_moved(mark, model):
     for name, value in mark.items():
         setattr(model, name, value)
     assert move_model(model, "meta").device.type == "cpu"
+
+
+def test_a_reference_that_fsdp2_has_placed_is_scored_where_it_is(model, monkeypatch):
+    model.__class__ = type("Sharded", (FSDPModule, type(model)), {})
+    # An accelerator; with offloaded parameters FSDP2 refuses to run a model that is not on the CPU
+    monkeypatch.setattr(Accelerator, "device", torch.device("meta"))
+    scorer, devices = make_scorer(), []
+    monkeypatch.setattr(scorer, "_score_rows", lambda model, *_: devices.append(model.device) or torch.zeros(2, 5))
+    scorer.score(model, None, ROWS, "train", 2)
+    assert {device.type for device in devices} == {"cpu"}
 
 
 @pytest.mark.parametrize(("way", "precision", "again"), [("FSDP", "bf16", True), ("FSDP", "no", False)])

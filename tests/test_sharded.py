@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,8 +18,9 @@ from safetensors.torch import load_file
 from sharded_matrix import TESTS, differences, launch, result_of, save_models, surroundings, trainings
 from transformers import AutoModelForCausalLM
 
+from dposhift_trl import DPOShiftConfig, DPOShiftTrainer
 from dposhift_trl.scoring.sharded import whole
-from dposhift_trl.training.sharded import check_parallelism
+from dposhift_trl.training.sharded import Sharded, check_parallelism
 
 
 REPOSITORY = TESTS.parent
@@ -163,11 +165,19 @@ def test_the_launch_file_trains_and_merges_an_adapter_in_bf16(mode, recipe, tmp_
 
 def test_the_whole_model_is_saved_with_sharded_checkpoints(trained, tmp_path):
     (job,) = (trained("ddp")[name] for name in ["shared, gpt2"])
-    sharded = {**job, "folder": str(tmp_path / "out"), "environment": {"FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT"}}
+    sharded = {
+        **job,
+        "folder": str(tmp_path / "out"),
+        "settings": {**job["settings"], "metric_for_best_model": "loss", "greater_is_better": False},
+        "environment": {"FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT"},
+    }
     resumed = {**sharded, "resume": str(tmp_path / "out" / "checkpoint-2")}
     result = launch("fsdp2", [sharded, resumed])
     assert result.returncode == 0, result.stderr[-3000:]
     assert (tmp_path / "out" / "checkpoint-2" / "pytorch_model_fsdp_0" / ".metadata").exists()
+    # Without which no best checkpoint is kept, and processes that disagree wait for each other
+    state = json.loads((tmp_path / "out" / "checkpoint-2" / "trainer_state.json").read_text())
+    assert state["best_model_checkpoint"] == str(tmp_path / "out" / "checkpoint-2")
     assert differences(sharded, job)[1] <= 2e-7
 
 
@@ -181,6 +191,23 @@ def test_a_divided_sequence_is_refused(size, kind):
     finally:
         accelerator.state.parallelism_config = None
     check_parallelism(accelerator)
+
+
+@pytest.mark.parametrize(("plugin", "flattens"), [(None, False), (1, True), (2, False)])
+def test_only_fsdp1_flattens_weights(plugin, flattens):
+    state = SimpleNamespace() if plugin is None else SimpleNamespace(fsdp_plugin=SimpleNamespace(fsdp_version=plugin))
+    trainer = SimpleNamespace(accelerator=SimpleNamespace(state=state))
+    assert Sharded.flattens_weights.fget(trainer) is flattens
+
+
+def test_with_flattened_weights_pairs_are_scored_as_dpo_trainer_scores_them(tiny_model, tmp_path, monkeypatch):
+    args = DPOShiftConfig(str(tmp_path), use_cpu=True, bf16=False, report_to="none")
+    trainers = []
+    for flattens in (False, True):
+        monkeypatch.setattr(Sharded, "flattens_weights", flattens)
+        trainers.append(DPOShiftTrainer(tiny_model, args=args, train_dataset=make_rows(8)))
+    assert [trainer.shares_prompts for trainer in trainers] == [True, False]
+    assert [trainer.precompute_ref_logps for trainer in trainers] == [True, False]
 
 
 def test_a_parameter_that_is_not_divided_is_whole_as_it_is():

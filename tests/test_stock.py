@@ -135,6 +135,8 @@ def test_the_pickled_arguments_are_not_read(folder, here):
         pytest.param({"vocab.json": '{"beta": 3}'}, "No text file in it names beta", id="token"),
         pytest.param({"a.yaml": "pref_beta: 0.1\npref_loss: simpo"}, "must have a reference, got simpo", id="simpo"),
         pytest.param({"a.yaml": "rl: orpo\nbeta: 0.1"}, "must have a reference, got orpo", id="orpo"),
+        pytest.param({"a.yaml": "rl: ipo\nbeta: 0.1"}, "the loss must not be ipo (a.yaml)", id="axolotl-ipo"),
+        pytest.param({"a.yaml": "pref_beta: 0.1\npref_loss: ipo"}, "rewards per token", id="LLaMA-Factory-ipo"),
     ],
 )
 def test_without_one_beta_or_a_reference_one_line_says_what_is_needed(files, says, folder, here):

@@ -13,6 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from dposhift_trl import DPOShiftConfig, DPOShiftTrainer
+from dposhift_trl.training import token_scores
 from dposhift_trl.training.references import References
 from dposhift_trl.training.token_scores import changed_most, token_texts
 
@@ -92,6 +93,18 @@ def test_a_run_does_not_end_by_a_reference_that_does_not_come_back(tiny_model, s
     assert "The log-probabilities of tokens are not saved: out of memory" in caplog.text
     # Nor is what an earlier evaluation of this step has left taken for this one's
     assert not list((Path(settings["output_dir"]) / "pairs" / "tokens").iterdir())
+
+
+def test_a_run_does_not_end_by_scores_that_cannot_be_read_back(tiny_model, settings, monkeypatch, caplog):
+    def unreadable(table):
+        raise OSError("disk is gone")
+
+    trainer = make(tiny_model, settings)
+    trainer.model.transformer.wte.weight.data.mul_(1.5)
+    monkeypatch.setattr(token_scores, "changed_most", unreadable)
+    with caplog.at_level(logging.WARNING):
+        assert trainer.evaluate()["eval_displacement/chosen"] != 0
+    assert "The log-probabilities of tokens are not saved: disk is gone" in caplog.text
 
 
 def test_the_pairs_at_each_end_are_those_that_changed(tmp_path):

@@ -85,6 +85,29 @@ def test_the_report_replaces_no_log_of_another_training(make, tmp_path):
     assert (tmp_path / "out" / "trainer_state.json").read_bytes() == before
 
 
+def test_a_log_with_a_value_that_is_not_a_number_is_its_own(make):
+    trainer = make()
+    trainer.evaluate()
+    trainer.state.log_history.append({"step": 0, "grad_norm": float("nan")})
+    assert trainer.report() == trainer.report()
+
+
+def test_the_best_model_s_evaluation_after_training_is_the_last_one(make, rows, capsys):
+    trainer = make(
+        load_best_model_at_end=True, save_strategy="steps", save_steps=1, learning_rate=1e-2,
+        metric_for_best_model="displacement/chosen_fell", greater_is_better=False,
+    )  # fmt: skip
+    trainer.train()
+    assert trainer.state.best_model_checkpoint.endswith("-1")
+    during = verdict_of(trainer.state.log_history[:2], trainer.args.lambda_plan)
+    assert trainer.verdict() == during
+    capsys.readouterr()
+    trainer.evaluate(make_rows(30, seed=5))
+    after = verdict_of(trainer.state.log_history[-1:], trainer.args.lambda_plan)
+    assert trainer.verdict() == after != during
+    assert after.headline in capsys.readouterr().out
+
+
 def test_notebooks_show_the_columns_that_matter_first(make, monkeypatch):
     display = types.ModuleType("IPython.display")
     monkeypatch.setitem(sys.modules, "IPython", types.SimpleNamespace(display=display))

@@ -125,7 +125,8 @@ def test_the_share_of_pairs_in_which_both_fell_is_reported_if_known():
         pytest.param({"rewards__margins_low": -0.1}, "is not significantly above 0", id="margin-interval"),
         pytest.param({"rewards__accuracies_low": 0.5}, "is not significantly above chance", id="accuracy-interval"),
         pytest.param({"rewards__accuracies": 0.2, "rewards__accuracies_high": 0.3}, "not swapped", id="wrong-way"),
-        pytest.param({"rewards__accuracies_low": None}, "without an interval", id="no-interval"),
+        pytest.param({"rewards__accuracies_low": None}, "no advice without an interval of both", id="no-interval"),
+        pytest.param({"rewards__margins_low": None}, "no advice without an interval of both", id="no-margin-interval"),
         pytest.param({"rewards__margins": math.nan}, "there is no advice", id="nan-margin"),
     ],
 )
@@ -286,7 +287,24 @@ RATED = ("chosen", "rejected", "margin", "accuracy")
         pytest.param(metrics(rewards__margins_low=-1.0, rewards__margins_high=-0.5), "bad good bad good", id="margin"),
         pytest.param(metrics(rewards__accuracies_low=0.4), "bad good good fair", id="accuracy-unclear"),
         pytest.param(metrics(rewards__accuracies_low=math.nan), "bad good good unknown", id="no-interval"),
+        pytest.param(metrics(rewards__margins_low=None), "bad good unknown good", id="no-margin-interval"),
+        pytest.param(metrics(rewards__margins=math.nan), "bad good unknown good", id="no-margin"),
         pytest.param({}, "unknown unknown unknown unknown", id="nothing"),
+        pytest.param(
+            metrics(
+                chosen=0.0,
+                rejected=0.0,
+                growth=1.0,
+                rewards__margins=0.0,
+                rewards__margins_low=0.0,
+                rewards__margins_high=0.0,
+                rewards__accuracies=0.0,
+                rewards__accuracies_low=0.0,
+                rewards__accuracies_high=0.01,
+            ),
+            "unknown unknown unknown unknown",
+            id="still-the-reference",
+        ),
     ],
 )
 def test_each_number_is_rated_by_the_rules_of_the_paragraph(last, ratings):

@@ -113,13 +113,13 @@ python -m dposhift_trl.run "${settings[@]}" output_dir="$work/one" >"$work/one.l
 compare two one 1e-6
 
 echo "two machines with FSDP2"
-plain=("${launch[@]}") run=("${program[@]}")
+one_model_each=("${launch[@]}") as_usual=("${program[@]}")
 launch=(--config_file recipes/accelerate/fsdp2.yaml --num_machines 2 --main_process_port 29500 --rdzv_backend static)
 program=(tests/sharded.py launched -m dposhift_trl.run)
 start fsdp
 finish fsdp
 compare fsdp two 1e-6
-launch=("${plain[@]}") program=("${run[@]}")
+launch=("${one_model_each[@]}") program=("${as_usual[@]}")
 
 for dies in 0 1; do
     echo "machine $dies is killed during training, and the same command is run again"

@@ -18,7 +18,7 @@ from .errors import RunError
 from .loading import base_model, check_rows, findings, legend, load_rows, load_tokenizer
 from .notes import recipe_notes
 from .preflight import check_lengths, check_model, check_settings
-from .processes import say, say_wrapped
+from .processes import from_main, say, say_wrapped
 
 
 def describe(recipe: Recipe) -> None:
@@ -29,7 +29,7 @@ def describe(recipe: Recipe) -> None:
     rows = {}
     with tempfile.TemporaryDirectory() as folder:
         try:
-            base = base_model(recipe, Path(folder))
+            base = base_model(recipe, Path(from_main(folder)))
             tokenizer = load_tokenizer(recipe, base)
         except RunError as error:  # without a tokenizer, the rows are read, but neither tokenized nor counted
             say_wrapped(f"The rows cannot be counted: {error}")
@@ -44,6 +44,7 @@ def describe(recipe: Recipe) -> None:
                 say_wrapped(meaning)
             check_rows(rows)
             check_lengths(recipe, rows, positions)
+        PartialState().wait_for_everyone()  # until nobody needs the main process's folder
     for name, args in recipe.stages.items():
         try:
             steps = _optimizer_steps(args, rows[name].train if name in rows else None)

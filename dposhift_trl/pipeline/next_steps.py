@@ -43,10 +43,12 @@ NOT_UPLOADED = (
     WANDB_ID,
     TRAINING_ARGS_NAME,
 )
+REMOTE_CODE = "--trust-remote-code"  # of models that come with Python code
 MERGE = (
     "import sys; from peft import AutoPeftModelForCausalLM; from transformers import AutoTokenizer; "
-    "adapter, merged = sys.argv[1:]; AutoTokenizer.from_pretrained(adapter).save_pretrained(merged); "
-    "AutoPeftModelForCausalLM.from_pretrained(adapter).merge_and_unload().save_pretrained(merged)"
+    "adapter, merged, *flags = sys.argv[1:]; remote = dict(trust_remote_code=bool(flags)); "
+    "AutoTokenizer.from_pretrained(adapter, **remote).save_pretrained(merged); "
+    "AutoPeftModelForCausalLM.from_pretrained(adapter, **remote).merge_and_unload().save_pretrained(merged)"
 )
 
 
@@ -144,29 +146,30 @@ def _sections(recipe: Recipe, policy: Model, reference: Model, folder: Path, cha
     args = recipe.stages[last]
     compared = isinstance(args, DPOShiftConfig)
     models = [policy, reference] if compared else [policy]
+    remote = [REMOTE_CODE] if recipe.model.trust_remote_code else []
     unmerged = [model for model in models if model.base is not None and not Path(model.whole).is_dir()]
     if unmerged:
         yield Section(
             "Merge the adapter",
             "Most of the commands below read a whole model. With `model.merge_adapter: true`, a run merges by itself.",
-            [command("python", "-c", MERGE, model.place, model.whole) for model in unmerged],
+            [command("python", "-c", MERGE, model.place, model.whole, *remote) for model in unmerged],
         )
     if chats:
         yield Section(
             "Chat",
             "The first command serves the model, the second one, in another terminal, chats with it. Both need `pip "
             'install "transformers[serving]"`.',
-            [command("transformers", "serve", policy.whole), command("transformers", "chat", policy.whole)],
+            [command("transformers", "serve", policy.whole, *remote), command("transformers", "chat", policy.whole)],
         )
-    yield _vllm(policy, repo_name(f"{name}-{last}"), chats)
+    yield _vllm(policy, repo_name(f"{name}-{last}"), chats, remote)
     yield Section(
         "Score with lm_eval",
         'Needs `pip install "lm_eval[hf]"`; `lm_eval ls tasks` lists the tasks.'
         + (" The second command scores the model that this stage started from." if compared else ""),
-        [_lm_eval(model, folder / "lm_eval" / Path(model.place).name, chats) for model in models],
+        [_lm_eval(model, folder / "lm_eval" / Path(model.place).name, chats, remote) for model in models],
     )
     if compared:
-        yield from _on_pairs(policy, reference, folder, args, chats)
+        yield from _on_pairs(policy, reference, folder, args, chats, remote)
     yield Section(
         "Upload",
         "Log in with `hf auth login`, and write your name on the Hub in place of USER. The repository is private.",
@@ -179,24 +182,28 @@ def _sections(recipe: Recipe, policy: Model, reference: Model, folder: Path, cha
     )
 
 
-def _vllm(policy: Model, name: str, chats: bool) -> Section:
-    commands = [command("vllm", "serve", policy.whole, "--served-model-name", name)]
+def _vllm(policy: Model, name: str, chats: bool, remote: list[str]) -> Section:
+    commands = [command("vllm", "serve", policy.whole, "--served-model-name", name, *remote)]
     text = f"The server answers under `http://localhost:8000/v1`, {'as' if chats else 'without chat, as'} `{name}`."
     if policy.base is not None:
         text += " The second command serves the adapter on its base model."
         module = json.dumps({"name": name, "path": policy.place})
         rank = next((size for size in VLLM_RANKS if size >= (policy.rank or 16)), VLLM_RANKS[-1])
         lora = ("--enable-lora", "--max-lora-rank", rank, "--lora-modules", module)
-        commands.append(command("vllm", "serve", policy.base, *lora))
+        commands.append(command("vllm", "serve", policy.base, *lora, *remote))
     return Section("Serve with vLLM", text, commands)
 
 
-def _lm_eval(model: Model, output: Path, chats: bool) -> str:
-    places = {"pretrained": model.place} if model.base is None else {"pretrained": model.base, "peft": model.place}
-    if any("," in place for place in places.values()):
-        arguments = json.dumps(places)
+def _lm_eval(model: Model, output: Path, chats: bool, remote: list[str]) -> str:
+    values: dict[str, Any] = {"pretrained": model.place}
+    if model.base is not None:
+        values = {"pretrained": model.base, "peft": model.place}
+    if remote:
+        values["trust_remote_code"] = True
+    if any("," in str(value) for value in values.values()):
+        arguments = json.dumps(values)
     else:
-        arguments = ",".join(f"{name}={place}" for name, place in places.items())
+        arguments = ",".join(f"{name}={value}" for name, value in values.items())
     template = ["--apply_chat_template"] if chats else []
     return command(
         *("lm_eval", "run", "--model", "hf", "--model_args", arguments, "--tasks", TASKS, "--batch_size", "auto"),
@@ -204,7 +211,9 @@ def _lm_eval(model: Model, output: Path, chats: bool) -> str:
     )
 
 
-def _on_pairs(policy: Model, reference: Model, folder: Path, args: DPOShiftConfig, chats: bool) -> Iterator[Section]:
+def _on_pairs(
+    policy: Model, reference: Model, folder: Path, args: DPOShiftConfig, chats: bool, remote: list[str]
+) -> Iterator[Section]:
     if chats and (folder / PREFERENCES).is_file():
         yield Section(
             "Score with RewardBench",
@@ -215,6 +224,7 @@ def _on_pairs(policy: Model, reference: Model, folder: Path, args: DPOShiftConfi
                 command(
                     *("rewardbench", "--model", policy.whole, "--ref_model", reference.whole, "--dataset"),
                     *(folder / PREFERENCES, "--load_json", "--output_dir", folder / "rewardbench"),
+                    *(["--trust_remote_code"] if remote else []),
                 )
             ],
         )
@@ -222,7 +232,7 @@ def _on_pairs(policy: Model, reference: Model, folder: Path, args: DPOShiftConfi
     if (folder / EVAL_ROWS).is_file():
         length = [] if args.max_length is None else ["--max-length", args.max_length]
         diagnose = ("python", "-m", "dposhift_trl.diagnose", "--policy", policy.place, "--reference", reference.place)
-        commands = [command(*diagnose, "--data", folder / EVAL_ROWS, *length, "--beta", args.beta)]
+        commands = [command(*diagnose, "--data", folder / EVAL_ROWS, *length, "--beta", args.beta, *remote)]
     yield Section(
         "Diagnose and compare",
         (

@@ -14,6 +14,7 @@ from accelerate import Accelerator, DistributedType
 from accelerate.data_loader import prepare_data_loader
 from accelerate.utils import gather_object, is_peft_model
 from datasets import Dataset
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
@@ -124,7 +125,9 @@ class ReferenceScorer:
             precision=self._arithmetic(model),
         )
         training, whole = model.training, range(len(dataset))
-        move_model(model, self.accelerator.device).eval()
+        if not isinstance(model, FSDPModule):  # which is where it has to be: on the CPU if FSDP2 offloads parameters
+            move_model(model, self.accelerator.device)
+        model.eval()
 
         def score(rows: range) -> tuple[torch.Tensor, torch.Tensor]:
             return self._score_rows(model, dataset, rows, name, batch_size)

@@ -1,4 +1,4 @@
-"""What an evaluation shows, by rules on its numbers alone: each mean with its interval, and what it is told from."""
+"""What an evaluation shows, by rules on its numbers alone: each mean with its interval, and how it is rated."""
 
 import math
 from collections.abc import Mapping
@@ -45,7 +45,7 @@ class Estimate:
     def of(cls, metrics: Mapping[str, float], name: str) -> "Estimate":
         """Read a metric and its `_low` and `_high`."""
         value, low, high = (finite(metrics, name + end) for end in ("", "_low", "_high"))
-        return cls(value, low, high) if low is not None and high is not None else cls(value)
+        return cls(value) if None in (value, low, high) else cls(value, low, high)
 
     @property
     def interval(self) -> tuple[float, float] | None:
@@ -137,13 +137,15 @@ class Findings:
             return "no margin"
         if margin.low is not None and margin.low <= 0:
             return "margin unclear"
-        if accuracy.low is None:
+        if margin.low is None or accuracy.low is None:
             return "no interval"
         return "learned" if accuracy.low > 0.5 else "accuracy unclear"
 
     @property
     def ratings(self) -> dict[str, Rating]:
-        """How good each of the four numbers is, by the rules above."""
+        """How good each of the four numbers is, by the rules above. Unknown if the policy is still the reference."""
+        if self.untrained:  # every pair is a tie, which counts as not accurate
+            return dict.fromkeys(("chosen", "rejected", "margin", "accuracy"), "unknown")
         falls: dict[Fall, Rating] = {"slight": "good", "clear": "fair", "large": "bad", "unknown": "unknown"}
         chosen: dict[Change, Rating] = {
             "unknown": "unknown", "unmoved": "good", "rose": "good", "fell": falls[self.fall]

@@ -167,11 +167,11 @@ def _sample(sample: Sample) -> dict[str, Any]:
     """A prompt: its first words, and the answers of data, reference and policy."""
     texts = [("reference", sample.reference), *((f"policy, {steps}", answer) for steps, answer in sample.answers)]
     if sample.chosen is not None:
-        texts.insert(0, ("chosen in the data", sample.chosen))
+        texts.insert(0, ("chosen in the data", as_text(sample.chosen)))
     return {
         "row": sample.row,
         "opening": opening(sample.prompt, LONGEST_OPENING),
-        "prompt": sample.prompt,
+        "prompt": as_text(sample.prompt),
         "texts": texts,
         "changed": sample.changed,
     }

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from ..intervals import bootstrap_interval
+from ..intervals import bootstrap_interval, share_interval
 
 
 NEEDED = ("chosen_logratios", "rejected_logratios")
@@ -32,18 +32,14 @@ def metrics_of_pairs(columns: Mapping[str, np.ndarray], beta: float) -> dict[str
     columns = {name: values[kept] for name, values in columns.items()}
     chosen, rejected = (columns[name] for name in NEEDED)
     margins = beta * (chosen - rejected)
-    told = {
-        "displacement/chosen": chosen,
-        "displacement/rejected": rejected,
-        "displacement/chosen_fell": 1.0 * (chosen < 0),
-        "rewards/margins": margins,
-        "rewards/accuracies": 1.0 * (chosen > rejected),
-    }
+    shares = {"displacement/chosen_fell": chosen < 0, "rewards/accuracies": chosen > rejected}
+    told = {"displacement/chosen": chosen, "displacement/rejected": rejected, "rewards/margins": margins}
     means = {
+        **shares,
         **told,
         "rewards/chosen": beta * chosen,
         "rewards/rejected": beta * rejected,
-        "displacement/both_fell": 1.0 * ((chosen < 0) & (rejected < 0)),
+        "displacement/both_fell": (chosen < 0) & (rejected < 0),
         "dpo_loss": np.logaddexp(0.0, -margins),
     }
     for answer, logratios in (("chosen", chosen), ("rejected", rejected)):
@@ -57,7 +53,9 @@ def metrics_of_pairs(columns: Mapping[str, np.ndarray], beta: float) -> dict[str
     if {"chosen_logps", "chosen_tokens"} <= columns.keys():
         tokens = max(columns["chosen_tokens"].sum(), 1)
         metrics["perplexity/chosen"] = float(np.exp(-columns["chosen_logps"].sum() / tokens))
-    for name, values in told.items():
-        if (interval := bootstrap_interval(values)) is not None:
+    intervals = {name: bootstrap_interval(values) for name, values in told.items()}
+    intervals |= {name: share_interval(values) for name, values in shares.items()}
+    for name, interval in intervals.items():
+        if interval is not None:
             metrics |= {f"{name}_low": interval[0], f"{name}_high": interval[1]}
     return metrics

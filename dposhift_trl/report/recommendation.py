@@ -162,8 +162,8 @@ RULE = (
     "are taken seed by seed. A run qualifies if it learned the preference (the 95% intervals of margin and accuracy "
     "are above 0 and 0.5), if its accuracy is not significantly below DPO's, and if it keeps at least half of DPO's "
     "margin. Of these runs, the one whose chosen answers kept most of their log-probability is recommended, if that "
-    "is measurably more than in DPO; of runs that are not told apart, the one whose lambda is closest to 1. All runs "
-    "must start from the same SFT model and be evaluated on the same pairs."
+    "is measurably more than in DPO; of runs that do not differ measurably, the one whose lambda is closest to 1. All "
+    "runs must start from the same SFT model and be evaluated on the same pairs."
 )
 
 
@@ -241,7 +241,7 @@ def _qualifies(outcome: Outcome, dpo: Outcome) -> bool:
 def _without_a_better_one(
     candidates: Sequence[Outcome], gains: Mapping[str, Estimate], dpo: Outcome
 ) -> tuple[str | None, str]:
-    """DPO itself, unless a run may be better by an amount that is not told from 0."""
+    """DPO itself, unless a run may be better by an amount that is not measurable."""
     unclear = [outcome for outcome in candidates if gains[outcome.name].change == "unmoved"]
     unclear = [outcome for outcome in unclear if (gains[outcome.name].value or 0.0) > 0]
     if not unclear:
@@ -253,7 +253,7 @@ def _without_a_better_one(
     return None, (
         f"No recommendation: no run kept the chosen answers measurably more likely than {dpo.name} at a comparable "
         f"accuracy and margin. The difference is largest for {best.name}, {_by_how_much(gains[best.name])}. Add seeds "
-        "or evaluation pairs to tell it from 0."
+        "or evaluation pairs to measure it."
     )
 
 
@@ -267,8 +267,8 @@ def _choice(best: Outcome, count: int, alike: Sequence[Outcome], dpo: Outcome) -
         return f"{qualified}this one kept the chosen answers most likely"
     names = ", ".join(outcome.name for outcome in alike if outcome is not best)
     return (
-        f"{qualified}this one and {names} kept the chosen answers most likely and are not told apart, and its lambda "
-        "is closest to 1"
+        f"{qualified}this one and {names} kept the chosen answers most likely and do not differ measurably, and its "
+        "lambda is closest to 1"
     )
 
 

@@ -48,17 +48,27 @@ class SeedGroup:
 
 
 def seed_groups(runs: Sequence[Run]) -> list[SeedGroup]:
-    """Group runs by what their recipes have in common besides the seed, in the order of the first run of each."""
+    """
+    Group runs by what their recipes have in common besides the seed, in the order of the first run of each.
+
+    No two groups have the same name.
+    """
     groups: dict[str, list[Run]] = {}
     for index, run in enumerate(runs):
         groups.setdefault(_setting(run) or f"run {index}", []).append(run)
-    found = []
+    found: list[list[Run]] = []
     for members in groups.values():
-        if len(members) == 1 or len({_seed(run) for run in members}) < len(members):  # also the same run twice
-            found += [SeedGroup(run.name, (run,)) for run in members]
-        else:
-            found.append(SeedGroup(re.sub(r"_seed-\d+(?=_|$)", "", members[0].name), tuple(members)))
-    return found
+        several = len(members) > 1 and len({_seed(run) for run in members}) == len(members)  # not the same run twice
+        found += [members] if several else [[run] for run in members]
+    names = [_common_name(members) if len(members) > 1 else members[0].name for members in found]
+    return [
+        SeedGroup(name if names.count(name) == 1 else members[0].name, tuple(members))
+        for name, members in zip(names, found, strict=True)
+    ]
+
+
+def _common_name(runs: Sequence[Run]) -> str:
+    return re.sub(r"_seed-\d+(?=_|$)", "", runs[0].name)
 
 
 def _seed(run: Run) -> int:

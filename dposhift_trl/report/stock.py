@@ -21,6 +21,7 @@ MEANS = (*LOGRATIOS, *LOGRATIOS.values(), "rewards/margins", "rewards/accuracies
 BETAS = ("pref_beta", "rl_beta", "dpo_beta", "beta")
 LOSSES = ("pref_loss", "loss_type", "dpo_loss_type", "rl")
 SIGMOID = ("sigmoid", "dpo")
+PER_TOKEN = "ipo"  # LLaMA-Factory and earlier releases of TRL divide its log-probabilities by the number of tokens
 WITHOUT_REFERENCE = ("simpo", "orpo", "cpo")  # their rewards are log-probabilities
 SECTIONS = ("trl", "dpo", "method")  # in which the settings may be, besides the file itself
 CARD = "README.md"
@@ -43,7 +44,7 @@ def find_beta(history: Sequence[Mapping[str, Any]], folder: Path, beta: float | 
             Beta if the user gave it.
 
     Raises:
-        ReportError: If beta is unknown, or if the rewards are not relative to a reference.
+        ReportError: If beta is unknown, or if the rewards are not relative to a reference, or may be per token.
     """
     settings = settings_of(folder)
     for loss, file in settings.losses.items():
@@ -51,6 +52,11 @@ def find_beta(history: Sequence[Mapping[str, Any]], folder: Path, beta: float | 
             raise ReportError(
                 f"{folder}: the loss must have a reference, got {loss} ({file}), whose rewards are not log-ratios. "
                 f"{_DIAGNOSE}"
+            )
+        if loss == PER_TOKEN:
+            raise ReportError(
+                f"{folder}: the loss must not be {loss} ({file}), with which many releases log rewards per token, so "
+                f"nats per answer cannot be known. {_DIAGNOSE}"
             )
     if beta is None and len(settings.betas) != 1:
         named = ", ".join(f"{value:g} ({file})" for value, file in settings.betas.items())

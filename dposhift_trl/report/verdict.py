@@ -72,7 +72,8 @@ def verdict(last: Mapping[str, float], plan: LambdaPlan | None = None, lambdas: 
 
     The ratings of the tiles follow the same rules. Chosen is good unless it fell; a slight fall is good too, a clear
     one fair, a large one bad. Rejected is good if it fell, bad if it rose. Margin and accuracy are good if their
-    interval is above 0 and 0.5, bad if it is below, fair if it contains them.
+    interval is above 0 and 0.5, bad if it is below, fair if it contains them. All four are unknown if the policy is
+    still the reference.
 
     Args:
         last (`Mapping[str, float]`):
@@ -137,7 +138,7 @@ def _headline(findings: Findings) -> str:
     if findings.learning in ("no margin", "margin unclear"):
         return f"The preference was not learned: margin {margin.text('.3g')}."
     if findings.learning == "accuracy unclear":
-        return f"The preference was not learned: accuracy {accuracy.text('.3f')} is not told from chance."
+        return f"The preference was not learned: accuracy {accuracy.text('.3f')} is not above chance."
     slight = chosen.change == "fell" and findings.fall == "slight"
     fell = "fell far" if findings.fall == "large" else "held" if slight else "fell"
     moved = {"unmoved": "did not move measurably", "rose": "rose", "fell": fell}[chosen.change]
@@ -240,8 +241,8 @@ def _why_nothing_was_learned(findings: Findings, of_ours: bool) -> str | None:
             )
         case "no interval":
             return (
-                f"Accuracy is {accuracy.value:.3f}, without an interval: there are too few pairs, or the interval was "
-                "not logged. So there is no advice."
+                f"The margin is {margin.text('.3g')} and accuracy {accuracy.text('.3f')}. There is no advice without "
+                "an interval of both: there are too few pairs, or the interval was not logged."
             )
         case "accuracy unclear":
             return (

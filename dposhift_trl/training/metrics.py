@@ -10,7 +10,7 @@ import torch
 
 from ..columns import SAVED_ROW_INDEX
 from ..data.config import ROW_ID
-from ..intervals import bootstrap_interval
+from ..intervals import bootstrap_interval, share_interval
 from ..losses import dpo_shift_loss
 
 
@@ -153,9 +153,10 @@ def evaluation_metrics(scores: PairScores, beta: float) -> dict[str, float]:
     Metrics that an evaluation adds to [`pair_metrics`]: quantiles of the log-ratios, and confidence intervals.
 
     - `displacement/chosen_p5` ... `displacement/rejected_p95`: quantiles over pairs, in nats.
-    - `rewards/accuracies`, `rewards/margins`, `displacement/chosen`, `displacement/rejected`, and
-      `displacement/chosen_fell` with `_low` and `_high`: 95% confidence intervals of the means, by the percentile
-      bootstrap with 2000 resamples of the pairs and a fixed seed. Omitted for fewer than two pairs.
+    - `rewards/margins`, `displacement/chosen`, and `displacement/rejected` with `_low` and `_high`: 95% confidence
+      intervals of the means, by the percentile bootstrap with 2000 resamples of the pairs and a fixed seed.
+    - `rewards/accuracies` and `displacement/chosen_fell` with `_low` and `_high`: exact 95% confidence intervals of
+      the shares. All intervals are omitted for fewer than two pairs.
 
     Args:
         scores ([`PairScores`]):
@@ -172,14 +173,14 @@ def evaluation_metrics(scores: PairScores, beta: float) -> dict[str, float]:
         for name, logratios in (("chosen", chosen), ("rejected", rejected))
         for quantile, value in zip(QUANTILES, np.percentile(logratios, QUANTILES), strict=True)
     }
-    means = {
-        "rewards/accuracies": 1.0 * (chosen > rejected),
-        "rewards/margins": beta * (chosen - rejected),
-        "displacement/chosen": chosen,
-        "displacement/rejected": rejected,
-        "displacement/chosen_fell": 1.0 * (chosen < 0),
+    intervals = {
+        "rewards/accuracies": share_interval(chosen > rejected),
+        "rewards/margins": bootstrap_interval(beta * (chosen - rejected)),
+        "displacement/chosen": bootstrap_interval(chosen),
+        "displacement/rejected": bootstrap_interval(rejected),
+        "displacement/chosen_fell": share_interval(chosen < 0),
     }
-    for name, values in means.items():
-        if (interval := bootstrap_interval(values)) is not None:
+    for name, interval in intervals.items():
+        if interval is not None:
             metrics |= {f"{name}_low": interval[0], f"{name}_high": interval[1]}
     return metrics

@@ -27,11 +27,16 @@ CARD_METRICS = (
 
 
 def log_until(log_history: list[dict[str, Any]], checkpoint: str | None) -> list[dict[str, Any]]:
-    """Log entries up to the step of a checkpoint, such as the best one; all entries if `checkpoint` is `None`."""
+    """
+    Log entries that are about a checkpoint, such as the best one; all entries if `checkpoint` is `None`.
+
+    They are those up to its step, and the evaluations after training, when it is loaded.
+    """
     if checkpoint is None:
         return log_history
     step = int(checkpoint.rsplit("-", 1)[-1])
-    return [entry for entry in log_history if entry.get("step", 0) <= step]
+    end = max((index for index, entry in enumerate(log_history) if "train_runtime" in entry), default=len(log_history))
+    return [entry for index, entry in enumerate(log_history) if entry.get("step", 0) <= step or index > end]
 
 
 def append_shift_section(

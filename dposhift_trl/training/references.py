@@ -31,7 +31,7 @@ class References:
     The reference of a [`DPOShiftTrainer`]: scores rows before training, frees the model, and brings it back.
 
     The one part that sets the trainer's `ref_model` and `precompute_ref_logps` and adds scores to its datasets.
-    Data collators other than TRL's keep the way of [`~trl.DPOTrainer`].
+    FSDP1 and data collators other than TRL's keep the way of [`~trl.DPOTrainer`].
 
     Args:
         trainer ([`DPOShiftTrainer`]):
@@ -169,7 +169,7 @@ class References:
     def _supported(self) -> bool:
         collator = self.trainer.data_collator
         collator = collator.collator if isinstance(collator, PairCollator) else collator
-        return isinstance(collator, DataCollatorForPreference)
+        return isinstance(collator, DataCollatorForPreference) and not self.trainer.flattens_weights
 
     def _put_away(self, given: Any, quantization_config: Any) -> None:
         trainer, reference, load = self.trainer, self.trainer.ref_model, None
@@ -187,7 +187,7 @@ class References:
             )
         elif trainer.is_deepspeed_enabled:  # whose engine would not find its way between two models later
             load = functools.partial(divided, trainer.accelerator.unwrap_model(reference), trainer.accelerator)
-        self.stored = StoredReference(reference, trainer.accelerator.device, load)
+        self.stored = StoredReference(reference, next(reference.parameters()).device, load)
         if trainer.is_deepspeed_enabled:
             reference.destroy()
         trainer.ref_model = reference = None

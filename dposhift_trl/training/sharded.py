@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
@@ -20,6 +21,12 @@ class Sharded(Trainer):
     def is_sharded(self) -> bool:
         """Whether FSDP or DeepSpeed divides the model among processes."""
         return self.is_fsdp_enabled or self.is_deepspeed_enabled
+
+    @property
+    def flattens_weights(self) -> bool:
+        """Whether FSDP1 keeps the weights of several modules as one tensor, so that nothing else can read them."""
+        plugin: Any = getattr(self.accelerator.state, "fsdp_plugin", None)
+        return plugin is not None and plugin.fsdp_version == 1
 
     def create_accelerator_and_postprocess(self) -> None:
         """Called before TRL loads the reference, which it would place with `device_map="auto"` under FSDP."""
@@ -54,6 +61,8 @@ class Sharded(Trainer):
         """Saves a whole model also with `SHARDED_STATE_DICT`, with which Trainer saves none; checkpoints stay so."""
         plugin: Any = getattr(self.accelerator.state, "fsdp_plugin", None)
         if plugin is None or _internal_call:
+            if output_dir is not None:  # a best checkpoint that has no folder yet is not noted as such
+                Path(output_dir).mkdir(parents=True, exist_ok=True)
             return super().save_model(output_dir, _internal_call)
         before = plugin.state_dict_type
         plugin.set_state_dict_type("FULL_STATE_DICT")

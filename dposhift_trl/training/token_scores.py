@@ -60,18 +60,29 @@ def save_token_scores(
             Scores of the pairs, saved by the evaluation.
     """
     path, is_main = table.parent / TOKENS / table.name, trainer.is_world_process_zero()
-    if is_main:
-        path.unlink(missing_ok=True)  # of an earlier evaluation at this step
+    wanted: list[int] = []
+    with _errors_as_warnings():
+        if is_main:
+            path.unlink(missing_ok=True)  # of an earlier evaluation at this step
     collator = getattr(trainer.data_collator, "collator", trainer.data_collator)
     usable = isinstance(rows, Dataset) and {PROMPT_IDS, ROW_INDEX} <= set(rows.column_names)
     if not usable or not isinstance(collator, DataCollatorForPreference) or trainer.ld_alpha is not None:
         return
-    (wanted,) = broadcast_object_list([changed_most(table) if is_main and table.exists() else []])
-    try:
+    with _errors_as_warnings():
+        if is_main and table.exists():
+            wanted = changed_most(table)
+    (wanted,) = broadcast_object_list([wanted])
+    with _errors_as_warnings():
         # On every process, since all of them load the reference together
         found = _tokens_of(trainer, reference, selected(rows, wanted)) if wanted else None
         if found is not None and is_main:
             write_whole(path, found)
+
+
+@contextlib.contextmanager
+def _errors_as_warnings() -> Iterator[None]:
+    try:
+        yield
     except (OSError, RuntimeError, ValueError) as error:  # such as no memory for both models
         reason = printable(" ".join(str(error).split()))[:300]
         logger.warning("The log-probabilities of tokens are not saved: %s", reason)

@@ -221,6 +221,7 @@ class DPOShiftTrainer(ExactResume, Sharded, Verdicts, DPOTrainer):
             "the dataset holds images": self._is_vision_dataset,
             "its load-balancing loss counts every token of every row": self.aux_loss_enabled,
             "`torch_compile` would compile it anew for every batch": self._compiles,
+            "FSDP1 flattens the weights; write `fsdp_version: 2`": self.flattens_weights,
             "the data collator is not TRL's, and may pad or cut rows in another way": not trl_collates,
         }
         obstacle = next((reason for reason, holds in obstacles.items() if holds), None)

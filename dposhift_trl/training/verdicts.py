@@ -1,5 +1,6 @@
 """What a trainer's evaluations show: told when they are done, on request, and as a page."""
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -39,7 +40,8 @@ class Verdicts(Trainer):
         """
         Say what the last evaluation shows: whether the chosen answers became less likely, and what to try.
 
-        With `load_best_model_at_end`, it is the evaluation of the best checkpoint.
+        With `load_best_model_at_end`, it is the evaluation of the best checkpoint, unless the loaded model was
+        evaluated again after training.
 
         Returns:
             [`~report.verdict.Verdict`] or `None`: `None` if there was no evaluation under the prefix `eval`.
@@ -130,8 +132,13 @@ def check_own_log(folder: Path, log_history: Sequence[Mapping[str, Any]]) -> Non
         earlier = read_mapping(folder / STATE).get("log_history") if (folder / STATE).exists() else []
     except ArtifactError:
         return
-    if isinstance(earlier, list) and earlier != list(log_history[: len(earlier)]):
+    # As text, since a NaN is not equal to itself
+    if isinstance(earlier, list) and _as_text(earlier) != _as_text(log_history[: len(earlier)]):
         raise ValueError(
             f"`output_dir` must not hold the log of another training, got {folder}. Pass another `output_dir`, or "
             f"write its report by `python -m dposhift_trl.report {folder}`."
         )
+
+
+def _as_text(log_history: Sequence[Mapping[str, Any]]) -> str:
+    return json.dumps(log_history, sort_keys=True)
