@@ -625,6 +625,7 @@ def test_an_override_is_checked_as_the_file_is(refuse, override, line):
 def test_an_override_that_is_no_yaml_is_refused(refuse, value):
     (line,) = refuse(HEAD + DATA + DPO, f"run_name={value}")
     assert line.startswith(f"the value of the override 'run_name={value}' is not valid YAML: ")
+    assert line.endswith(". Put it in quotes, so that the shell passes it whole.") == (value == "[")
 
 
 # Plain values out and in again

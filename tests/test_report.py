@@ -22,7 +22,7 @@ from dposhift_trl.report import ReportError, figures, write_report
 from dposhift_trl.report.__main__ import main
 from dposhift_trl.report.answers import difference
 from dposhift_trl.report.drawing import Drawing, color_variables
-from dposhift_trl.report.figures import curves, pareto_front
+from dposhift_trl.report.figures import Dot, curves, pareto_front, trade_off
 from dposhift_trl.report.labels import shortened, spread
 from dposhift_trl.report.page import DRAWN
 from dposhift_trl.report.run_folder import read_run
@@ -515,6 +515,12 @@ def test_several_runs_are_compared_with_a_recommendation_and_its_rule(several):
     assert len(sorts) == 9 == [tag for tag, _ in page.tags].count("button")
     written = {path.stem for path in (several.parent / "figures").iterdir()}
     assert {"trade_off_margin", "trade_off_accuracy", "curves_chosen", "curves_rejected"} <= written
+
+
+def test_a_trade_off_with_nothing_to_explain_has_no_legend(recwarn):
+    drawing = trade_off("margin", "Trade-off", "Margin", [Dot("a", -1.0, 1.0)])
+    assert drawing is not None
+    assert recwarn.list == []
 
 
 def test_without_a_run_at_lambda_1_there_is_no_recommendation(tmp_path, undrawn):

@@ -130,7 +130,10 @@ def apply_override(values: dict[str, Any], override: str, path: str) -> None:
     try:
         value = parse_yaml(text) if text else None
     except Exception as error:  # the YAML library does not check some conversions
-        raise RecipeError(f"{path}: the value of the override {override!r} is not valid YAML: {error}") from None
+        quotes = " Put it in quotes, so that the shell passes it whole." if text.lstrip()[:1] in ("{", "[") else ""
+        raise RecipeError(
+            f"{path}: the value of the override {override!r} is not valid YAML: {error}.{quotes}"
+        ) from None
     node = values
     for part in parts[:-1]:
         if node.get(part) is None:

@@ -113,7 +113,9 @@ def frame(axes: Axes) -> dict[str, list[float]]:
 
 
 def add_legend(figure: Figure) -> None:
-    """Add a legend below the axes."""
+    """Add a legend below the axes, if anything in them has a label."""
+    if not any(axes.get_legend_handles_labels()[0] for axes in figure.axes):
+        return
     figure.legend(loc="outside lower left", ncols=2, columnspacing=1.2, handlelength=1.6, borderaxespad=0)
 
 

@@ -52,4 +52,4 @@ def plain(value: float, digits: int = 2) -> str:
 
 def signed(value: float, digits: int = 2) -> str:
     """A number that always has its sign."""
-    return f"{value:+.{digits}f}".replace("-", "−")
+    return f"{value:+z.{digits}f}".replace("-", "−")

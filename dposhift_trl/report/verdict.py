@@ -144,7 +144,7 @@ def _headline(findings: Findings) -> str:
     moved = {"unmoved": "did not move measurably", "rose": "rose", "fell": fell}[chosen.change]
     amount = f"{abs(chosen.value):.2f} nats {'lower' if chosen.value < 0 else 'higher'} per answer"
     if chosen.change == "unmoved":
-        amount += "" if chosen.interval is None else " (95% interval {:+.2f} to {:+.2f})".format(*chosen.interval)
+        amount += "" if chosen.interval is None else " (95% interval {:+z.2f} to {:+z.2f})".format(*chosen.interval)
     if findings.learning == "no interval":
         amount += " (no interval)"
     perplexity = "" if findings.growth is None else f", {_growth(findings.growth)}"
@@ -200,9 +200,11 @@ def _change(name: str, logratio: Estimate, last: Mapping[str, float]) -> str:
     subject = f"The log-probability of the {name} answers"
     before_after = [] if logps is None else [f"from {logps - value:.2f} to {logps:.2f}"]
     if logratio.change == "unmoved":
-        interval = [] if logratio.interval is None else ["95% interval {:+.2f} to {:+.2f}".format(*logratio.interval)]
+        interval = (
+            [] if logratio.interval is None else ["95% interval {:+z.2f} to {:+z.2f}".format(*logratio.interval)]
+        )
         return (
-            f"{subject} did not move measurably: {value:+.2f} nats per answer{_in_brackets(interval + before_after)}"
+            f"{subject} did not move measurably: {value:+z.2f} nats per answer{_in_brackets(interval + before_after)}"
         )
     ends = sorted(map(abs, logratio.interval or ()))
     interval = ["95% interval {:.2f} to {:.2f}".format(*ends)] if ends else []
