@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import difflib
-import sys
+import io
 import types
 import typing
 from collections.abc import Collection, Iterator
@@ -11,8 +11,8 @@ from enum import Enum
 from typing import Any
 
 
-# With `WANDB_MODE=offline`, the import prints a line, which is not part of what a command prints
-with contextlib.redirect_stdout(sys.stderr):
+# With `WANDB_MODE=offline`, the import prints that, which the header of each stage says, too
+with contextlib.redirect_stdout(io.StringIO()):
     from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 

@@ -62,7 +62,7 @@ def test_a_command_is_the_same_by_either_name():
     results = [python("-m", "dposhift_trl", "run", *arguments), python("-m", "dposhift_trl.run", *arguments)]
     assert [result.returncode for result in results] == [0, 0]
     assert results[0].stdout == results[1].stdout
-    assert "lambda: 0.5 at the start" in results[0].stdout
+    assert "lambda: 0.5 throughout" in results[0].stdout
 
 
 def test_a_command_passes_on_its_exit_code():

@@ -64,6 +64,8 @@ class References:
             args, *rows, draws_noise=noisy and not args.disable_dropout
         ):
             return
+        if args.precompute_ref_log_probs is None and trainer.is_fsdp_enabled and trainer.ref_model is None:
+            return  # an adapter's base, of which each device would have to hold all
         trainer.precompute_ref_logps = True
         settings = ScoringSettings(args.max_length, args.truncation_mode, trainer.ld_alpha, trainer.shares_prompts)
         self.scorer = ReferenceScorer(
