@@ -82,6 +82,8 @@ def claimed(recipe: Recipe, accept_changes: bool) -> Iterator[None]:
             problem = _refusal(recipe, accept_changes)
         except Timeout:
             problem = f"{folder}: another command is running in this folder."
+        except FileExistsError:
+            problem = f"`output_dir` must be a folder, got the file {folder}. Write another name."
         except (OSError, ValueError) as error:
             problem = f"`output_dir` {folder} cannot be written: {error}"
     problem = from_main(problem)
