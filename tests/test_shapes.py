@@ -1,6 +1,7 @@
 """The shapes that rows come in: which are messages, which are converted, and what is said of the others."""
 
 import dataclasses
+import html
 import json
 import re
 from pathlib import Path
@@ -541,7 +542,8 @@ def test_calls_and_parts_go_through_both_stages_the_report_and_generation(capfd,
     assert all(is_conversation(row[name]) for row in saved for name in CHAT)
     assert any(row["chosen"][0].get("tool_calls") == [call("f", a=2)] for row in saved)
     page = Path("run/report/report.html").read_text(encoding="utf-8")
-    assert "assistant: {&#34;name&#34;: &#34;f&#34;, &#34;arguments&#34;: {&#34;a&#34;: 2}}" in page
+    text = html.unescape(re.sub("<[^>]*>", "", page))
+    assert 'Chosen\n<think>\n\n</think>\n\n<tool_call>\n{"name": "f", "arguments": {"a": 2}}\n</tool_call>' in text
     asked = []
     monkeypatch.setattr(sampling, "prompt_tokens", lambda *args: asked.append(prompt_tokens(*args)) or asked[-1])
     generate_answers("run", device="cpu")
