@@ -160,6 +160,7 @@ def train(job: Job) -> dict[str, Any]:
         "shares_prompts": getattr(trainer, "shares_prompts", None),
         "precomputed": getattr(trainer, "precompute_ref_logps", None),
         "reference": getattr(getattr(getattr(trainer, "_references", None), "scorer", None), "fingerprint", None),
+        "loaded_with": trainer.args.model_init_kwargs,
         "logs": trainer.state.log_history,
         "metrics": metrics,
     }

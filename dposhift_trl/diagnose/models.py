@@ -52,7 +52,7 @@ class ModelSource:
         """What the model is, in a few words."""
         if self.without_adapter:
             return f"{self.base}, the adapter's base model"
-        return self.place if self.base is None else f"{self.place}, an adapter of {self.base}"
+        return self.place if self.base is None else f"{self.place} (adapter of {self.base})"
 
     @property
     def weights(self) -> str | None:

@@ -242,7 +242,7 @@ def _why_nothing_was_learned(findings: Findings, of_ours: bool) -> str | None:
         case "no interval":
             return (
                 f"The margin is {margin.text('.3g')} and accuracy {accuracy.text('.3f')}. There is no advice without "
-                "an interval of both: there are too few pairs, or the interval was not logged."
+                "an interval of both, which this log does not have or too few pairs do not allow."
             )
         case "accuracy unclear":
             return (
