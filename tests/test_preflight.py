@@ -109,7 +109,7 @@ def test_a_model_folder_that_does_not_exist_is_told_at_once(refuse):
         ("dpo.metric_for_best_model=dpo_los", "`dpo.metric_for_best_model` must be one of loss, entropy, "),
         ("sft.metric_for_best_model=rewards/margins", "`sft.metric_for_best_model` must be one of loss, entropy, "),
         ("dpo.report_to=comet_ml", "`dpo.report_to` requires the package of 'comet_ml', which is not installed."),
-        ("dpo.report_to=[tensorboard]", "`dpo.report_to` requires the package of 'tensorboard', which is not insta"),
+        ("dpo.report_to=[clearml]", "`dpo.report_to` requires the package of 'clearml', which is not installed."),
         ("dpo.use_liger_kernel=true", "`dpo.use_liger_kernel` requires liger-kernel, got True."),
         ("dpo.optim=adamw_8bit", "`dpo.optim` cannot be 'adamw_8bit' here: "),
         ("dpo.optim=apollo_adamw", "`dpo.optim` cannot be 'apollo_adamw' here: "),

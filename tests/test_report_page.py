@@ -396,9 +396,11 @@ def test_in_a_browser_neither_page_nor_table_scrolls_sideways_on_a_narrow_phone(
 
 
 def test_every_file_of_the_page_is_packaged():
-    settings = tomllib.loads((ROOM.parent.parent / "pyproject.toml").read_text())
+    repository = Path(__file__).parents[1]
+    settings = tomllib.loads((repository / "pyproject.toml").read_text())
     patterns = settings["tool"]["setuptools"]["package-data"]["dposhift_trl"]
-    files = [path for path in ROOM.iterdir() if path.is_file() and path.suffix != ".py"]
+    room = repository / "dposhift_trl" / "report"
+    files = [path for path in room.iterdir() if path.is_file() and path.suffix != ".py"]
     assert len(files) >= 6
     for path in files:
         assert any(fnmatch(f"report/{path.name}", pattern) for pattern in patterns), path.name
