@@ -118,7 +118,7 @@ launch=(--config_file recipes/accelerate/fsdp2.yaml --num_machines 2 --main_proc
 program=(tests/sharded.py launched -m dposhift_trl.run)
 start fsdp
 finish fsdp
-compare fsdp two 1e-6
+compare fsdp two 1e-5 # FSDP2 sums the norm of the gradients shard by shard
 launch=("${one_model_each[@]}") program=("${as_usual[@]}")
 
 for dies in 0 1; do
