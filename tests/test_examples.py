@@ -1,13 +1,15 @@
-"""The notebook and the script in examples/ run as they are, on a tiny model."""
+"""The notebook and the scripts in examples/ run as they are, on a tiny model."""
 
 import importlib.util
 import json
+import re
 import sys
 
 import matplotlib
 import pytest
-from conftest import make_rows
+from conftest import jitter, make_rows
 from test_docs import ROOT
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
 EXAMPLES = ROOT / "examples"
@@ -42,19 +44,40 @@ def test_the_notebook_runs_from_top_to_bottom(pairs, tiny_model, tmp_path, monke
     assert all(log[0]["step"] == 0 and log[-1]["step"] == 1 for log in names["evaluations"].values())
 
 
+def run_script(name, arguments, monkeypatch):
+    spec = importlib.util.spec_from_file_location(name.removesuffix(".py"), EXAMPLES / name)
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    monkeypatch.setattr(sys, "argv", [name, *(str(word) for pair in arguments.items() for word in pair)])
+    script.main()
+
+
 def test_the_script_trains_and_says_what_happened_to_the_chosen_answers(
     pairs, tiny_model, tmp_path, monkeypatch, capsys
 ):
-    spec = importlib.util.spec_from_file_location("train", EXAMPLES / "train.py")
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
     arguments = {
         "--model": tiny_model, "--data": pairs / "train.jsonl", "--rows": 8, "--held-out": 4, "--shift-lambda": 0.5,
         "--learning-rate": 1e-2, "--output-dir": tmp_path / "out",
     }  # fmt: skip
-    monkeypatch.setattr(sys, "argv", ["train.py", *(str(word) for pair in arguments.items() for word in pair)])
-    script.main()
+    run_script("train.py", arguments, monkeypatch)
     told = capsys.readouterr().out
     assert "nats per answer" in told
     assert f"The report is {tmp_path / 'out' / 'report' / 'report.html'}" in told
     assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+def test_the_diagnosis_tells_a_model_from_what_it_started_from(pairs, tiny_model, tmp_path, monkeypatch, capsys):
+    policy = tmp_path / "policy"
+    moved = jitter(AutoModelForCausalLM.from_pretrained(tiny_model), 0.1)
+    moved.save_pretrained(policy)
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(policy)
+    arguments = {
+        "--policy": policy, "--reference": tiny_model, "--data": pairs / "train.jsonl", "--limit": 12,
+        "--output-dir": tmp_path / "out",
+    }  # fmt: skip
+    run_script("diagnose.py", arguments, monkeypatch)
+    *_, headline, chosen, rejected, margin, accuracy, _ = capsys.readouterr().out.splitlines()
+    assert headline.endswith(".")
+    assert re.fullmatch(r"  chosen: -?[.\d]+ nats per answer \(95% interval -?[.\d]+ to -?[.\d]+\), \w+", chosen)
+    assert [line.split(":")[0].strip() for line in (rejected, margin, accuracy)] == ["rejected", "margin", "accuracy"]
+    assert (tmp_path / "out" / "pairs" / "eval-000000.parquet").is_file()
