@@ -7,10 +7,11 @@ What lambda buys and costs: fixed, scheduled and adaptive, beside DPO and the re
         --results results.jsonl
 
 On the synthetic sets a base is fine-tuned on the chosen answers for each seed, as stage 1 of `recipes/tiny_shift.yaml`
-does; a model that is named is trained as it is. From there each method trains for one epoch with the same settings,
-through the same trainer. The first table holds held-out means over seeds with 95 % intervals, after the last step:
-mean chosen log-ratio, share of chosen answers that fell, margin (beta = 0.1, unshifted), accuracy, and for real sets
-also greedy answers and the accuracy on the other real set. The second table compares all methods with DPO.
+does; a model that is named is trained as it is, on pairs that are split anew for each seed. From there each method
+trains for one epoch with the same settings, through the same trainer. The first table holds held-out means over seeds
+with 95 % intervals, after the last step: mean chosen log-ratio, share of chosen answers that fell, margin (beta = 0.1,
+unshifted), accuracy, and for real sets also greedy answers and the accuracy on the other real set. The second table
+compares all methods with DPO.
 
 Runs that are in the results file are not repeated, so an interrupted grid goes on where it stopped.
 """
@@ -21,25 +22,33 @@ import json
 import os
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import DatasetDict, disable_progress_bars
+from datasets import Dataset, DatasetDict, disable_progress_bars
 from displacement_data import FILES, load_pairs
 from displacement_losses import (
+    Gate,
     Loss,
     acpo,
     beta_dpo,
+    by_own_fall,
+    by_probability,
     cal_dpo,
+    dpo,
     dpo_positive,
     gate_dpo,
+    gate_tokens,
     gated_by_ratio,
+    on_tokens,
     saturated,
     shifted_per_token,
     simpo,
 )
 from displacement_table import COLUMNS, Runs, comparison, table
+from transformers import PrinterCallback
 from transformers.utils import logging
 from trl import SFTConfig
 
@@ -51,6 +60,7 @@ from dposhift_trl.generate.sampling import answer_questions
 
 
 BETA = 0.1
+BEFORE = "before training"
 DPO = "DPO (lambda 1)"
 ADAPTIVE = {"lambda_schedule": "adaptive", "lambda_min": 0.25}
 
@@ -65,10 +75,16 @@ class Method:
             Settings of `DPOShiftConfig`.
         make_loss (`Callable`, *optional*):
             Returns a loss that replaces the trainer's own.
+        gate (`Callable`, *optional*):
+            Factor of the gradients of the rejected answers' tokens, with `make_loss`.
+        trains (`bool`, *optional*, defaults to `True`):
+            Whether the model is trained before it is measured.
     """
 
     settings: dict[str, Any] = dataclasses.field(default_factory=dict)
-    make_loss: Any = None
+    make_loss: Callable[[], Loss] | None = None
+    gate: Gate | None = None
+    trains: bool = True
 
 
 def fixed(value: float) -> Method:
@@ -82,6 +98,7 @@ def mixed(weight: float) -> Method:
 
 
 METHODS = {
+    BEFORE: Method(trains=False),
     DPO: fixed(1.0),
     **{f"fixed {value}": fixed(value) for value in (0.95, 0.9, 0.75, 0.6, 0.5, 0.4, 0.25)},
     "linear_increase 0.75 to 1": Method({"lambda_schedule": "linear_increase"}),
@@ -105,27 +122,31 @@ METHODS = {
     "ACPO 0.05": Method(make_loss=lambda: acpo(BETA, 0.05)),
     "Gate-DPO 5, -2": Method(make_loss=lambda: gate_dpo(BETA, 5.0, -2.0)),
     "Gate-DPO 5, -3": Method(make_loss=lambda: gate_dpo(BETA, 5.0, -3.0)),
-    **{
-        f"candidate: gate at {nats} nats": Method(make_loss=lambda nats=nats: gated_by_ratio(BETA, nats))
-        for nats in (-10.0, -5.0)
-    },
-    **{
-        f"candidate: saturated at {nats} nats": Method(make_loss=lambda nats=nats: saturated(BETA, nats))
-        for nats in (20.0, 10.0, 5.0)
-    },
+    "candidate: gate at -5 nats": Method(make_loss=lambda: gated_by_ratio(BETA, -5.0)),
+    "candidate: saturated at 10 nats": Method(make_loss=lambda: saturated(BETA, 10.0)),
+    "candidate: saturated at 5 nats": Method(make_loss=lambda: saturated(BETA, 5.0)),
     "candidate: 0.75 per token": Method(make_loss=lambda: shifted_per_token(BETA, 0.75)),
+    "candidate: by its own fall": Method(make_loss=lambda: by_own_fall(BETA)),
+    "candidate: gate by probability": Method(make_loss=lambda: dpo(BETA), gate=by_probability),
+    "candidate: 0.5 on shared tokens": Method(make_loss=lambda: dpo(BETA), gate=on_tokens(0.5, 1.0)),
+    "candidate: 0.5 on own tokens": Method(make_loss=lambda: dpo(BETA), gate=on_tokens(1.0, 0.5)),
 }
 # What a real model is trained with, unless methods are named
 SHORT = (
-    DPO, "fixed 0.95", "fixed 0.75", "fixed 0.5", "adaptive, target -0.5 nats", "DPO + 0.1 sft", "DPO + 1.0 sft",
-    "DPO-Positive 5", "ACPO 0.01", "Gate-DPO 5, -2", "candidate: saturated at 10.0 nats",
+    BEFORE, DPO, "fixed 0.95", "fixed 0.75", "fixed 0.5", "adaptive, target -0.5 nats", "DPO + 0.1 sft",
+    "DPO + 1.0 sft", "DPO-Positive 5", "ACPO 0.01", "Gate-DPO 5, -2", "candidate: saturated at 10 nats",
 )  # fmt: skip
+
+
+# What changes results, beside seed and method
+SETTINGS = ("data", "model", "learning_rate", "batch_size", "bf16", "max_steps", "epochs", "questions")
 
 
 class OwnLossTrainer(DPOShiftTrainer):
     """The same trainer with a loss of its own in training; what it measures stays the same."""
 
     own_loss: Loss
+    gate: Gate | None = None
 
     def _shifted_model(self, model, inputs, shift, layout):
         self._scored = super()._shifted_model(model, inputs, shift, layout)
@@ -134,7 +155,12 @@ class OwnLossTrainer(DPOShiftTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         scored = self.__dict__.pop("_scored")
-        return self.own_loss(scored.scores).mean() if self.model.training else result
+        if not self.model.training:
+            return result
+        if self.gate is None:
+            return self.own_loss(scored.scores).mean()
+        tokens = torch.where(inputs["completion_mask"] == 1, inputs["input_ids"], -1)[:, 1:]
+        return self.own_loss(gate_tokens(scored.scores, self.gate, scored.outputs.log_probs, tokens)).mean()
 
 
 def settings(folder, seed, **changes):
@@ -160,7 +186,7 @@ def make_base(folder: Path, data: DatasetDict, seed: int, epochs: float) -> Path
 
 
 def train(method: Method, base: str, data: DatasetDict, seed: int, folder: Path, options: argparse.Namespace) -> Any:
-    """A trainer that has trained with a method."""
+    """A trainer whose model has been trained with a method, on the split `train` of the data."""
     on_gpu = torch.cuda.is_available()
     args = DPOShiftConfig(
         **settings(
@@ -171,20 +197,28 @@ def train(method: Method, base: str, data: DatasetDict, seed: int, folder: Path,
         **{"beta": BETA, "save_pair_scores": False, "precompute_ref_log_probs": True, **method.settings},
     )  # fmt: skip
     trainer_class = DPOShiftTrainer if method.make_loss is None else OwnLossTrainer
-    trainer = trainer_class(base, args=args, train_dataset=data["train"], eval_dataset=data["test"])
+    trainer = trainer_class(base, args=args, train_dataset=data["train"], eval_dataset=held_out(data))
     if method.make_loss is not None:
-        trainer.own_loss = method.make_loss()
-    trainer.train()
+        trainer.own_loss, trainer.gate = method.make_loss(), method.gate
+    trainer.remove_callback(PrinterCallback)
+    if method.trains:
+        trainer.train()
     return trainer
 
 
-def measure(trainer: DPOShiftTrainer, other: DatasetDict | None, questions: int) -> dict[str, float]:
+def held_out(data: DatasetDict) -> dict[str, Dataset]:
+    """All splits but that for training: `test`, and `other`, held-out pairs of another set, if there is one."""
+    return {name: split for name, split in data.items() if name != "train"}
+
+
+def measure(trainer: DPOShiftTrainer, questions: int) -> dict[str, float]:
     """Held-out metrics of a trained model, on the other set as well if there is one, and of its greedy answers."""
     metrics = trainer.evaluate()
-    found = {name: metrics[f"eval_{name}"] for name in COLUMNS if f"eval_{name}" in metrics}
-    if other is not None:
-        metrics = trainer.evaluate(other["test"], metric_key_prefix="other")
-        found["transfer/accuracies"] = metrics["other_rewards/accuracies"]
+    found = {name: metrics[f"eval_test_{name}"] for name in COLUMNS if f"eval_test_{name}" in metrics}
+    if "eval_other_loss" in metrics:
+        found["transfer/accuracies"] = metrics["eval_other_rewards/accuracies"]
+    if not trainer.state.global_step:  # the reference itself, whose log-ratios are 0
+        found = {"perplexity/chosen": found["perplexity/chosen"]}
     if questions:
         found |= greedy_statistics(trainer, questions)
     return found
@@ -192,7 +226,7 @@ def measure(trainer: DPOShiftTrainer, other: DatasetDict | None, questions: int)
 
 def greedy_statistics(trainer: DPOShiftTrainer, count: int) -> dict[str, float]:
     """Length, repetition and emptiness of the model's greedy answers to held-out prompts."""
-    prompts = list({json.dumps(prompt): prompt for prompt in trainer.eval_dataset["prompt"]}.values())[:count]
+    prompts = list({json.dumps(prompt): prompt for prompt in trainer.eval_dataset["test"]["prompt"]}.values())[:count]
     asked = [Question(index, prompt[-1]["content"], prompt) for index, prompt in enumerate(prompts)]
     sampling = GenerationSettings(limit=count, max_new_tokens=160)
     model = trainer.accelerator.unwrap_model(trainer.model).eval()
@@ -201,9 +235,16 @@ def greedy_statistics(trainer: DPOShiftTrainer, count: int) -> dict[str, float]:
     return {f"greedy/{name}": float(found[name] or 0.0) for name in ("mean_tokens", "repetition", "empty")}
 
 
-def read_results(path: Path | None) -> list[dict[str, Any]]:
-    """Lines of the results file, if there is one."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path and path.exists() else []
+def known_results(path: Path | None, used: dict[str, Any]) -> dict[tuple[int, str], dict[str, float]]:
+    """Metrics by seed and method of the runs in the results file, if there is one, on the same data."""
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path and path.exists() else []
+    lines = [line for line in lines if line["settings"]["data"] == used["data"]]
+    for line in lines:
+        if line["settings"] != used:
+            sys.exit(
+                f"{path} has runs with other settings, {line['settings']}: choose another --results than for {used}"
+            )
+    return {(line["seed"], line["method"]): line["metrics"] for line in lines}
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -226,7 +267,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     if (options.data in FILES) != (options.model is not None):
         parser.error("--model is required for the real sets, and only for these")
     real = options.model is not None
-    options.methods = options.methods or list(SHORT if real else METHODS)
+    options.methods = options.methods or list(SHORT if real else [name for name in METHODS if METHODS[name].trains])
     options.learning_rate = options.learning_rate or (5e-6 if real else 1e-4)
     options.batch_size = options.batch_size or (8 if real else 16)
     return options
@@ -239,21 +280,23 @@ def main(argv: list[str] | None = None) -> None:
     disable_progress_bars()
     work = Path(tempfile.mkdtemp())
     os.environ["DPOSHIFT_CACHE"] = str(work / "cache")
-    data, other = load_pairs(options.data, options.files, options.model), None
-    if options.model:
-        (name,) = set(FILES) - {options.data}
-        other = load_pairs(name, options.files, options.model)
-    known = {(line["data"], line["seed"], line["method"]): line["metrics"] for line in read_results(options.results)}
+    used = {name: getattr(options, name) for name in SETTINGS}
+    known = known_results(options.results, used)
     results: dict[str, Runs] = {name: [] for name in options.methods}
     for seed in options.seeds:
+        data = None
         for name in options.methods:
-            found = known.get((options.data, seed, name))
+            found = known.get((seed, name))
             if found is None:
+                if data is None:
+                    data = load_pairs(options.data, options.files, options.model, seed)
+                    for other in set(FILES) - {options.data} if options.model else ():
+                        data["other"] = load_pairs(other, options.files, options.model, seed)["test"]
                 base = options.model or str(make_base(work / f"base-{seed}", data, seed, options.epochs))
                 trainer = train(METHODS[name], base, data, seed, work / "run", options)
-                found = measure(trainer, other, options.questions if options.model else 0)
+                found = measure(trainer, options.questions if options.model else 0)
                 if options.results:
-                    line = {"data": options.data, "seed": seed, "method": name, "metrics": found}
+                    line = {"settings": used, "seed": seed, "method": name, "metrics": found}
                     with options.results.open("a") as file:
                         file.write(json.dumps(line) + "\n")
             results[name].append(found)
@@ -261,7 +304,7 @@ def main(argv: list[str] | None = None) -> None:
     print(f"\n{options.data}, seeds {' '.join(map(str, options.seeds))}, held-out means ± half of a 95 % interval\n")
     print(table(results))
     if DPO in results and len(options.seeds) > 1:
-        print(f"\nPaired differences, p after Holm's correction for {len(results) - 1} methods and 4 columns\n")
+        print("\nPaired differences, p after Holm's correction for the methods and columns shown\n")
         print(comparison(results, DPO))
 
 

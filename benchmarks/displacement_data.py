@@ -5,7 +5,7 @@ Two sets are synthetic: `demo`, the built-in one; `hard`, its near misses only, 
 turned round, so that the preference can be learnt only in part. Two are real, JSON lines with `prompt`, `chosen` and
 `rejected` that are not part of the project: `demo_pairs`, LLaMA-Factory's `dpo_en_demo` (message lists, judged by a
 model), and `pandalm`, the test set of PandaLM (texts, judged by people). Real rows are split by prompt, since several
-share one.
+share one, and anew for each seed.
 """
 
 import argparse
@@ -24,7 +24,7 @@ FILES = {"demo_pairs": "llamafactory_dpo_en_demo.jsonl", "pandalm": "pandalm_hum
 SIZES = {"demo_pairs": (120, 80, 400, 200), "pandalm": (300, 150, 100, 200)}
 
 
-def load_pairs(name: str, folder: Path, model: str | None) -> DatasetDict:
+def load_pairs(name: str, folder: Path, model: str | None, seed: int) -> DatasetDict:
     """
     Training and held-out pairs, `train` and `test`.
 
@@ -35,12 +35,14 @@ def load_pairs(name: str, folder: Path, model: str | None) -> DatasetDict:
             Where the files of the real sets are.
         model (`str`, *optional*):
             Model whose tokenizer counts the tokens of the real sets.
+        seed (`int`):
+            Seed of the split of the real sets.
     """
     if name == "demo":
         return demo_dataset()
     if name == "hard":
         return hard_dataset()
-    return _real_dataset(name, folder, AutoTokenizer.from_pretrained(model))
+    return _real_dataset(name, folder, AutoTokenizer.from_pretrained(model), seed)
 
 
 def hard_dataset() -> DatasetDict:
@@ -62,7 +64,7 @@ def hard_dataset() -> DatasetDict:
     return DatasetDict(train=Dataset.from_list(train), test=Dataset.from_list(pairs[2400:]))
 
 
-def _real_dataset(name: str, folder: Path, tokenizer: PreTrainedTokenizerBase) -> DatasetDict:
+def _real_dataset(name: str, folder: Path, tokenizer: PreTrainedTokenizerBase, seed: int) -> DatasetDict:
     train_size, test_size, answer_length, prompt_length = SIZES[name]
     by_prompt: dict[str, list[dict[str, Any]]] = {}
     for row in map(_as_messages, Dataset.from_json(str(folder / FILES[name]))):
@@ -70,7 +72,7 @@ def _real_dataset(name: str, folder: Path, tokenizer: PreTrainedTokenizerBase) -
         if lengths.pop("prompt") <= prompt_length and max(lengths.values()) <= answer_length:
             by_prompt.setdefault(_text(row["prompt"]), []).append(row)
     prompts = sorted(by_prompt)
-    Random(7).shuffle(prompts)
+    Random(seed).shuffle(prompts)
     split: dict[str, list[dict[str, Any]]] = {"test": [], "train": []}
     for prompt in prompts:
         part = "test" if len(split["test"]) < test_size else "train"

@@ -1,11 +1,14 @@
 r"""
 Losses that `displacement.py` compares with DPO-Shift: other people's, and candidates of our own.
 
-Each is a function of the scores of a batch and returns the loss per pair, in nats, of shape `(num_pairs,)`. In the
-formulas \\( r = \beta\Delta \\) with the log-ratio \\( \Delta \\), lengths are in tokens, and [.] has no gradient.
+A loss is a function of the scores of a batch and returns the loss per pair, in nats, of shape `(num_pairs,)`. A gate
+returns factors of the gradients of the rejected answers' tokens. In the formulas \\( r = \beta\Delta \\) with the
+log-ratio \\( \Delta \\), lengths are in tokens, and [.] has no gradient.
 """
 
+import dataclasses
 from collections.abc import Callable
+from difflib import SequenceMatcher
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +17,14 @@ from dposhift_trl.training.metrics import PairScores
 
 
 Loss = Callable[[PairScores], torch.Tensor]
+# From the log-probabilities of the rejected answers' tokens, zero elsewhere, and the tokens of the chosen and of the
+# rejected rows, -1 outside the answers, all of shape `(num_pairs, length)`
+Gate = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def dpo(beta: float) -> Loss:
+    r"""DPO, https://huggingface.co/papers/2305.18290."""
+    return lambda p: -F.logsigmoid(beta * (p.chosen_logratios - p.rejected_logratios))
 
 
 def dpo_positive(beta: float, weight: float) -> Loss:
@@ -130,3 +141,65 @@ def shifted_per_token(beta: float, shift_lambda: float) -> Loss:
         return -F.logsigmoid(beta * (pairs.chosen_logratios - ratio * pairs.rejected_logratios))
 
     return loss
+
+
+def by_own_fall(beta: float) -> Loss:
+    r"""
+    Candidate: \\( \lambda = [1 - \Delta_w / \Delta_l] \\) for a pair whose answers both fell, clipped to [0, 1], else
+    1. A pair's lambda is lower the more its chosen answer falls with its rejected one.
+    """
+
+    def loss(pairs: PairScores) -> torch.Tensor:
+        up, down = pairs.chosen_logratios, pairs.rejected_logratios
+        fell = (up < 0) & (down < 0)
+        shift_lambda = torch.where(fell, 1 - up / torch.where(fell, down, 1.0), 1.0).clamp(0.0, 1.0).detach()
+        return -F.logsigmoid(beta * (up - shift_lambda * down))
+
+    return loss
+
+
+def gate_tokens(scores: PairScores, gate: Gate, log_probs: torch.Tensor, tokens: torch.Tensor) -> PairScores:
+    """
+    The same scores, with gradients of the rejected answers' tokens times a gate.
+
+    Args:
+        scores (`PairScores`):
+            Scores of the batch.
+        gate (`Callable`):
+            Factor of each token of a rejected answer.
+        log_probs (`torch.Tensor`):
+            Log-probabilities of the answers' tokens, chosen rows first, zero elsewhere, of shape
+            `(2 * num_pairs, length)`.
+        tokens (`torch.Tensor`):
+            The answers' tokens, -1 elsewhere, of the same shape.
+    """
+    rejected = log_probs.chunk(2)[1]
+    gated = (gate(rejected.detach(), *tokens.chunk(2)) * rejected).sum(dim=1)
+    return dataclasses.replace(scores, rejected_logps=scores.rejected_logps.detach() + gated - gated.detach())
+
+
+def by_probability(log_probs: torch.Tensor, chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
+    r"""Candidate: \\( [\pi_\theta(y_t)] \\), so that tokens that the model would not write are not pushed further."""
+    return log_probs.exp()
+
+
+def on_tokens(shared: float, own: float) -> Gate:
+    """Candidate: one lambda for the tokens that a rejected answer shares with its chosen one, another for its own."""
+
+    def gate(log_probs: torch.Tensor, chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
+        return torch.where(shared_tokens(chosen, rejected), shared, own)
+
+    return gate
+
+
+def shared_tokens(chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
+    """Where the rejected rows' tokens are aligned with equal ones of the chosen rows. Shape: `(num_pairs, length)`."""
+    found = torch.zeros_like(rejected, dtype=torch.bool)
+    for pair, rows in enumerate(zip(chosen.tolist(), rejected.tolist(), strict=True)):
+        (answer, _), (other, places) = (
+            ([token for token in row if token >= 0], [place for place, token in enumerate(row) if token >= 0])
+            for row in rows
+        )
+        for block in SequenceMatcher(None, answer, other, autojunk=False).get_matching_blocks():
+            found[pair, places[block.b : block.b + block.size]] = True
+    return found

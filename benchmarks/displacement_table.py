@@ -59,8 +59,9 @@ def table(results: dict[str, Runs]) -> str:
     for method, runs in results.items():
         cells = []
         for name in columns:
-            mean, half = interval([run[name] for run in runs if name in run] or [float("nan")])
-            cells.append(f"{mean:.3f}" + (f" ± {half:.3f}" if half == half else ""))
+            values = [run[name] for run in runs if name in run]
+            mean, half = interval(values) if values else (None, None)
+            cells.append("" if mean is None else f"{mean:.3f}" + (f" ± {half:.3f}" if half == half else ""))
         lines.append(f"| {method} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -75,7 +76,11 @@ def comparison(results: dict[str, Runs], baseline: str) -> str:
         baseline (`str`):
             Method that the others are compared with.
     """
-    others = [method for method in results if method != baseline and len(results[method]) == len(results[baseline])]
+    others = [
+        method
+        for method, runs in results.items()
+        if method != baseline and len(runs) == len(results[baseline]) and all(name in runs[0] for name in TESTED)
+    ]
     cells: dict[tuple[str, str], tuple[float, float]] = {}
     for method in others:
         for name in TESTED:

@@ -1,5 +1,6 @@
 """The losses that the displacement benchmark compares with DPO-Shift, and its statistics."""
 
+import dataclasses
 import json
 import math
 import sys
@@ -13,7 +14,7 @@ from conftest import save_tiny_model
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
 import displacement_losses as losses
-from displacement import METHODS, Method, make_base, parse, train
+from displacement import BEFORE, DPO, METHODS, Method, known_results, make_base, measure, parse, train
 from displacement_data import FILES, load_pairs
 from displacement_table import comparison, holm, table
 
@@ -26,6 +27,7 @@ CHOSEN = [-8.0, -12.0, -9.0, -20.0]
 REJECTED = [-30.0, -11.0, -14.0, -6.0]
 REF_CHOSEN = [-10.0, -10.0, -10.0, -18.0]
 REF_REJECTED = [-10.0, -10.0, -12.0, -8.0]
+PAIRWISE = [field.name for field in dataclasses.fields(PairScores)]
 TOKENS = ([4.0, 6.0, 5.0, 10.0], [8.0, 5.0, 7.0, 3.0])
 
 
@@ -94,6 +96,8 @@ def gradients(loss: torch.Tensor, scores: PairScores) -> tuple[torch.Tensor, tor
                 softplus(0.1 * (-2 - 2)),
             ],
         ),
+        # Only both answers of the second pair fell, the chosen one by more: lambda 0
+        (losses.by_own_fall(0.1), [softplus(2.2), softplus(-0.2), softplus(0.3), softplus(-0.4)]),
     ],
     ids=[
         "DPO-Positive",
@@ -105,6 +109,7 @@ def gradients(loss: torch.Tensor, scores: PairScores) -> tuple[torch.Tensor, tor
         "beta-DPO",
         "saturated",
         "per token",
+        "by its own fall",
     ],
 )
 def test_a_loss_is_its_formula(loss, expected, scores):
@@ -135,6 +140,30 @@ def test_acpo_has_one_lambda_per_pair(scores):
     )
 
 
+TOKEN_IDS = torch.tensor([[-1, 5, 6, 7, 8], [-1, -1, 1, 2, -1], [-1, 9, 6, 7, -1], [-1, -1, 3, 1, 2]])
+LOG_PROBS = torch.tensor([[0.0] * 5] * 2 + [[0, -1, -2, -3, 0], [0, 0, -4, -5, -6]], dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("gate", "factors"),
+    [
+        (losses.by_probability, LOG_PROBS[2:].exp()),
+        (losses.on_tokens(0.5, 1.0), [[1, 1, 0.5, 0.5, 1], [1, 1, 1, 0.5, 0.5]]),
+        (losses.on_tokens(1.0, 0.5), [[1, 0.5, 1, 1, 0.5], [1, 1, 0.5, 1, 1]]),
+    ],
+    ids=["by probability", "shared tokens", "own tokens"],
+)
+def test_gates_scale_the_gradients_of_rejected_tokens(gate, factors, scores):
+    scores = dataclasses.replace(scores, **{n: getattr(scores, n)[:2] for n in PAIRWISE})
+    log_probs = LOG_PROBS.clone().requires_grad_()
+    gated = losses.gate_tokens(scores, gate, log_probs, TOKEN_IDS)
+    assert losses.dpo(0.1)(gated).tolist() == losses.dpo(0.1)(scores).tolist()
+    found = torch.autograd.grad(gated.rejected_logps.sum(), log_probs)[0]
+    inside = TOKEN_IDS[2:] >= 0
+    torch.testing.assert_close(found[2:][inside], torch.as_tensor(factors, dtype=torch.float64)[inside])
+    assert not found[:2].any()
+
+
 def test_beta_dpo_remembers_the_mean_margin(scores):
     loss = losses.beta_dpo(0.1)
     mean = 0.1 * (22 - 1 + 3 - 4) / 4
@@ -158,11 +187,18 @@ def test_a_loss_of_its_own_is_trained_with(tmp_path):
             "own": Method(make_loss=half),
             "fixed": METHODS["fixed 0.5"],
             "DPO": METHODS["DPO (lambda 1)"],
+            "gated": Method(make_loss=lambda: losses.dpo(0.1), gate=losses.on_tokens(1.0, 1.0)),
+            "half gated": Method(make_loss=lambda: losses.dpo(0.1), gate=losses.on_tokens(0.5, 1.0)),
         }.items()
     }
     difference = {name: max((w - weights["own"][n]).abs().max() for n, w in weights[name].items()) for name in weights}
     assert difference["fixed"] < 1e-6
     assert difference["DPO"] > 1e-5
+    gated, half_gated = (
+        max((w - weights["DPO"][n]).abs().max() for n, w in weights[name].items()) for name in ("gated", "half gated")
+    )
+    assert gated < 1e-6
+    assert half_gated > 1e-5
 
 
 def test_holm_is_the_textbook_example():
@@ -188,9 +224,41 @@ def test_real_pairs_are_split_by_prompt(tmp_path, monkeypatch):
         for index in range(900)
     ]
     (tmp_path / FILES["pandalm"]).write_text("\n".join(map(json.dumps, rows)))
-    data = load_pairs("pandalm", tmp_path, save_tiny_model(tmp_path / "gpt2"))
+    model = save_tiny_model(tmp_path / "gpt2")
+    data, again, other = (load_pairs("pandalm", tmp_path, model, seed) for seed in (1, 1, 2))
     prompts = {part: {row["prompt"][0]["content"] for row in data[part]} for part in data}
     assert len(data["train"]) == 300
     assert len(data["test"]) == 150
     assert not prompts["train"] & prompts["test"]
     assert data["train"][0]["chosen"][0]["role"] == "assistant"
+    assert data["test"].to_list() == again["test"].to_list()
+    assert data["test"].to_list() != other["test"].to_list()
+
+
+def test_results_of_other_settings_are_refused(tmp_path):
+    file, used = tmp_path / "results.jsonl", {"data": "demo", "learning_rate": 1e-4}
+    assert known_results(file, used) == {}
+    lines = [
+        {"settings": used, "seed": 1, "method": "fixed 0.5", "metrics": {"rewards/margins": 1.0}},
+        {"settings": {**used, "data": "hard"}, "seed": 1, "method": "fixed 0.5", "metrics": {"rewards/margins": 2.0}},
+    ]
+    file.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    assert known_results(file, used) == {(1, "fixed 0.5"): {"rewards/margins": 1.0}}
+    with pytest.raises(SystemExit, match="choose another --results"):
+        known_results(file, {**used, "learning_rate": 1e-5})
+
+
+def test_the_model_before_training_has_no_log_ratios(tmp_path):
+    data = demo_dataset()
+    data["train"], data["test"] = data["train"].select(range(24)), data["test"].select(range(8))
+    options = parse(["--max-steps", "2"])
+    base = str(make_base(tmp_path / "base", data, 1, 0.1))
+    before, after = (
+        measure(train(METHODS[name], base, data, 1, tmp_path / "run", options), 0) for name in (BEFORE, DPO)
+    )
+    assert list(before) == ["perplexity/chosen"]
+    assert before["perplexity/chosen"] > 1
+    assert after["displacement/chosen"] != 0
+    text = table({BEFORE: [before, before], DPO: [after, after]})
+    assert f"| {BEFORE} |  |" in text
+    assert BEFORE not in comparison({BEFORE: [before, before], DPO: [after, after], "other": [after, after]}, DPO)
