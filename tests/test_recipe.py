@@ -11,7 +11,7 @@ from dposhift_trl import DPOShiftConfig
 from dposhift_trl.data.config import AUDIT_KINDS
 from dposhift_trl.data.tokens import Truncation
 from dposhift_trl.recipe import RecipeError, changed_keys, dump_yaml, load_recipe, parse_yaml
-from dposhift_trl.recipe.sections import DECIDED_ELSEWHERE, GONE
+from dposhift_trl.recipe.sections import DECIDED_ELSEWHERE, OTHER_NAMES
 
 
 ROOT = Path(__file__).parent.parent
@@ -261,8 +261,8 @@ def test_an_unknown_key_of_the_model_is_refused_with_the_nearest_one(refuse):
     ]
 
 
-@pytest.mark.parametrize(("key", "advice"), GONE.items())
-def test_a_key_of_an_older_release_is_refused_with_its_successor(refuse, key, advice):
+@pytest.mark.parametrize(("key", "advice"), OTHER_NAMES.items())
+def test_a_name_from_elsewhere_is_refused_with_the_one_to_use(refuse, key, advice):
     assert refuse(dpo(f"{key}: 1")) == [f"unknown key `dpo.{key}`. {advice}"]
 
 

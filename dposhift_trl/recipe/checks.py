@@ -12,7 +12,7 @@ from ..ranges import RANGES, range_mistake
 from .errors import RecipeError
 from .hints import describe, fits
 from .keys import MIXTURE, TOP_LEVEL, RecipeKey, keys_by_name
-from .sections import DECIDED_ELSEWHERE, GONE, SECTIONS, STAGES, Recipe
+from .sections import DECIDED_ELSEWHERE, OTHER_NAMES, SECTIONS, STAGES, Recipe
 
 
 UNWRITABLE = re.compile("[\0\ud800-\udfff]")  # cannot be written to files, file names or logs
@@ -109,7 +109,7 @@ def _section_mistakes(section: str, values: dict[str, Any], keys: dict[str, Reci
         if section in STAGES and key in DECIDED_ELSEWHERE:
             mistakes.append(f"{path}: `{section}.{key}` cannot be set here: {DECIDED_ELSEWHERE[key]}.")
         elif key not in keys:
-            advice = f" {GONE[key]}" if key in GONE else did_you_mean(key, list(keys))
+            advice = f" {OTHER_NAMES[key]}" if key in OTHER_NAMES else did_you_mean(key, list(keys))
             mistakes.append(f"{path}: unknown key `{section}.{key}`.{advice}")
         else:
             known[key] = value

@@ -35,8 +35,8 @@ DECIDED_ELSEWHERE = {
     "hub_token": "run `hf auth login` or set the environment variable HF_TOKEN; a recipe is copied to the model card",
     "enable_jit_checkpoint": "remove it; the command saves a checkpoint at SIGTERM itself",
 }
-# Names from older releases of TRL and transformers
-GONE = {
+# Names from older releases of TRL and transformers, and from other trainers
+OTHER_NAMES = {
     "warmup_ratio": "Write the ratio as `warmup_steps`, for example `warmup_steps: 0.1`.",
     "max_prompt_length": "Use `max_length`, which limits prompt and answer together.",
     "max_completion_length": "Use `max_length`, which limits prompt and answer together.",
@@ -44,6 +44,15 @@ GONE = {
     "evaluation_strategy": "Use `eval_strategy`.",
     "torch_dtype": "Use `dtype`.",
     "model_name": "Use `model_name_or_path`.",
+    "lr": "Use `learning_rate`.",
+    "batch_size": "Use `per_device_train_batch_size` and `per_device_eval_batch_size`.",
+    "micro_batch_size": "Use `per_device_train_batch_size`.",
+    "epochs": "Use `num_train_epochs`.",
+    "num_epochs": "Use `num_train_epochs`.",
+    "cutoff_len": "Use `max_length`.",
+    "grad_clip": "Use `max_grad_norm`.",
+    "pref_beta": "Use `beta`.",
+    "lambda": "Use `shift_lambda` for a fixed value, or `lambda_schedule`.",
 }
 
 
