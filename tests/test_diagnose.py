@@ -253,8 +253,10 @@ def test_an_earlier_diagnosis_is_kept(work, here, no_page):
     assert read_mapping(work / "diagnosis" / "policy" / "diagnosis.json")["settings"]["beta"] == 0.3
     (work / "run").mkdir()
     (work / "run" / "recipe.yaml").write_text("a run\n")
-    error = here(*BOTH, "--output", "run", "--overwrite", code=2).err
-    assert "contains other files (recipe.yaml). Choose a new folder." in error
+    (work / "run" / ".lock").touch()
+    printed = here(*BOTH, "--output", "run", "--overwrite", code=2)
+    assert "contains other files (recipe.yaml). Choose a new folder." in printed.err
+    assert "pairs:" not in printed.out  # known before anything is read
     assert (work / "run" / "recipe.yaml").read_text() == "a run\n"
 
 

@@ -21,7 +21,7 @@ from ..report.verdict import Verdict, verdict
 from ..training.metrics import PairScores, evaluation_metrics, pair_metrics
 from ..training.token_scores import changed_most, selected, token_table
 from .models import ModelSource, find_models, load_config, load_model, load_tokenizer
-from .output import choose_folder, describe, save
+from .output import check_folder, choose_folder, describe, save
 from .pairs import answer_lengths, check_sizes, check_vocabulary, load_pairs
 from .scoring import AnswerScorer
 from .settings import DiagnoseError, DiagnoseSettings
@@ -76,6 +76,7 @@ def diagnose(settings: DiagnoseSettings, overwrite: bool = False) -> Diagnosis:
     ```
     """
     began = time.monotonic()
+    check_folder(settings)
     policy, reference = models = find_models(settings)
     for source in models:
         say(f"{source.role}: {source.text}")

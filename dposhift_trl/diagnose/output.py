@@ -55,18 +55,30 @@ def describe(settings: DiagnoseSettings, models: Sequence[ModelSource], rows: Da
     return {**values, "weights": {source.role: source.weights for source in models}, "tokens": tokens}
 
 
+def check_folder(settings: DiagnoseSettings) -> None:
+    """
+    Check the folder that was asked for, before anything is read.
+
+    Raises:
+        DiagnoseError: If it contains other files.
+    """
+    if settings.output_dir is None:
+        return
+    folder = Path(settings.output_dir).expanduser()
+    if (others := _others(folder)) is not None:
+        raise DiagnoseError(f"`output_dir` {folder} {others}. Choose a new folder.")
+
+
 def choose_folder(settings: DiagnoseSettings, described: dict[str, Any], overwrite: bool) -> Path:
     """
     The folder to write to: the one asked for, or the first in `diagnosis` that is free or holds this diagnosis.
 
     Raises:
-        DiagnoseError: If the folder asked for contains other files, or a diagnosis with other settings, or of
-            other weights or pairs, and `overwrite` is `False`.
+        DiagnoseError: If the folder asked for contains a diagnosis with other settings, or of other weights or pairs,
+            and `overwrite` is `False`.
     """
     if settings.output_dir is not None:
         folder = Path(settings.output_dir).expanduser()
-        if (others := _others(folder)) is not None:
-            raise DiagnoseError(f"`output_dir` {folder} {others}. Choose a new folder.")
         if (changes := _changes(folder, described)) and not overwrite:
             raise DiagnoseError(
                 f"`output_dir` {folder} contains another diagnosis: {', '.join(changes)} changed. Choose a new "
@@ -82,11 +94,11 @@ def choose_folder(settings: DiagnoseSettings, described: dict[str, Any], overwri
 def _others(folder: Path) -> str | None:
     """What in a folder is of no diagnosis."""
     try:
-        names = sorted(entry.name for entry in folder.iterdir()) if folder.exists() else []
+        names = [entry.name for entry in folder.iterdir()] if folder.exists() else []
     except OSError as error:
         return f"cannot be read: {error.strerror or error}"
     known = (*WRITTEN, UNFINISHED) if DIAGNOSIS in names else (UNFINISHED,)
-    others = [name for name in names if name not in known]
+    others = sorted((name for name in names if name not in known), key=lambda name: (name.startswith("."), name))
     return f"contains other files ({others[0]})" if others else None
 
 
