@@ -518,7 +518,10 @@ def test_a_dry_run_shows_what_was_found_and_what_it_means(bytes_model, tmp_path,
     assert main([path, "--dry-run"]) == 0
     out = capsys.readouterr().out
     assert "train: 4 of 4 rows kept: 4 identical (keep)" in out
-    assert "identical: chosen and rejected are the same to the model\n" in out
+    text = (
+        "identical: chosen and rejected are the same to the model. Rows, counted from 0: identical train 0, 1, 2, ..."
+    )
+    assert f"{text}\n" in out
     assert main([path, "--dry-run", "data.audit=drop"]) == 2
     assert "train: 0 of 4 rows kept: 4 identical (drop)" in capsys.readouterr().out
 

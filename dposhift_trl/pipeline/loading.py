@@ -2,6 +2,7 @@
 
 import copy
 from pathlib import Path
+from typing import Any
 
 from accelerate import PartialState
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -13,6 +14,7 @@ from ..data.audit import AuditedRows, SplitAudit, audit_preferences
 from ..data.chat_template import check_template, use_plain_chat_template
 from ..data.config import legend as meaning_of
 from ..data.demo import save_demo_model
+from ..data.origin import ROW, SOURCE
 from ..data.shapes import convert
 from ..data.sources import load_preferences
 from ..recipe import Recipe
@@ -161,6 +163,22 @@ def findings(rows: dict[str, AuditedRows]) -> dict[str, SplitAudit]:
 
 
 def legend(audits: dict[str, SplitAudit]) -> str | None:
-    """What the kinds found are, in one line."""
-    found = (kind for audit in audits.values() for kind, finding in audit.findings.items() if finding.count)
-    return meaning_of(found) or None
+    """What the kinds found are, and the first rows of each, in one line."""
+    found = [
+        (kind, split, finding)
+        for split, audit in audits.items()
+        for kind, finding in audit.findings.items()
+        if finding.count
+    ]
+    if not found:
+        return None
+    rows: dict[str, list[str]] = {}
+    for kind, split, finding in found:
+        more = ", ..." if finding.count > len(finding.examples) else ""
+        rows.setdefault(kind, []).append(f"{split} {', '.join(map(_row_text, finding.examples))}{more}")
+    places = "; ".join(f"{kind} {', '.join(texts)}" for kind, texts in rows.items())
+    return f"{meaning_of(kind for kind, _, _ in found)}. Rows, counted from 0: {places}"
+
+
+def _row_text(example: dict[str, Any]) -> str:
+    return f"{example[ROW]}" + (f" of {example[SOURCE]}" if SOURCE in example else "")
