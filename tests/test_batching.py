@@ -181,14 +181,17 @@ def test_a_step_of_two_processes_on_a_budget_is_the_mean_over_its_pairs_too(tiny
     arguments = [tiny_model, str(tmp_path / "two")]
     done = subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]
-    sizes, two = json.loads(done.stdout.splitlines()[-1])
+    sizes, two, errors = json.loads(done.stdout.splitlines()[-1])
     assert (len(sizes), sum(sizes)) == (3, 11)
     assert len(set(sizes)) > 1
-    _, one = train(tiny_model, str(tmp_path / "one"), per_device_train_batch_size=22)
+    _, _, one = train(tiny_model, str(tmp_path / "one"), per_device_train_batch_size=22)
     assert len(two) == len(one) == 3
     for left, right in zip(two, one, strict=True):
         for name in ("loss", "grad_norm", "rewards/margins", "logps/chosen"):
             assert left[name] == pytest.approx(right[name], rel=1e-4, abs=1e-6), name
+    assert len(errors) == 2
+    assert "contains other files" in errors[0]
+    assert errors[0] == errors[1]  # rather than waiting for the main process
     assert [path.name for path in (tmp_path / "two" / "pairs" / "tokens").iterdir()] == ["eval-000003.parquet"]
     left, right = (load_file(tmp_path / run / "model.safetensors") for run in ("two", "one"))
     assert all(torch.allclose(left[name], right[name], rtol=1e-4, atol=1e-6) for name in right)

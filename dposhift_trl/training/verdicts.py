@@ -5,11 +5,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+from accelerate.utils import broadcast_object_list
 from transformers import Trainer
 
 from ..artifacts import REPORT, STATE, ArtifactError, read_mapping
 from ..config import DPOShiftConfig
 from ..console import say, wrapped
+from ..report.errors import ReportError
 from ..report.verdict import Verdict, verdict_of
 from .model_card import log_until
 from .settings import LambdaInForce
@@ -62,18 +64,27 @@ class Verdicts(Trainer):
             `Path`: The page, which the main process writes.
 
         Raises:
-            ReportError: If there is nothing to show, or the folder contains other files.
+            ReportError: If there is nothing to show, or the folder contains other files. On the other processes,
+                whatever stops the main process.
             ValueError: If `output_dir` holds the log of another training.
         """
         from ..report.page import PAGE, write_report  # imports matplotlib, which takes seconds
 
         folder = Path(self.args.output_dir)
         destination = folder / REPORT if path is None else Path(path)
+        fault: Exception | None = None
         if self.is_world_process_zero():
-            check_own_log(folder, self.state.log_history)
-            self.save_state()
-            write_report([folder], destination)
-        self.accelerator.wait_for_everyone()
+            try:
+                check_own_log(folder, self.state.log_history)
+                self.save_state()
+                write_report([folder], destination)
+            except Exception as error:  # raised once the other processes, which wait here, know of it
+                fault = error
+        (message,) = broadcast_object_list([fault and str(fault)])
+        if fault is not None:
+            raise fault
+        if message is not None:
+            raise ReportError(message)
         return destination / PAGE
 
     def train(
