@@ -60,6 +60,7 @@ from dposhift_trl.generate.sampling import answer_questions
 
 
 BETA = 0.1
+TRANSFER = 40  # pairs of the other real set
 BEFORE = "before training"
 DPO = "DPO (lambda 1)"
 ADAPTIVE = {"lambda_schedule": "adaptive", "lambda_min": 0.25}
@@ -125,6 +126,8 @@ METHODS = {
     "candidate: gate at -5 nats": Method(make_loss=lambda: gated_by_ratio(BETA, -5.0)),
     "candidate: saturated at 10 nats": Method(make_loss=lambda: saturated(BETA, 10.0)),
     "candidate: saturated at 5 nats": Method(make_loss=lambda: saturated(BETA, 5.0)),
+    "candidate: saturated at 2 nats": Method(make_loss=lambda: saturated(BETA, 2.0)),
+    "candidate: saturated at 1 nat": Method(make_loss=lambda: saturated(BETA, 1.0)),
     "candidate: 0.75 per token": Method(make_loss=lambda: shifted_per_token(BETA, 0.75)),
     "candidate: by its own fall": Method(make_loss=lambda: by_own_fall(BETA)),
     "candidate: gate by probability": Method(make_loss=lambda: dpo(BETA), gate=by_probability),
@@ -134,7 +137,7 @@ METHODS = {
 # What a real model is trained with, unless methods are named
 SHORT = (
     BEFORE, DPO, "fixed 0.95", "fixed 0.75", "fixed 0.5", "adaptive, target -0.5 nats", "DPO + 0.1 sft",
-    "DPO + 1.0 sft", "DPO-Positive 5", "ACPO 0.01", "Gate-DPO 5, -2", "candidate: saturated at 10 nats",
+    "DPO + 1.0 sft", "DPO-Positive 5", "ACPO 0.01", "Gate-DPO 5, -2", "candidate: saturated at 5 nats",
 )  # fmt: skip
 
 
@@ -256,8 +259,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--methods", nargs="+", choices=METHODS, metavar="METHOD")
     parser.add_argument("--results", type=Path, help="JSON lines; runs in it are not repeated")
-    parser.add_argument("--learning-rate", type=float, help="of stage 2: 1e-4 for the demo's model, else 5e-6")
-    parser.add_argument("--batch-size", type=int, default=None, help="16 for the demo's model, else 8")
+    parser.add_argument("--learning-rate", type=float, help="of stage 2: 1e-4 for the demo's model, else 5e-5")
+    parser.add_argument("--batch-size", type=int, default=None, help="16 for the demo's model, else 4")
     parser.add_argument("--bf16", action="store_true", help="mixed precision")
     parser.add_argument("--questions", type=int, default=32, help="greedy answers of a real model")
     parser.add_argument("--max-steps", type=int, default=-1, help="of stage 2, to try it out")
@@ -268,8 +271,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--model is required for the real sets, and only for these")
     real = options.model is not None
     options.methods = options.methods or list(SHORT if real else [name for name in METHODS if METHODS[name].trains])
-    options.learning_rate = options.learning_rate or (5e-6 if real else 1e-4)
-    options.batch_size = options.batch_size or (8 if real else 16)
+    options.learning_rate = options.learning_rate or (5e-5 if real else 1e-4)
+    options.batch_size = options.batch_size or (4 if real else 16)
     return options
 
 
@@ -292,6 +295,7 @@ def main(argv: list[str] | None = None) -> None:
                     data = load_pairs(options.data, options.files, options.model, seed)
                     for other in set(FILES) - {options.data} if options.model else ():
                         data["other"] = load_pairs(other, options.files, options.model, seed)["test"]
+                        data["other"] = data["other"].select(range(TRANSFER))
                 base = options.model or str(make_base(work / f"base-{seed}", data, seed, options.epochs))
                 trainer = train(METHODS[name], base, data, seed, work / "run", options)
                 found = measure(trainer, options.questions if options.model else 0)

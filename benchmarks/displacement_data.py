@@ -21,7 +21,7 @@ from dposhift_trl.data.demo import FAMILIES, _pick, _scene, demo_dataset
 
 FILES = {"demo_pairs": "llamafactory_dpo_en_demo.jsonl", "pandalm": "pandalm_human.jsonl"}
 # Pairs to train on, pairs held out, and the most tokens of an answer and of a prompt
-SIZES = {"demo_pairs": (120, 80, 400, 200), "pandalm": (300, 150, 100, 200)}
+SIZES = {"demo_pairs": (80, 55, 600, 200), "pandalm": (300, 150, 100, 200)}
 
 
 def load_pairs(name: str, folder: Path, model: str | None, seed: int) -> DatasetDict:
@@ -77,6 +77,9 @@ def _real_dataset(name: str, folder: Path, tokenizer: PreTrainedTokenizerBase, s
     for prompt in prompts:
         part = "test" if len(split["test"]) < test_size else "train"
         split[part] += by_prompt[prompt]
+    if len(split["train"]) < train_size:
+        got = len(split["train"])
+        raise ValueError(f"{name} must have {train_size} pairs to train on that are short enough, got {got}")
     return DatasetDict(
         train=Dataset.from_list(split["train"][:train_size]), test=Dataset.from_list(split["test"][:test_size])
     )

@@ -235,6 +235,13 @@ def test_real_pairs_are_split_by_prompt(tmp_path, monkeypatch):
     assert data["test"].to_list() != other["test"].to_list()
 
 
+def test_too_few_real_pairs_are_refused(tmp_path):
+    rows = [{"prompt": f"p{index}", "chosen": "good", "rejected": "bad"} for index in range(200)]
+    (tmp_path / FILES["pandalm"]).write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(ValueError, match="must have 300 pairs to train on that are short enough, got 50"):
+        load_pairs("pandalm", tmp_path, save_tiny_model(tmp_path / "gpt2"), 1)
+
+
 def test_results_of_other_settings_are_refused(tmp_path):
     file, used = tmp_path / "results.jsonl", {"data": "demo", "learning_rate": 1e-4}
     assert known_results(file, used) == {}
