@@ -21,7 +21,7 @@ from dposhift_trl.data.demo import FAMILIES, _pick, _scene, demo_dataset
 
 FILES = {"demo_pairs": "llamafactory_dpo_en_demo.jsonl", "pandalm": "pandalm_human.jsonl"}
 # Pairs to train on, pairs held out, and the most tokens of an answer and of a prompt
-SIZES = {"demo_pairs": (80, 55, 600, 200), "pandalm": (300, 150, 100, 200)}
+SIZES = {"demo_pairs": (80, 50, 600, 200), "pandalm": (300, 150, 100, 200)}
 
 
 def load_pairs(name: str, folder: Path, model: str | None, seed: int) -> DatasetDict:
