@@ -11,7 +11,7 @@ does; a model that is named is trained as it is, on pairs that are split anew fo
 trains for one epoch with the same settings, through the same trainer. The first table holds held-out means over seeds
 with 95 % intervals, after the last step: mean chosen log-ratio, share of chosen answers that fell, margin (beta = 0.1,
 unshifted), accuracy, and for real sets also greedy answers and the accuracy on the other real set. The second table
-compares all methods with DPO.
+compares all methods with DPO, the third with the best fixed lambda at the same accuracy.
 
 Runs that are in the results file are not repeated, so an interrupted grid goes on where it stopped.
 """
@@ -47,7 +47,7 @@ from displacement_losses import (
     shifted_per_token,
     simpo,
 )
-from displacement_table import COLUMNS, Runs, comparison, table
+from displacement_table import COLUMNS, Runs, against_best_fixed, comparison, table
 from transformers import PrinterCallback
 from transformers.utils import logging
 from trl import SFTConfig
@@ -310,6 +310,8 @@ def main(argv: list[str] | None = None) -> None:
     if DPO in results and len(options.seeds) > 1:
         print("\nPaired differences, p after Holm's correction for the methods and columns shown\n")
         print(comparison(results, DPO))
+        print("\nThe same against fixed lambdas\n")
+        print(against_best_fixed(results, [name for name in METHODS if name.startswith(("fixed", DPO))]))
 
 
 if __name__ == "__main__":

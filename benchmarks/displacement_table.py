@@ -76,24 +76,57 @@ def comparison(results: dict[str, Runs], baseline: str) -> str:
         baseline (`str`):
             Method that the others are compared with.
     """
-    others = [
-        method
-        for method, runs in results.items()
-        if method != baseline and len(runs) == len(results[baseline]) and all(name in runs[0] for name in TESTED)
-    ]
+    others = [method for method in _comparable(results) if method != baseline]
+    return _differences(results, {method: baseline for method in others}, f"method, against {baseline}")
+
+
+def against_best_fixed(results: dict[str, Runs], fixed: Sequence[str]) -> str:
+    """
+    Paired differences of each method from the best fixed lambda at its accuracy, in Markdown.
+
+    That is, of the values whose mean accuracy is not below the method's, the one with the highest chosen log-ratio; if
+    there is none, the value with the highest accuracy.
+
+    Args:
+        results (`dict[str, list[dict[str, float]]]`):
+            Metrics of each seed, by method, in the same order of seeds.
+        fixed (`list[str]`):
+            The methods with a fixed lambda.
+    """
+    known = _comparable(results)
+    values = [method for method in fixed if method in known]
+
+    def mean(method: str, name: str) -> float:
+        return float(np.mean([run[name] for run in results[method]]))
+
+    best = {}
+    for method in known:
+        if method in values:
+            continue
+        level = mean(method, "rewards/accuracies")
+        reached = [value for value in values if mean(value, "rewards/accuracies") >= level - 1e-9]
+        criterion = "displacement/chosen" if reached else "rewards/accuracies"
+        best[method] = max(reached or values, key=lambda value: mean(value, criterion))
+    return _differences(results, best, "method, against the best fixed lambda at its accuracy", named=True)
+
+
+def _comparable(results: dict[str, Runs]) -> list[str]:
+    """Methods with all seeds and metrics that are compared."""
+    seeds = max(map(len, results.values()))
+    return [m for m, runs in results.items() if len(runs) == seeds and all(name in runs[0] for name in TESTED)]
+
+
+def _differences(results: dict[str, Runs], baselines: dict[str, str], title: str, *, named: bool = False) -> str:
     cells: dict[tuple[str, str], tuple[float, float]] = {}
-    for method in others:
+    for method, baseline in baselines.items():
         for name in TESTED:
             pairs = zip(results[method], results[baseline], strict=True)
             differences = [run[name] - base[name] for run, base in pairs]
             p = stats.ttest_1samp(differences, 0.0).pvalue if np.ptp(differences) > 0 else float(not any(differences))
             cells[method, name] = float(np.mean(differences)), float(p)
     corrected = dict(zip(cells, holm([p for _, p in cells.values()]), strict=True))
-    lines = [
-        f"| method, against {baseline} | " + " | ".join(COLUMNS[name] for name in TESTED) + " |",
-        "| --- |" + " --- |" * len(TESTED),
-    ]
-    for method in others:
+    lines = [f"| {title} | " + " | ".join(COLUMNS[name] for name in TESTED) + " |", "| --- |" + " --- |" * len(TESTED)]
+    for method, baseline in baselines.items():
         texts = [f"{cells[method, name][0]:+.3f} (p {corrected[method, name]:.2g})" for name in TESTED]
-        lines.append(f"| {method} | " + " | ".join(texts) + " |")
+        lines.append(f"| {method}" + (f", {baseline}" if named else "") + " | " + " | ".join(texts) + " |")
     return "\n".join(lines)

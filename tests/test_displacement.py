@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 import displacement_losses as losses
 from displacement import BEFORE, DPO, METHODS, Method, known_results, make_base, measure, parse, train
 from displacement_data import FILES, load_pairs
-from displacement_table import comparison, holm, table
+from displacement_table import against_best_fixed, comparison, holm, table
 
 from dposhift_trl.data.demo import demo_dataset
 from dposhift_trl.losses import dpo_shift_loss
@@ -216,6 +216,25 @@ def test_tables_hold_means_intervals_and_paired_differences():
     assert "| DPO (lambda 1) | -2.000 ± 12.706 |" in table(results)
     # Differences 2 and 1: t = 3, p = 0.2048, times four columns
     assert "| other | +1.500 (p 0.82) | +1.500 (p 0.82) |" in comparison(results, "DPO (lambda 1)")
+
+
+def test_methods_are_compared_with_the_best_fixed_lambda_at_their_accuracy():
+    def runs(chosen: float, accuracy: float) -> list[dict[str, float]]:
+        names = ("displacement/chosen", "displacement/chosen_fell", "rewards/margins", "rewards/accuracies")
+        return [dict(zip(names, (chosen + seed, 0.5, 1.0, accuracy), strict=True)) for seed in (0.0, 1.0)]
+
+    results = {
+        "lambda 1": runs(-5.0, 0.9),
+        "fixed 0.5": runs(-2.0, 0.8),
+        "fixed 0.25": runs(-1.0, 0.7),
+        "between": runs(-1.5, 0.75),
+        "equal": runs(-1.5, 0.8),
+        "best": runs(-1.5, 0.95),
+        "before": [{"perplexity/chosen": 2.0}] * 2,
+    }
+    rows = against_best_fixed(results, ["lambda 1", "fixed 0.5", "fixed 0.25"]).splitlines()[2:]
+    assert [row.split("|")[1].strip() for row in rows] == ["between, fixed 0.5", "equal, fixed 0.5", "best, lambda 1"]
+    assert [row.split("|")[2].split()[0] for row in rows] == ["+0.500", "+0.500", "+3.500"]
 
 
 def test_real_pairs_are_split_by_prompt(tmp_path, monkeypatch):
