@@ -77,7 +77,7 @@ def comparison(results: dict[str, Runs], baseline: str) -> str:
             Method that the others are compared with.
     """
     others = [method for method in _comparable(results) if method != baseline]
-    return _differences(results, {method: baseline for method in others}, f"method, against {baseline}")
+    return _differences(results, dict.fromkeys(others, baseline), f"method, against {baseline}")
 
 
 def against_best_fixed(results: dict[str, Runs], fixed: Sequence[str]) -> str:
