@@ -51,6 +51,12 @@ def test_it_says_how_far_and_how_often_chosen_fell_and_what_rejected_did():
     assert "margin 3 (95% interval 2.5 to 3.5), accuracy 0.800 (95% interval 0.750 to 0.850)" in text
 
 
+def test_a_perplexity_that_did_not_change_is_not_multiplied_by_1():
+    text = said(metrics(growth=1.001))
+    assert "at the same perplexity; 90% of them" in text
+    assert "multiplies" not in text
+
+
 @pytest.mark.parametrize(
     ("growth", "says"),
     [

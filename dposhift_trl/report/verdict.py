@@ -183,7 +183,8 @@ def _paragraph(findings: Findings, last: Mapping[str, float], lambdas: list[floa
 def _change_of_chosen(findings: Findings, last: Mapping[str, float]) -> str:
     change, share = _change("chosen", findings.chosen, last), findings.fell
     if findings.growth is not None:
-        change += f", which multiplies their perplexity by {findings.growth:.3g}"
+        factor = f"{findings.growth:.3g}"
+        change += ", at the same perplexity" if factor == "1" else f", which multiplies their perplexity by {factor}"
     if share.value is None:
         return f"{change}."
     return f"{change}; {share.text('.0%')} of them became less likely."
