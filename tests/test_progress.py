@@ -5,10 +5,11 @@ import re
 from types import SimpleNamespace
 
 import pytest
+import torch
 from test_run import write_recipe
 
 from dposhift_trl import ChosenSFTTrainer, console
-from dposhift_trl.pipeline import progress
+from dposhift_trl.pipeline import header, progress
 from dposhift_trl.pipeline.progress import ProgressLines
 from dposhift_trl.run import main as main
 from dposhift_trl.sweep import launch
@@ -104,6 +105,23 @@ def test_a_run_prints_a_header_and_a_line_for_each_log_and_no_dictionary(recipe,
     assert printed == logged * 2
     assert "{" not in done.out
     assert done.out.rstrip().splitlines()[-1].startswith("The log-probability of the chosen answers")
+
+
+@pytest.mark.parametrize(
+    ("threads", "processes", "device", "advice"),
+    [
+        (1, 1, "cpu", "process 8"),
+        (1, 2, "cpu", "process 4"),
+        (3, 3, "cpu", None),
+        (8, 1, "cpu", None),
+        (1, 1, "cuda", None),
+    ],
+)
+def test_cores_that_a_run_leaves_idle_are_told(threads, processes, device, advice, monkeypatch):
+    monkeypatch.setattr(header, "usable_cores", lambda: 8)
+    monkeypatch.setattr("torch.get_num_threads", lambda: threads)
+    told = header._idle_cores(SimpleNamespace(device=torch.device(device), world_size=processes))
+    assert told is None if advice is None else told.endswith(f"--num_cpu_threads_per_{advice}`.")
 
 
 def test_a_run_can_print_dictionaries_as_before(recipe, here):

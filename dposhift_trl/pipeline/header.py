@@ -50,8 +50,9 @@ class StageHeader(TrainerCallback):
         }
         for name, text in lines.items():
             say_wrapped(f"  {name:<{NAME - 2}}{text}", indent=NAME)
-        if (remedy := lone_process()) is not None:
-            say_wrapped(remedy)
+        for remedy in (lone_process(), _idle_cores(args)):
+            if remedy is not None:
+                say_wrapped(remedy)
 
 
 def _rows(audits: Mapping[str, SplitAudit]) -> str:
@@ -84,6 +85,18 @@ def _device(trainer: RunSFTTrainer | RunDPOShiftTrainer) -> str:
     return f"{place}, {processes} process{'es' * (processes != 1)}, {precision}"
 
 
+def _idle_cores(args: TrainingArguments) -> str | None:
+    """How to use all cores of a CPU, of which `accelerate launch` gives one to each process."""
+    cores, threads = usable_cores(), torch.get_num_threads()
+    if args.device.type != "cpu" or threads * args.world_size >= cores:
+        return None
+    share = cores // args.world_size
+    return (
+        f"Each process computes with {threads} of {cores} cores. To use them all, start with "
+        f"`accelerate launch --num_cpu_threads_per_process {share}`."
+    )
+
+
 def scoring_line(trainer: RunDPOShiftTrainer, why_not_shared: str | None) -> str:
     """How the stage `dpo` scores pairs: shared tokens, and the reference."""
     if trainer.shares_prompts:
@@ -105,4 +118,9 @@ def hardware(device: torch.device) -> str:
     """Name of an accelerator, or the kind and number of CPUs."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{platform.machine()}, {os.cpu_count()} cores"
+    return f"{platform.machine()}, {usable_cores()} cores"
+
+
+def usable_cores() -> int:
+    """Number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
