@@ -13,7 +13,8 @@ with 95 % intervals, after the last step: mean chosen log-ratio, share of chosen
 unshifted), accuracy, and for real sets also greedy answers and the accuracy on the other real set. The second table
 compares all methods with DPO, the third with the best fixed lambda at the same accuracy.
 
-Runs that are in the results file are not repeated, so an interrupted grid goes on where it stopped.
+Runs that are in the results file are not repeated, so an interrupted grid goes on where it stopped. The published ones
+are in `displacement.jsonl`, which prints the tables at once with `--results benchmarks/displacement.jsonl`.
 """
 
 import argparse
@@ -300,7 +301,8 @@ def main(argv: list[str] | None = None) -> None:
                 trainer = train(METHODS[name], base, data, seed, work / "run", options)
                 found = measure(trainer, options.questions if options.model else 0)
                 if options.results:
-                    line = {"settings": used, "seed": seed, "method": name, "metrics": found}
+                    metrics = {key: float(f"{value:.6g}") for key, value in found.items()}
+                    line = {"settings": used, "seed": seed, "method": name, "metrics": metrics}
                     with options.results.open("a") as file:
                         file.write(json.dumps(line) + "\n")
             results[name].append(found)

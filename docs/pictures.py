@@ -12,6 +12,7 @@ import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from statistics import mean
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,7 +20,7 @@ from dposhift_trl.schedules import LAMBDA_DEFAULTS, make_lambda_schedule
 
 
 IMAGES = Path(__file__).parent / "images"
-MEASUREMENTS = Path(__file__).parent.parent / "benchmarks" / "README.md"
+MEASUREMENTS = Path(__file__).parent.parent / "benchmarks" / "displacement.jsonl"
 NUMBERS = IMAGES / "demo.json"
 METRICS = (
     "logps/chosen", "logps/rejected", "displacement/chosen", "displacement/chosen_fell", "rewards/margins",
@@ -136,7 +137,8 @@ def draw_demo(numbers: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
 
 def draw_trade_off() -> str:
     """Margin against the log-ratio of the chosen answers, for the fixed lambdas of the two measured datasets."""
-    demo, hard = measured_lambdas(MEASUREMENTS.read_text(encoding="utf-8"))
+    results = MEASUREMENTS.read_text(encoding="utf-8")
+    demo, hard = (measured_lambdas(results, data) for data in ("demo", "hard"))
     panels = (
         (Panel((52, 44, 266, 200), (-7, -6, -5, -4, -3, -2, -1, 0), (3, 3.5, 4, 4.5)), demo, "Demo: margin"),
         (Panel((420, 44, 266, 200), (-0.4, -0.3, -0.2, -0.1, 0, 0.1), (0, 0.05, 0.1, 0.15, 0.2)), hard,
@@ -158,13 +160,17 @@ def draw_trade_off() -> str:
     return picture(740, 300, "Lower lambdas keep the chosen answers; they cost margin on one of two datasets", parts)
 
 
-def measured_lambdas(page: str) -> list[list[tuple[float, float, float]]]:
-    """Lambda, chosen log-ratio, and margin of the fixed lambdas, for each of the two tables of the page."""
-    rows = re.findall(
-        r"^\| (?:DPO \(lambda (1)\)|fixed ([\d.]+)) \| (-?[\d.]+) ± [\d.]+ \| [^|]+ \| ([\d.]+) ±", page, re.MULTILINE
-    )
-    runs = [(float(dpo or fixed), float(chosen), float(margin)) for dpo, fixed, chosen, margin in rows]
-    return [runs[: len(runs) // 2], runs[len(runs) // 2 :]]
+def measured_lambdas(results: str, data: str) -> list[tuple[float, float, float]]:
+    """Lambda, and means over seeds of chosen log-ratio and margin, of the fixed lambdas on a dataset."""
+    runs: dict[float, list[dict[str, float]]] = {}
+    for line in map(json.loads, results.splitlines()):
+        value = re.fullmatch(r"DPO \(lambda (1)\)|fixed ([\d.]+)", line["method"])
+        if value is not None and line["settings"]["data"] == data:
+            runs.setdefault(float(value[1] or value[2]), []).append(line["metrics"])
+    return [
+        (value, *(mean(found[name] for found in runs[value]) for name in ("displacement/chosen", "rewards/margins")))
+        for value in sorted(runs, reverse=True)
+    ]
 
 
 def read_run(folder: str) -> dict[str, list[float]]:
