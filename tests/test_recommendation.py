@@ -236,5 +236,5 @@ def test_the_page_compares_means_over_seeds(sweep, tmp_path, monkeypatch):
     assert "Means over seeds" in text
     assert "fixed-0.75 recommended 3 0.75" in text
     assert "Take fixed-0.75 (λ 0.75, 3 seeds)" in text
-    assert [dot.label.split(",")[0] for dot in dots[0]] == ["fixed-1.0", "fixed-0.75", "fixed-0.5"]
+    assert [dot.label for dot in dots[0]] == ["λ 1", "λ 0.75", "λ 0.5"]
     assert "Means over seeds" not in Page(write_report(sweep[2:4], tmp_path / "out")).text

@@ -108,7 +108,7 @@ def _value(run: Run, name: str) -> float:
 
 
 def _trade_offs(groups: Sequence[SeedGroup]) -> list[Drawing | None]:
-    found = []
+    found, labels = [], _labels(groups)
     for name, title, label in (
         ("margin", "Chosen log-ratio against margin", "Reward margin (nats; up is better)"),
         ("accuracy", "Chosen log-ratio against accuracy", "Reward accuracy (up is better)"),
@@ -119,7 +119,7 @@ def _trade_offs(groups: Sequence[SeedGroup]) -> list[Drawing | None]:
             chosen, value = outcome.chosen.value, getattr(outcome, name)
             dots.append(
                 Dot(
-                    f"{group.name}, {group.lambda_text}" if len(groups) <= 4 else group.lambda_text,
+                    labels[index],
                     math.nan if chosen is None else chosen,
                     math.nan if value.value is None else value.value,
                     SERIES[index % len(SERIES)],
@@ -132,9 +132,15 @@ def _trade_offs(groups: Sequence[SeedGroup]) -> list[Drawing | None]:
     return found
 
 
+def _labels(entries: Sequence[Run] | Sequence[SeedGroup]) -> list[str]:
+    """Lambda of each entry of a figure, or its name if another one has the same."""
+    lambdas = [entry.lambda_text for entry in entries]
+    return [entry.lambda_text if lambdas.count(entry.lambda_text) == 1 else entry.name for entry in entries]
+
+
 def _overlays(runs: Sequence[Run]) -> list[Drawing | None]:
     """The curves of all runs, one figure per metric, of the evaluations if there are any, otherwise of training."""
-    lambdas = [run.lambda_text for run in runs]
+    labels = _labels(runs)
 
     def lines(name: str) -> list[Line]:
         found = []
@@ -142,9 +148,8 @@ def _overlays(runs: Sequence[Run]) -> list[Drawing | None]:
             steps, values = run.dpo.evaluation_series(name)
             if not steps:
                 steps, values = run.dpo.series(name)
-            label = run.lambda_text if lambdas.count(run.lambda_text) == 1 else run.name
             dash = DASHES[index // len(SERIES) % len(DASHES)]
-            found.append(Line(label, SERIES[index % len(SERIES)], steps, values, dash=dash))
+            found.append(Line(labels[index], SERIES[index % len(SERIES)], steps, values, dash=dash))
         return found
 
     zero, answers = (0, "SFT model"), "nats per answer"
