@@ -251,6 +251,14 @@ def known_results(path: Path | None, used: dict[str, Any]) -> dict[tuple[int, st
     return {(line["seed"], line["method"]): line["metrics"] for line in lines}
 
 
+def tables(results: dict[str, Runs]) -> list[str]:
+    """Means of each method, and for several seeds its paired differences from DPO and from the best fixed lambda."""
+    if DPO not in results or len(results[DPO]) < 2:
+        return [table(results)]
+    fixed = [name for name in METHODS if name.startswith(("fixed", DPO))]
+    return [table(results), comparison(results, DPO), against_best_fixed(results, fixed)]
+
+
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -307,13 +315,9 @@ def main(argv: list[str] | None = None) -> None:
                         file.write(json.dumps(line) + "\n")
             results[name].append(found)
             print(f"seed {seed}, {name}: {found}", file=sys.stderr, flush=True)
-    print(f"\n{options.data}, seeds {' '.join(map(str, options.seeds))}, held-out means ± half of a 95 % interval\n")
-    print(table(results))
-    if DPO in results and len(options.seeds) > 1:
-        print("\nPaired differences, p after Holm's correction for the methods and columns shown\n")
-        print(comparison(results, DPO))
-        print("\nThe same against fixed lambdas\n")
-        print(against_best_fixed(results, [name for name in METHODS if name.startswith(("fixed", DPO))]))
+    seeds = " ".join(map(str, options.seeds))
+    print(f"\n{options.data}, seeds {seeds}, held-out means ± half of a 95 % interval\n")
+    print("\n\n".join(tables(results)))
 
 
 if __name__ == "__main__":

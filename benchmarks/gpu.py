@@ -8,7 +8,7 @@ Parts run in this order, each in a process of its own with a time limit, so that
 3. training: losses, gradient norms and metrics of a few steps, stock TRL against `DPOShiftTrainer`.
 4. tests: `pytest -m gpu`, without what needs two cards.
 5. steps: seconds, tokens per second, MFU and peak memory of a step, see `gpu_steps.py`.
-6. grid: displacement by lambda of a model in a folder, if `--model` names one.
+6. grid: displacement by lambda of a model in a folder, if `--model` names one; of the demo's with `--smoke`.
 
 `results.json` holds all records, `table.md` what is printed last, `log.txt` what each part printed, tracebacks
 included.
@@ -350,18 +350,20 @@ def steps(part: Part) -> None:
 
 def grid(part: Part) -> None:
     """Displacement by lambda, from a model in a folder, on the built-in demo's pairs."""
-    folder = part.args.model
-    if not folder or not (Path(folder) / "config.json").is_file():
+    smoke, folder = part.args.smoke, part.args.model
+    if not smoke and (not folder or not (Path(folder) / "config.json").is_file()):
         part.record(skipped="no folder with a model was given (--model DIR)")
         return
     from displacement import COLUMNS, settings
     from step import quiet
 
     from dposhift_trl import DPOShiftConfig, DPOShiftTrainer
-    from dposhift_trl.data.demo import demo_dataset
+    from dposhift_trl.data.demo import demo_dataset, save_demo_model
 
-    smoke = part.args.smoke
     with quiet(argparse.Namespace(threads=1 if smoke else 8)), tempfile.TemporaryDirectory() as output:
+        if not folder:
+            folder = f"{output}/demo"
+            save_demo_model(folder)
         data = demo_dataset()
         few = {name: rows.select(range(8 if smoke else min(len(rows), 960))) for name, rows in data.items()}
         for value in (1.0, 0.95, 0.75, 0.5):
@@ -377,7 +379,9 @@ def grid(part: Part) -> None:
                 trainer = DPOShiftTrainer(folder, args=args, train_dataset=few["train"], eval_dataset=few["test"])
                 trainer.train()
                 metrics = trainer.evaluate()
-                part.record(shift_lambda=value, metrics={name: metrics[f"eval_{name}"] for name in COLUMNS})
+                part.record(
+                    shift_lambda=value, metrics={n: metrics[f"eval_{n}"] for n in COLUMNS if f"eval_{n}" in metrics}
+                )
 
 
 PARTS = {"device": device, "check": check, "training": training, "tests": tests, "steps": steps, "grid": grid}

@@ -65,6 +65,9 @@ def test_the_run_for_a_gpu_goes_through_all_its_parts_on_a_cpu(tmp_path):
     assert runs["float32"]["loss_difference"] < 1e-5
     kinds = {record["kind"] for record in records if record["part"] == "steps" and "seconds" in record}
     assert kinds == {"TRL", "TRL, best", "TRL, again", "cached", "by tokens", "best", "scored"}
+    grid = {record["shift_lambda"]: record["metrics"] for record in records if "shift_lambda" in record}
+    assert list(grid) == [1.0, 0.95, 0.75, 0.5]
+    assert all("displacement/chosen" in metrics for metrics in grid.values())
     losses = [record["loss"] for record in records if record["part"] == "steps" and "loss" in record]
     assert losses[0] == pytest.approx(losses[1], abs=1e-2)
 

@@ -13,8 +13,21 @@ from conftest import save_tiny_model
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
+import displacement
 import displacement_losses as losses
-from displacement import BEFORE, DPO, METHODS, Method, known_results, make_base, measure, parse, train
+from displacement import (
+    BEFORE,
+    DPO,
+    METHODS,
+    SETTINGS,
+    Method,
+    known_results,
+    make_base,
+    measure,
+    parse,
+    tables,
+    train,
+)
 from displacement_data import FILES, load_pairs
 from displacement_table import against_best_fixed, comparison, holm, table
 
@@ -288,3 +301,15 @@ def test_the_model_before_training_has_no_log_ratios(tmp_path):
     text = table({BEFORE: [before, before], DPO: [after, after]})
     assert f"| {BEFORE} |  |" in text
     assert BEFORE not in comparison({BEFORE: [before, before], DPO: [after, after], "other": [after, after]}, DPO)
+
+
+RESULTS = Path(displacement.__file__).with_name("displacement.jsonl")
+
+
+@pytest.mark.parametrize("data", ["demo", "hard"])
+def test_the_published_tables_are_what_the_published_results_give(data):
+    options = parse(["--data", data, "--seeds", "1", "2", "3", "4", "5"])
+    known = known_results(RESULTS, {name: getattr(options, name) for name in SETTINGS})
+    printed = tables({name: [known[seed, name] for seed in options.seeds] for name in options.methods})
+    page = RESULTS.with_name("README.md").read_text(encoding="utf-8")
+    assert [line for text in printed for line in text.splitlines() if line not in page] == []
