@@ -1,8 +1,9 @@
 """
-The table of `displacement.py`: means over seeds with intervals, and what differs from a baseline after correction.
+The tables of `displacement.py`: means over seeds with intervals, and what differs from a baseline after correction.
 
 Every method is trained from the same models on the same pairs, seed by seed, so methods are compared by their paired
-differences: a t-test over seeds, two-sided, and Holm's correction over all methods and columns compared.
+differences: a t-test over seeds, two-sided, and Holm's correction over all differences of a table. A star marks what
+is left with p below 0.05.
 """
 
 from collections.abc import Sequence
@@ -24,7 +25,11 @@ COLUMNS = {
     "greedy/repetition": "repetition",
     "greedy/empty": "empty",
 }
+# Columns that methods are compared in
 TESTED = ("displacement/chosen", "displacement/chosen_fell", "rewards/margins", "rewards/accuracies")
+SIGNIFICANT = 0.05
+# Accuracies that differ by no more count as equal
+EQUAL = 0.01
 
 Runs = list[dict[str, float]]
 
@@ -44,48 +49,37 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     return float(np.mean(values)), float(stats.t.ppf(0.975, len(values) - 1) * stats.sem(values))
 
 
-def table(results: dict[str, Runs]) -> str:
+def table(results: dict[str, Runs], baseline: str) -> str:
     """
     One row per method, in Markdown: means over seeds and half of a 95 % interval.
 
     Args:
         results (`dict[str, list[dict[str, float]]]`):
-            Metrics of each seed, by method. Columns that no run has are left out.
+            Metrics of each seed, by method, in the same order of seeds. Columns that no run has are left out.
+        baseline (`str`):
+            Method that the others are compared with.
     """
-    columns = {
-        name: title for name, title in COLUMNS.items() if any(name in r for runs in results.values() for r in runs)
-    }
+    columns = {n: title for n, title in COLUMNS.items() if any(n in run for runs in results.values() for run in runs)}
+    others = dict.fromkeys((method for method in _comparable(results) if method != baseline), baseline)
+    tests = _paired_tests(results, others if baseline in results else {})
     lines = ["| method | " + " | ".join(columns.values()) + " |", "| --- |" + " --- |" * len(columns)]
     for method, runs in results.items():
         cells = []
         for name in columns:
             values = [run[name] for run in runs if name in run]
             mean, half = interval(values) if values else (None, None)
-            cells.append("" if mean is None else f"{mean:.3f}" + (f" ± {half:.3f}" if half == half else ""))
+            text = "" if mean is None else f"{mean:.3f}" + (f" ± {half:.3f}" if half == half else "")
+            cells.append(text + _star(tests, method, name))
         lines.append(f"| {method} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
-
-
-def comparison(results: dict[str, Runs], baseline: str) -> str:
-    """
-    Paired differences from a baseline, in Markdown, with p-values after Holm's correction.
-
-    Args:
-        results (`dict[str, list[dict[str, float]]]`):
-            Metrics of each seed, by method, in the same order of seeds.
-        baseline (`str`):
-            Method that the others are compared with.
-    """
-    others = [method for method in _comparable(results) if method != baseline]
-    return _differences(results, dict.fromkeys(others, baseline), f"method, against {baseline}")
 
 
 def against_best_fixed(results: dict[str, Runs], fixed: Sequence[str]) -> str:
     """
     Paired differences of each method from the best fixed lambda at its accuracy, in Markdown.
 
-    That is, of the values whose mean accuracy is not below the method's, the one with the highest chosen log-ratio; if
-    there is none, the value with the highest accuracy.
+    That is, of the values whose mean accuracy is at most one point below the method's, the one with the highest chosen
+    log-ratio; if there is none, the value with the highest accuracy.
 
     Args:
         results (`dict[str, list[dict[str, float]]]`):
@@ -101,13 +95,18 @@ def against_best_fixed(results: dict[str, Runs], fixed: Sequence[str]) -> str:
 
     best = {}
     for method in known:
-        if method in values:
-            continue
-        level = mean(method, "rewards/accuracies")
-        reached = [value for value in values if mean(value, "rewards/accuracies") >= level - 1e-9]
-        criterion = "displacement/chosen" if reached else "rewards/accuracies"
-        best[method] = max(reached or values, key=lambda value: mean(value, criterion))
-    return _differences(results, best, "method, against the best fixed lambda at its accuracy", named=True)
+        if method not in values:
+            level = mean(method, "rewards/accuracies") - EQUAL - 1e-9
+            reached = [value for value in values if mean(value, "rewards/accuracies") >= level]
+            criterion = "displacement/chosen" if reached else "rewards/accuracies"
+            best[method] = max(reached or values, key=lambda value: mean(value, criterion))
+    tests = _paired_tests(results, best)
+    titles = ["method", "best fixed lambda", *(COLUMNS[name] for name in TESTED)]
+    lines = ["| " + " | ".join(titles) + " |", "| --- |" + " --- |" * (len(titles) - 1)]
+    for method, baseline in best.items():
+        cells = [f"{tests[method, name][0]:+.3f}{_star(tests, method, name)}" for name in TESTED]
+        lines.append(f"| {method} | {baseline} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
 def _comparable(results: dict[str, Runs]) -> list[str]:
@@ -116,17 +115,18 @@ def _comparable(results: dict[str, Runs]) -> list[str]:
     return [m for m, runs in results.items() if len(runs) == seeds and all(name in runs[0] for name in TESTED)]
 
 
-def _differences(results: dict[str, Runs], baselines: dict[str, str], title: str, *, named: bool = False) -> str:
-    cells: dict[tuple[str, str], tuple[float, float]] = {}
+def _paired_tests(results: dict[str, Runs], baselines: dict[str, str]) -> dict[tuple[str, str], tuple[float, float]]:
+    """Mean difference of each method from its baseline, and its corrected p-value, by method and column."""
+    found: dict[tuple[str, str], tuple[float, float]] = {}
     for method, baseline in baselines.items():
         for name in TESTED:
             pairs = zip(results[method], results[baseline], strict=True)
             differences = [run[name] - base[name] for run, base in pairs]
             p = stats.ttest_1samp(differences, 0.0).pvalue if np.ptp(differences) > 0 else float(not any(differences))
-            cells[method, name] = float(np.mean(differences)), float(p)
-    corrected = dict(zip(cells, holm([p for _, p in cells.values()]), strict=True))
-    lines = [f"| {title} | " + " | ".join(COLUMNS[name] for name in TESTED) + " |", "| --- |" + " --- |" * len(TESTED)]
-    for method, baseline in baselines.items():
-        texts = [f"{cells[method, name][0]:+.3f} (p {corrected[method, name]:.2g})" for name in TESTED]
-        lines.append(f"| {method}" + (f", {baseline}" if named else "") + " | " + " | ".join(texts) + " |")
-    return "\n".join(lines)
+            found[method, name] = float(np.mean(differences)), float(p)
+    corrected = holm([p for _, p in found.values()])
+    return {key: (mean, p) for (key, (mean, _)), p in zip(found.items(), corrected, strict=True)}
+
+
+def _star(tests: dict[tuple[str, str], tuple[float, float]], method: str, name: str) -> str:
+    return "*" if tests.get((method, name), (0.0, 1.0))[1] < SIGNIFICANT else ""

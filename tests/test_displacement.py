@@ -29,7 +29,7 @@ from displacement import (
     train,
 )
 from displacement_data import FILES, load_pairs
-from displacement_table import against_best_fixed, comparison, holm, table
+from displacement_table import against_best_fixed, holm, table
 
 from dposhift_trl.data.demo import demo_dataset
 from dposhift_trl.losses import dpo_shift_loss
@@ -219,35 +219,40 @@ def test_holm_is_the_textbook_example():
     assert holm([0.6, 0.7]) == [1.0, 1.0]
 
 
-def test_tables_hold_means_intervals_and_paired_differences():
+def test_tables_hold_means_intervals_and_what_differs_from_the_baseline():
     columns = ("displacement/chosen", "displacement/chosen_fell", "rewards/margins", "rewards/accuracies")
     results = {
         "DPO (lambda 1)": [dict.fromkeys(columns, value) for value in (-3.0, -1.0)],
         "other": [dict.fromkeys(columns, value) for value in (-1.0, 0.0)],
+        "equal": [dict.fromkeys(columns, value) for value in (-2.0, -0.0001)],
     }
+    text = table(results, "DPO (lambda 1)")
     # t = 12.706 for one degree of freedom, standard error 1
-    assert "| DPO (lambda 1) | -2.000 ± 12.706 |" in table(results)
-    # Differences 2 and 1: t = 3, p = 0.2048, times four columns
-    assert "| other | +1.500 (p 0.82) | +1.500 (p 0.82) |" in comparison(results, "DPO (lambda 1)")
+    assert "| DPO (lambda 1) | -2.000 ± 12.706 |" in text
+    # Differences 1 and 0.9999: p = 3e-5 before correction; 2 and 1: p = 0.2
+    assert "| equal | -1.000 ± 12.706* |" in text
+    assert "| other | -0.500 ± 6.353 |" in text
 
 
 def test_methods_are_compared_with_the_best_fixed_lambda_at_their_accuracy():
     def runs(chosen: float, accuracy: float) -> list[dict[str, float]]:
         names = ("displacement/chosen", "displacement/chosen_fell", "rewards/margins", "rewards/accuracies")
-        return [dict(zip(names, (chosen + seed, 0.5, 1.0, accuracy), strict=True)) for seed in (0.0, 1.0)]
+        tiny = 1e-6 * chosen  # so that differences vary over seeds
+        return [dict(zip(names, (chosen + seed * (1 + tiny), 0.5, 1.0, accuracy), strict=True)) for seed in (0.0, 1.0)]
 
     results = {
         "lambda 1": runs(-5.0, 0.9),
         "fixed 0.5": runs(-2.0, 0.8),
         "fixed 0.25": runs(-1.0, 0.7),
         "between": runs(-1.5, 0.75),
-        "equal": runs(-1.5, 0.8),
+        "equal": runs(-1.5, 0.8095),
         "best": runs(-1.5, 0.95),
         "before": [{"perplexity/chosen": 2.0}] * 2,
     }
     rows = against_best_fixed(results, ["lambda 1", "fixed 0.5", "fixed 0.25"]).splitlines()[2:]
-    assert [row.split("|")[1].strip() for row in rows] == ["between, fixed 0.5", "equal, fixed 0.5", "best, lambda 1"]
-    assert [row.split("|")[2].split()[0] for row in rows] == ["+0.500", "+0.500", "+3.500"]
+    assert [row.split("|")[1].strip() for row in rows] == ["between", "equal", "best"]
+    assert [row.split("|")[2].strip() for row in rows] == ["fixed 0.5", "fixed 0.5", "lambda 1"]
+    assert [row.split("|")[3].strip() for row in rows] == ["+0.500*", "+0.500*", "+3.500*"]
 
 
 def test_real_pairs_are_split_by_prompt(tmp_path, monkeypatch):
@@ -298,9 +303,9 @@ def test_the_model_before_training_has_no_log_ratios(tmp_path):
     assert list(before) == ["perplexity/chosen"]
     assert before["perplexity/chosen"] > 1
     assert after["displacement/chosen"] != 0
-    text = table({BEFORE: [before, before], DPO: [after, after]})
+    text = table({BEFORE: [before, before], DPO: [after, after]}, DPO)
     assert f"| {BEFORE} |  |" in text
-    assert BEFORE not in comparison({BEFORE: [before, before], DPO: [after, after], "other": [after, after]}, DPO)
+    assert BEFORE not in against_best_fixed({BEFORE: [before] * 2, DPO: [after] * 2, "other": [after] * 2}, [DPO])
 
 
 RESULTS = Path(displacement.__file__).with_name("displacement.jsonl")
