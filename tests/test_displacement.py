@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 import sys
 from pathlib import Path
 
@@ -29,7 +30,7 @@ from displacement import (
     train,
 )
 from displacement_data import FILES, load_pairs
-from displacement_table import against_best_fixed, holm, table
+from displacement_table import against_best_fixed, holm, interval, table
 
 from dposhift_trl.data.demo import demo_dataset
 from dposhift_trl.losses import dpo_shift_loss
@@ -318,3 +319,18 @@ def test_the_published_tables_are_what_the_published_results_give(data):
     printed = tables({name: [known[seed, name] for seed in options.seeds] for name in options.methods})
     page = RESULTS.with_name("README.md").read_text(encoding="utf-8")
     assert [line for text in printed for line in text.splitlines() if line not in page] == []
+
+
+def test_the_comparison_repeats_the_published_results():
+    lines = [json.loads(line) for line in RESULTS.read_text(encoding="utf-8").splitlines()]
+    decimals = {"displacement/chosen": 2, "displacement/chosen_fell": 2, "rewards/margins": 2, "rewards/accuracies": 3}
+    page = (RESULTS.parent.parent / "docs" / "comparison.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (?!Method|---).* ± .*\|$", page, re.MULTILINE)
+    expected = []
+    for data in ("demo", "hard"):
+        for method in dict.fromkeys(row.split(" | ")[0].removeprefix("| ") for row in rows):
+            runs = [x["metrics"] for x in lines if (x["settings"]["data"], x["method"]) == (data, method)]
+            assert len(runs) == 5
+            cells = [(interval([run[name] for run in runs]), places) for name, places in decimals.items()]
+            expected.append(f"| {method} | " + " | ".join(f"{m:.{n}f} ± {h:.{n}f}" for (m, h), n in cells) + " |")
+    assert rows == expected

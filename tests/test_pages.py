@@ -205,12 +205,6 @@ def test_the_numbers_of_the_demo_are_those_of_its_picture():
     assert f"{-shift['displacement/chosen'][-1]:.2f}" == "0.65"
 
 
-def test_the_comparison_repeats_rows_of_the_measurements():
-    rows = re.findall(r"^\| (?!Method|---).*\|$", section(page("docs/comparison.md"), "Measured"), re.MULTILINE)
-    assert len(rows) == 16
-    assert [row for row in rows if row not in MEASUREMENTS.splitlines()] == []
-
-
 def test_the_factors_on_the_perplexity_are_right():
     rows = re.findall(
         r"^\| (-[\d.]+) \| (-[\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", page("docs/negative_rewards.md"), re.MULTILINE
