@@ -310,6 +310,16 @@ def test_the_model_before_training_has_no_log_ratios(tmp_path):
 
 
 RESULTS = Path(displacement.__file__).with_name("displacement.jsonl")
+ROOT = RESULTS.parent.parent
+
+
+def published(data: str) -> dict[str, list[dict[str, float]]]:
+    """Metrics of the published runs on a dataset, by method."""
+    found: dict[str, list[dict[str, float]]] = {}
+    for line in map(json.loads, RESULTS.read_text(encoding="utf-8").splitlines()):
+        if line["settings"]["data"] == data:
+            found.setdefault(line["method"], []).append(line["metrics"])
+    return found
 
 
 @pytest.mark.parametrize("data", ["demo", "hard"])
@@ -322,15 +332,34 @@ def test_the_published_tables_are_what_the_published_results_give(data):
 
 
 def test_the_comparison_repeats_the_published_results():
-    lines = [json.loads(line) for line in RESULTS.read_text(encoding="utf-8").splitlines()]
     decimals = {"displacement/chosen": 2, "displacement/chosen_fell": 2, "rewards/margins": 2, "rewards/accuracies": 3}
-    page = (RESULTS.parent.parent / "docs" / "comparison.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "comparison.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| (?!Method|---).* ± .*\|$", page, re.MULTILINE)
     expected = []
-    for data in ("demo", "hard"):
+    for runs in map(published, ("demo", "hard")):
         for method in dict.fromkeys(row.split(" | ")[0].removeprefix("| ") for row in rows):
-            runs = [x["metrics"] for x in lines if (x["settings"]["data"], x["method"]) == (data, method)]
-            assert len(runs) == 5
-            cells = [(interval([run[name] for run in runs]), places) for name, places in decimals.items()]
+            assert len(runs[method]) == 5
+            cells = [(interval([run[name] for run in runs[method]]), places) for name, places in decimals.items()]
             expected.append(f"| {method} | " + " | ".join(f"{m:.{n}f} ± {h:.{n}f}" for (m, h), n in cells) + " |")
     assert rows == expected
+
+
+def test_the_readme_repeats_the_published_results():
+    page = (ROOT / "README.md").read_text(encoding="utf-8").split("## On people's preferences")[1]
+    head, _, *rows = [
+        [cell.strip() for cell in row.split("|")[1:-1]] for row in re.findall(r"^\|.*\|$", page, re.MULTILINE)
+    ]
+    names = {"before": BEFORE, "DPO": DPO, "DPO + 1.0 `sft`": "DPO + 1.0 sft"}
+    methods = [names.get(name, name.replace("λ", "fixed")) for name in head[1:]]
+    runs = published("pandalm")
+    assert {len(runs[method]) for method in methods} == {3}
+    texts = {
+        "displacement/chosen": "{:+.1f}".format,
+        "displacement/chosen_fell": lambda share: f"{100 * share:.0f} %",
+        "rewards/margins": "{:.2f}".format,
+        "rewards/accuracies": lambda share: f"{share:.3f}".lstrip("0"),
+        "perplexity/chosen": "{:.2f}".format,
+    }
+    for row, (name, text) in zip(rows, texts.items(), strict=True):
+        found = [[run[name] for run in runs[method] if name in run] for method in methods]
+        assert row[1:] == [text(sum(values) / len(values)) if values else "" for values in found]

@@ -87,12 +87,12 @@ def _device(trainer: RunSFTTrainer | RunDPOShiftTrainer) -> str:
 
 def _idle_cores(args: TrainingArguments) -> str | None:
     """How to use all cores of a CPU, of which `accelerate launch` gives one to each process."""
-    cores, threads = usable_cores(), torch.get_num_threads()
-    if args.device.type != "cpu" or threads * args.world_size >= cores:
-        return None
+    cores = usable_cores()
     share = cores // args.world_size
+    if args.device.type != "cpu" or torch.get_num_threads() > 1 or share < 2:
+        return None
     return (
-        f"Each process computes with {threads} of {cores} cores. To use them all, start with "
+        f"Each process computes on one of {cores} cores. To use them all, start with "
         f"`accelerate launch --num_cpu_threads_per_process {share}`."
     )
 
