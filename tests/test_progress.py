@@ -112,8 +112,8 @@ def test_a_run_prints_a_header_and_a_line_for_each_log_and_no_dictionary(recipe,
     [
         (1, 1, "cpu", "process 8"),
         (1, 2, "cpu", "process 4"),
-        (3, 3, "cpu", None),
-        (8, 1, "cpu", None),
+        (1, 5, "cpu", None),
+        (4, 1, "cpu", None),
         (1, 1, "cuda", None),
     ],
 )
