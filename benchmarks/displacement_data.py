@@ -66,6 +66,8 @@ def hard_dataset() -> DatasetDict:
 
 def _real_dataset(name: str, folder: Path, tokenizer: PreTrainedTokenizerBase, seed: int) -> DatasetDict:
     train_size, test_size, answer_length, prompt_length = SIZES[name]
+    if not (folder / FILES[name]).is_file():
+        raise SystemExit(f"{folder / FILES[name]} does not exist. Name its folder with --files.")
     by_prompt: dict[str, list[dict[str, Any]]] = {}
     for row in map(_as_messages, Dataset.from_json(str(folder / FILES[name]))):
         lengths = {column: len(tokenizer(_text(row[column]))["input_ids"]) for column in row}

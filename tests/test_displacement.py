@@ -274,6 +274,11 @@ def test_real_pairs_are_split_by_prompt(tmp_path, monkeypatch):
     assert data["test"].to_list() != other["test"].to_list()
 
 
+def test_a_missing_file_of_a_real_set_is_one_line(tmp_path):
+    with pytest.raises(SystemExit, match=r"pandalm_human.jsonl does not exist. Name its folder with --files\."):
+        load_pairs("pandalm", tmp_path, save_tiny_model(tmp_path / "gpt2"), 1)
+
+
 def test_too_few_real_pairs_are_refused(tmp_path):
     rows = [{"prompt": f"p{index}", "chosen": "good", "rejected": "bad"} for index in range(200)]
     (tmp_path / FILES["pandalm"]).write_text("\n".join(map(json.dumps, rows)))
