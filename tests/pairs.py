@@ -55,6 +55,11 @@ FAMILIES = {
     "qwen3_moe": {**EXPERTS, "head_dim": 8},
     "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8, "sliding_window": 5},
 }
+# Those whose RMSNorm is PyTorch's
+RMS_NORM_FAMILIES = {
+    "llama", "llama-eager", "qwen2", "qwen3", "mistral", "mistral-eager", "phi3", "olmo2", "olmo3", "granite",
+    "mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss",
+}  # fmt: skip
 
 
 class Float64Throughout(TorchFunctionMode):

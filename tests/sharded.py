@@ -5,7 +5,7 @@ Run by torchrun: FSDP2 and DeepSpeed ZeRO on CPU processes over gloo.
     torchrun --standalone --nproc_per_node 2 tests/sharded.py MODE -m dposhift_trl.run recipes/tiny_shift.yaml
 
 Accelerate shards over accelerators only. Here it takes the processes for such, with the CPU as their device; wrapping,
-collectives, and checkpoints are the real ones.
+collectives, and checkpoints are the real ones. RMSNorm is one operation, as on a GPU.
 
 MODE is a key of `MODES`, or `launched` if `accelerate launch --config_file` has set the environment. JOBS.json is a
 list of trainings with the fields of [`Job`]. They run one after another, since starting the processes takes longer
@@ -126,6 +126,10 @@ def train(job: Job) -> dict[str, Any]:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
+    from dposhift_trl.scoring.hooks import hooks_of
+    from dposhift_trl.scoring.operations import RMS_NORMS
+
+    RMS_NORMS["cpu"] = RMS_NORMS["cuda"]
     os.environ.update(job.environment)
     trainer_class = _named(job.trainer)
     config = {"ChosenSFTTrainer": "trl.SFTConfig"}.get(
@@ -153,11 +157,13 @@ def train(job: Job) -> dict[str, Any]:
     if job.unseen_rows:
         metrics |= trainer.evaluate(make_rows(job.unseen_rows, seed=2), metric_key_prefix="unseen")
     trainer.save_model()
+    shares = getattr(trainer, "shares_prompts", None)
     return {
         "wrapped": type(trainer.model_wrapped).__name__,
         "parameter": type(next(trainer.model.parameters())).__name__,
         "distributed_type": trainer.accelerator.distributed_type.value,
-        "shares_prompts": getattr(trainer, "shares_prompts", None),
+        "shares_prompts": shares,
+        "operations": sorted(hooks_of(trainer.accelerator.unwrap_model(trainer.model)).operations) if shares else [],
         "precomputed": getattr(trainer, "precompute_ref_logps", None),
         "reference": getattr(getattr(getattr(trainer, "_references", None), "scorer", None), "fingerprint", None),
         "loaded_with": trainer.args.model_init_kwargs,

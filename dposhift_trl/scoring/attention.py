@@ -136,7 +136,8 @@ class VarlenAttention:
     def __call__(self, call: AttentionCall) -> torch.Tensor:
         assert self.function is not None
         layout, parameters = call.layout, _parameters(self.function)
-        query, key, value = (x[0].transpose(0, 1).to(call.dtype) for x in (call.query, call.key, call.value))
+        # `x[0]` would copy each gradient into zeros
+        query, key, value = (x.squeeze(0).transpose(0, 1).to(call.dtype) for x in (call.query, call.key, call.value))
         # Those of the prefix once more, before the keys and values of the second branch
         key, value = (_GatherKeys.apply(x, layout.key_index, layout.key_places) for x in (key, value))
         options: dict[str, Any] = {}
@@ -350,8 +351,7 @@ def _register(base: str) -> str:
         **kwargs: Any,
     ) -> Any:
         layout = None if packed_pairs is None else packed_pairs.layout
-        if hooks := getattr(module, "shared_prompt_hooks", None):
-            hooks.layout = layout
+        hooks = getattr(module, "shared_prompt_hooks", None)
         modeling = modeling_file(module)
         attend = modeling.ALL_ATTENTION_FUNCTIONS.get_interface(
             base, getattr(modeling, "eager_attention_forward", None)

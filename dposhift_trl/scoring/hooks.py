@@ -5,16 +5,17 @@ Prepare a model for shared prompts: another attention implementation, and forwar
 [`shared_prompt_scores`] returns what TRL's fused head returns for the padded rows.
 """
 
+import functools
 from typing import Any
 
 import torch
 from torch import nn
-from transformers.activations import NewGELUActivation
 from trl.trainer.utils import FusedCausalLMOutput
 
 from .attention import NAMES, PREFIX
 from .head import OPTIONAL_OUTPUTS, logit_transform, score_rows
 from .layout import PairLayout, SealedLayout, unsealed
+from .operations import Operation, operation_for
 from .sharded import gathered, whole
 from .support import attentions, causal_lm_of, decoder_layers, shared_prompt_obstacle
 
@@ -25,14 +26,16 @@ class SharedPromptHooks:
 
     The model's head is given no row, and its empty output is replaced by that of [`~.head.score_rows`]. TRL's fused
     head is called once, to learn which statistics it returns: on a GPU it waits for the number of rows that a mask
-    selects, which a layout knows. In a like way, the eight operations of `gelu_new` (GPT-2, Phi) are given one number,
-    and their output is replaced by that of PyTorch's one operation.
+    selects, which a layout knows. In a like way, `gelu_new` (GPT-2, Phi) and RMSNorm (Llama, on a GPU) are given a
+    single row, and their output is replaced by that of the one operation that PyTorch has for them.
 
     Attributes:
         refused (`dict[str, str]`):
-            Attention kernels that are not to be used for this model, by name, with the reason.
+            Attention kernels and operations that are not to be used for this model, by name, with the reason.
         kernel (`str` or `None`):
             The attention kernel called last.
+        operations (`set[str]`):
+            Names of the operations that have taken the place of a module's own.
         attended (`dict[str, str]`):
             Every attention kernel called so far, by name, with the reasons against those before it.
         outputs (`tuple[str, ...]` or `None`):
@@ -43,7 +46,7 @@ class SharedPromptHooks:
 
     layout: PairLayout | None = None
     hidden: torch.Tensor | None = None
-    preactivation: torch.Tensor | None = None
+    values: torch.Tensor | None = None
     kernel: str | None = None
     outputs: tuple[str, ...] | None = None
     bypassed: bool = False
@@ -51,10 +54,11 @@ class SharedPromptHooks:
     def __init__(self) -> None:
         self.refused: dict[str, str] = {}
         self.attended: dict[str, str] = {}
+        self.operations: set[str] = set()
 
     def __getstate__(self) -> dict[str, Any]:
         # Not what a forward has left, which PEFT's copies of a module share
-        return {"refused": dict(self.refused), "attended": {}}
+        return {"refused": dict(self.refused), "attended": {}, "operations": set()}
 
     def before_model(self, causal_lm: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         if unsealed(kwargs) is None or self.outputs is None or self.bypassed:
@@ -62,18 +66,33 @@ class SharedPromptHooks:
         return args, {name: value for name, value in kwargs.items() if name not in ("fused_lm_head", "shift_labels")}
 
     def before_backbone(self, backbone: nn.Module, args: Any) -> None:
-        # Each attention sets it, in the second run of a checkpointed layer too
         self.layout = None
 
-    def before_activation(self, activation: nn.Module, args: Any) -> torch.Tensor | None:
-        self.preactivation = None if self.layout is None else args[0]
-        return None if self.layout is None else args[0].flatten()[:1]
+    def before_layer(self, layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        self.layout = unsealed(kwargs)
 
-    def after_activation(self, activation: nn.Module, args: Any, output: Any) -> torch.Tensor | None:
-        if self.preactivation is None:
+    def after_layer(self, layer: nn.Module, args: Any, output: Any) -> None:
+        hidden = output[0] if isinstance(output, tuple) else output
+        if self.layout is not None and getattr(layer, "gradient_checkpointing", False) and hidden.requires_grad:
+            # The gradient arrives before the layer is run again, which need not run its hooks
+            hidden.register_hook(functools.partial(self._before_second_run, self.layout))
+
+    def _before_second_run(self, layout: PairLayout, grad: torch.Tensor) -> None:
+        self.layout = layout
+
+    def before_module(self, module: nn.Module, args: Any, *, operation: Operation) -> tuple[torch.Tensor] | None:
+        self.values = None
+        if self.layout is None or operation.name in self.refused or not operation.supports(module, args[0]):
             return None
-        values, self.preactivation = self.preactivation, None
-        return nn.functional.gelu(values, approximate="tanh")
+        self.operations.add(operation.name)
+        self.values = args[0]
+        return (self.values.flatten(0, -2)[:1],)
+
+    def after_module(self, module: nn.Module, args: Any, output: Any, *, operation: Operation) -> torch.Tensor | None:
+        if self.values is None:
+            return None
+        values, self.values = self.values, None
+        return operation.compute(module, values)
 
     def before_mlp(self, mlp: nn.Module, args: Any) -> tuple[Any, ...] | None:
         return None if self.layout is None else (args[0].index_select(1, self.layout.rows), *args[1:])
@@ -147,12 +166,14 @@ def enable_shared_prompt(model: nn.Module, like: nn.Module | None = None) -> Non
     if like is not None:
         hooks.refused |= hooks_of(like).refused
     for layer in layers:
+        layer.register_forward_pre_hook(hooks.before_layer, with_kwargs=True)
+        layer.register_forward_hook(hooks.after_layer)
         for attention in attentions(layer):
             attention.shared_prompt_hooks = hooks
-        for module in layer.modules():
-            if isinstance(module, NewGELUActivation):
-                module.register_forward_pre_hook(hooks.before_activation)
-                module.register_forward_hook(hooks.after_activation)
+    for module in causal_lm.base_model.modules():
+        if (operation := operation_for(module)) is not None:
+            module.register_forward_pre_hook(functools.partial(hooks.before_module, operation=operation))
+            module.register_forward_hook(functools.partial(hooks.after_module, operation=operation))
     if isinstance(mlp := getattr(layers[-1], "mlp", None), nn.Module):
         mlp.register_forward_pre_hook(hooks.before_mlp)
         mlp.register_forward_hook(hooks.after_mlp)

@@ -61,7 +61,8 @@ def verify_shared_prompt(
 
     Of a model that FSDP2 divides among processes already, a frozen reference, only the log-probabilities are checked.
 
-    An attention kernel that raises or disagrees is disabled for this model, and the next supported one is tried.
+    What raises or disagrees is disabled for this model: the operations that take the place of a module's own if the
+    check passes without them; else the attention kernel, and the next supported one is tried.
 
     Args:
         model (`torch.nn.Module`):
@@ -80,23 +81,23 @@ def verify_shared_prompt(
     hooks = hooks_of(model)
     with _unchanged(model):
         check = _Check(model, autocast, batch)
-        while True:
-            error: Exception | None = None
-            hooks.kernel, hooks.attended = None, {}
-            try:
-                fault = check.agreement().fault
-            except Exception as raised:  # whatever kernels and compilers raise: RuntimeError is not all of it
-                error = raised
-                fault = f"raises {type(raised).__name__}: {next(iter(str(raised).strip().splitlines()), '')}"
-            if fault is None:
-                return " and ".join(hooks.attended.values())
-            if hooks.kernel is None:
+        while (failure := check.failure()) is not None:
+            fault, error = failure
+            kernel, operations, refused = hooks.kernel, hooks.operations.difference(hooks.refused), hooks.refused
+            if operations:
+                hooks.refused = {**refused, **dict.fromkeys(operations, fault)}
+                if check.failure() is None:
+                    logger.warning(f"{' and '.join(sorted(operations))} is disabled for shared prompts: {fault}")
+                    break
+                hooks.refused = refused
+            if kernel is None:
                 raise ValueError(str(error)) from error
-            if hooks.kernel == BranchAttention.name:
-                tried = "".join(f"; {name}: {reason}" for name, reason in hooks.refused.items())
-                raise ValueError(f"{fault} ({hooks.kernel}{tried})") from error
-            logger.warning(f"{hooks.kernel} is disabled for shared prompts: {fault}")
-            hooks.refused[hooks.kernel] = fault
+            if kernel == BranchAttention.name:
+                tried = "".join(f"; {name}: {reason}" for name, reason in refused.items())
+                raise ValueError(f"{fault} ({kernel}{tried})") from error
+            logger.warning(f"{kernel} is disabled for shared prompts: {fault}")
+            refused[kernel] = fault
+        return " and ".join(hooks.attended.values())
 
 
 def measure_shared_prompt(
@@ -120,6 +121,16 @@ class _Check:
         labels = ids.masked_fill(scored == 0, -100)
         rows = {"input_ids": ids, "attention_mask": real, "labels": labels, "use_cache": False, "fused_lm_head": True}
         self.rows, self.rounded = (self._run(lambda: model(**rows).log_probs, by) for by in (0.0, 1.0))
+
+    def failure(self) -> tuple[str, Exception | None] | None:
+        """What is wrong with shared prompts, as a phrase, and what was raised; `None` if nothing is."""
+        hooks = hooks_of(self.model)
+        hooks.kernel, hooks.attended = None, {}
+        try:
+            fault = self.agreement().fault
+        except Exception as raised:  # whatever kernels and compilers raise: RuntimeError is not all of it
+            return f"raises {type(raised).__name__}: {next(iter(str(raised).strip().splitlines()), '')}", raised
+        return None if fault is None else (fault, None)
 
     def agreement(self) -> Agreement:
         pairs = self._run(lambda: shared_prompt_scores(self.model, self.layout).log_probs, 0.0)
