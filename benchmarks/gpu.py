@@ -145,15 +145,19 @@ def device(part: Part) -> None:
 
 @contextlib.contextmanager
 def only(*chosen: Any) -> Iterator[None]:
-    """Lets pairs attend by these kernels alone, on any device."""
+    """Lets pairs attend by these kernels alone, and RMSNorm be one operation, on any device."""
     from dposhift_trl.scoring.attention import KERNELS
+    from dposhift_trl.scoring.operations import RMS_NORMS
 
-    before = dict(KERNELS)
+    before, norms = dict(KERNELS), dict(RMS_NORMS)
     KERNELS.update(dict.fromkeys(KERNELS, chosen))
+    RMS_NORMS["cpu"] = RMS_NORMS["cuda"]
     try:
         yield
     finally:
         KERNELS.update(before)
+        RMS_NORMS.clear()
+        RMS_NORMS.update(norms)
 
 
 def kernels(smoke: bool) -> dict[str, Any]:
@@ -227,6 +231,7 @@ def check(part: Part) -> None:
             part.record(
                 **values,
                 attended=sorted(hooks_of(model).attended),
+                operations=sorted(hooks_of(model).operations),
                 scores=agreement.scores,
                 rounding=agreement.rounding,
                 gradients=agreement.gradients,

@@ -10,6 +10,7 @@ with weights in float32. Kinds of step:
 - scored: the same while the reference is still being scored, as in a first epoch.
 - by tokens: cached, with batches filled up to a number of tokens (`max_tokens_per_batch`).
 - best: cached, no checkpointing, ragged batches by tokens.
+- own RMSNorm: cached, each RMSNorm computed as the model does, with the first shape only.
 
 Each kind takes its steps alone, one after the other, because two do not fit on every card together. The first kind is
 timed again at the end: the two times show the drift.
@@ -39,12 +40,13 @@ import torch
 import transformers
 from accelerate.utils import send_to_device
 from datasets import Dataset
-from gpu_table import BEST, BEST_STOCK, BY_TOKENS, CACHED, LONGEST, SCORED, SHAPES, SMOKE_SHAPES, STOCK
+from gpu_table import BEST, BEST_STOCK, BY_TOKENS, CACHED, LONGEST, OWN_NORMS, SCORED, SHAPES, SMOKE_SHAPES, STOCK
 from step import MODELS, make_tokenizer, quiet
 from trl import DPOConfig, DPOTrainer
 
 from dposhift_trl import DPOShiftConfig, DPOShiftTrainer
 from dposhift_trl.scoring.hooks import hooks_of
+from dposhift_trl.scoring.operations import RMS_NORM
 from dposhift_trl.training.batching import TokenBudgetSampler
 
 
@@ -335,7 +337,8 @@ def steps_of_a_model(part: "Part", name: str, shapes: dict[str, Any]) -> None:
     trainer = bench.trainer
     attended: list[str] = []
     if trainer.shares_prompts:
-        attended = sorted(hooks_of(bench.model).attended.values())
+        hooks = hooks_of(bench.model)
+        attended = [*sorted(hooks.attended.values()), *sorted(hooks.operations.difference(hooks.refused))]
     part.record(
         model=name, trainer="DPOShiftTrainer", seconds_to_build=time.monotonic() - started,
         shares=trainer.shares_prompts, attended=attended,
@@ -348,6 +351,11 @@ def steps_of_a_model(part: "Part", name: str, shapes: dict[str, Any]) -> None:
         rows = rows_of(shape, bench.config)
         batches = in_batches(rows, size)
         bench.measure(shape, CACHED, batches, cached=True, checkpointing=True)
+        if shape == first and trainer.shares_prompts:
+            refused = hooks.refused
+            hooks.refused = {**refused, RMS_NORM.name: "measured without"}
+            bench.measure(shape, OWN_NORMS, batches, cached=True, checkpointing=True)
+            hooks.refused = refused
         if sigma:
             bench.measure(shape, BY_TOKENS, by_tokens(rows, len(batches)), cached=True, checkpointing=True)
         bench.measure(

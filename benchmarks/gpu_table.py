@@ -20,7 +20,7 @@ SHAPES = {
 SMOKE_SHAPES = {"32/8": (32, 8, 0.0, 0.0, 4), "ragged": (24, 12, 0.8, 0.8, 4)}
 LONGEST = 2048  # of a ragged row
 STOCK, BEST_STOCK = "TRL", "TRL, best"
-CACHED, SCORED, BEST, BY_TOKENS = "cached", "scored", "best", "by tokens"
+CACHED, SCORED, BEST, BY_TOKENS, OWN_NORMS = "cached", "scored", "best", "by tokens", "own RMSNorm"
 
 
 def times(value: float, unit: float) -> str:

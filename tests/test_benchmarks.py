@@ -45,6 +45,17 @@ def test_every_kind_of_step_is_timed_beside_stock():
     assert all(float(value) > 0 for row in rows for value in row[3:6])
 
 
+def test_the_bytes_of_a_layer_are_counted_beside_stock():
+    command = [sys.executable, STEP.parent / "traffic.py", "--model", "tiny", "--threads", "1"]
+    output = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert output.returncode == 0, output.stderr[-2000:]
+    rows = [line.split("|")[1:-1] for line in output.stdout.splitlines() if line.startswith("| ")][2:]
+    ratios = {row[0].strip(): float(row[4]) for row in rows}
+    assert ratios["TRL"] == 1.0
+    assert ratios["cached"] > ratios["cached, own RMSNorm"] > 1.5
+    assert ratios["cached"] > ratios["scored"] > 1.0
+
+
 def test_the_run_for_a_gpu_goes_through_all_its_parts_on_a_cpu(tmp_path):
     command = ["bash", STEP.parent / "gpu.sh", "--smoke", "--out", tmp_path]
     output = subprocess.run(
@@ -62,9 +73,10 @@ def test_the_run_for_a_gpu_goes_through_all_its_parts_on_a_cpu(tmp_path):
     assert all(record["fault"] is None for record in checks)
     runs = {record["dtype"]: record for record in records if record["part"] == "training" and "loss" in record}
     assert runs["bf16"]["attended"] == ["varlen_attn"]
+    assert any("fused RMSNorm" in record["operations"] for record in checks)
     assert runs["float32"]["loss_difference"] < 1e-5
     kinds = {record["kind"] for record in records if record["part"] == "steps" and "seconds" in record}
-    assert kinds == {"TRL", "TRL, best", "TRL, again", "cached", "by tokens", "best", "scored"}
+    assert kinds == {"TRL", "TRL, best", "TRL, again", "cached", "own RMSNorm", "by tokens", "best", "scored"}
     grid = {record["shift_lambda"]: record["metrics"] for record in records if "shift_lambda" in record}
     assert list(grid) == [1.0, 0.95, 0.75, 0.5]
     assert all("displacement/chosen" in metrics for metrics in grid.values())

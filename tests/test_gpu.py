@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make_rows, make_tokenizer
-from pairs import FAMILIES, VOCAB, collate, make_model
+from pairs import FAMILIES, RMS_NORM_FAMILIES, VOCAB, collate, make_model
 from ruamel.yaml import YAML
 from transformers import LlamaConfig, LlamaForCausalLM
 from trl import DPOConfig, DPOTrainer
@@ -20,6 +20,7 @@ from trl import DPOConfig, DPOTrainer
 from dposhift_trl import DPOShiftConfig, DPOShiftTrainer
 from dposhift_trl.scoring import enable_shared_prompt
 from dposhift_trl.scoring.hooks import hooks_of
+from dposhift_trl.scoring.operations import RMS_NORM
 from dposhift_trl.scoring.verify import measure_shared_prompt
 
 
@@ -136,6 +137,7 @@ def test_flash_attention_by_segments_agrees_with_padded_rows_to_rounding(family)
     enable_shared_prompt(model)
     assert measure_shared_prompt(model, BF16).fault is None
     assert set(hooks_of(model).attended) == {"varlen_attn"}
+    assert (RMS_NORM.name in hooks_of(model).operations) == (family in RMS_NORM_FAMILIES)
 
 
 @pytest.mark.parametrize("window", [None, 100])
