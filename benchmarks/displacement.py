@@ -137,7 +137,7 @@ METHODS = {
 # What a real model is trained with, unless methods are named
 SHORT = (
     BEFORE, DPO, "fixed 0.95", "fixed 0.75", "fixed 0.5", "adaptive, target -0.5 nats", "DPO + 0.1 sft",
-    "DPO + 1.0 sft", "DPO-Positive 5", "ACPO 0.01", "Gate-DPO 5, -2", "candidate: saturated at 5 nats",
+    "DPO + 1.0 sft", "DPO-Positive 5", "ACPO 0.01", "Gate-DPO 5, -2", "candidate: saturated at 2 nats",
 )  # fmt: skip
 
 

@@ -104,6 +104,20 @@ def test_hidden_states_of_another_dtype_than_the_weight_are_left_to_the_module(n
     assert not shapes
 
 
+def test_a_norm_that_is_given_more_than_hidden_states_computes_itself(norms):
+    shapes, model = norms(), make_model("llama")
+    enable_shared_prompt(model)
+    gates = []
+    norm = model.model.norm
+    norm.register_forward_pre_hook(lambda module, args: (*args, None), prepend=True)
+    forward = type(norm).forward
+    norm.forward = lambda values, gate: (gates.append(values.shape[1]), forward(norm, values))[1]
+    layout = PairLayout.from_batch(BATCH)
+    shared_prompt_scores(model, layout)
+    assert len(shapes) == 4
+    assert gates == [len(layout)]
+
+
 def wrong(values, shape, weight, epsilon):
     return rms_norm(values, shape, weight, epsilon) * 1.1
 

@@ -82,7 +82,9 @@ class SharedPromptHooks:
 
     def before_module(self, module: nn.Module, args: Any, *, operation: Operation) -> tuple[torch.Tensor] | None:
         self.values = None
-        if self.layout is None or operation.name in self.refused or not operation.supports(module, args[0]):
+        if self.layout is None or len(args) != 1 or operation.name in self.refused:
+            return None
+        if not operation.supports(module, args[0]):
             return None
         self.operations.add(operation.name)
         self.values = args[0]
