@@ -152,12 +152,14 @@ def train(job: Job) -> dict[str, Any]:
     if job.eval_rows:
         options["eval_dataset"] = make_rows(job.eval_rows, seed=1)
     trainer = trainer_class(**options)
+    shares = getattr(trainer, "shares_prompts", None)
+    if shares:  # what the check at the start has used
+        hooks_of(trainer.accelerator.unwrap_model(trainer.model)).operations.clear()
     trainer.train(resume_from_checkpoint=job.resume)
     metrics = trainer.evaluate() if job.eval_rows else {}
     if job.unseen_rows:
         metrics |= trainer.evaluate(make_rows(job.unseen_rows, seed=2), metric_key_prefix="unseen")
     trainer.save_model()
-    shares = getattr(trainer, "shares_prompts", None)
     return {
         "wrapped": type(trainer.model_wrapped).__name__,
         "parameter": type(next(trainer.model.parameters())).__name__,

@@ -4,6 +4,7 @@ import pytest
 import torch
 from pairs import (
     BATCH,
+    CASES,
     FAMILIES,
     RMS_NORM_FAMILIES,
     Float64Throughout,
@@ -58,19 +59,52 @@ def test_each_family_scores_with_the_operations_in_float64_as_separate_rows_do(f
     assert {shape[1] for shape in shapes} == ({len(layout)} if normed else set())
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_both_norms_of_each_layer_and_the_last_are_fused_again_when_a_layer_is_run_again(checkpointing, norms):
+def checkpoint(model, use_reentrant=False):
+    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    if use_reentrant:
+        model.enable_input_require_grads()
+
+
+def test_both_norms_of_each_layer_and_the_last_are_fused_when_a_layer_is_recomputed_too(norms):
     shapes, model = norms(), make_model("llama").train()
     enable_shared_prompt(model)
-    if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    scores = shared_prompt_scores(model, PairLayout.from_batch(BATCH)).log_probs
+    expected = gradients(model, shared_prompt_scores(model, PairLayout.from_batch(BATCH)).log_probs)
     assert len(shapes) == 5
-    gradients(model, scores)
-    assert len(shapes) == (9 if checkpointing else 5)
+    checkpoint(model)
+    scores = shared_prompt_scores(model, PairLayout.from_batch(BATCH)).log_probs
+    assert len(shapes) == 10
+    found = gradients(model, scores)
+    assert len(shapes) == 14
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
     with torch.no_grad():
         model(input_ids=BATCH["input_ids"])
-    assert len(shapes) == (9 if checkpointing else 5)
+    assert len(shapes) == 14
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("order", [("rows", "pairs"), ("pairs", "rows"), ("pairs", "others")])
+def test_each_forward_of_a_backward_is_recomputed_as_it_was(order, use_reentrant, fused, norms):
+    if fused:
+        norms()
+    labels = BATCH["input_ids"].masked_fill(BATCH["completion_mask"] == 0, -100)
+    rows = {"input_ids": BATCH["input_ids"], "attention_mask": BATCH["attention_mask"], "labels": labels}
+    model = make_model("llama").train()
+    enable_shared_prompt(model)
+    forward = {
+        "rows": lambda: model(**rows, use_cache=False, fused_lm_head=True).log_probs,
+        "pairs": lambda: shared_prompt_scores(model, PairLayout.from_batch(BATCH)).log_probs,
+        "others": lambda: shared_prompt_scores(model, PairLayout.from_batch(CASES["answers of one token"])).log_probs,
+    }
+
+    def both():
+        return gradients(model, torch.cat([forward[name]().flatten() for name in order]))
+
+    expected = both()
+    checkpoint(model, use_reentrant)
+    found = both()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 def test_a_norm_is_known_by_what_it_computes():
@@ -82,16 +116,24 @@ def test_a_norm_is_known_by_what_it_computes():
         def forward(self, hidden_states):
             return rms_norm(hidden_states, self.weight.shape, self.weight, 1e-12)
 
-    assert operation_for(LlamaRMSNorm(8)) is RMS_NORM
-    for module in (
-        GemmaRMSNorm(8),
-        ScaledRMSNorm(8),
-        ForgetfulRMSNorm(8),
-        nn.RMSNorm(8),
-        nn.LayerNorm(8),
-        nn.Linear(8, 8),
-    ):
-        assert operation_for(module) is None
+    class GatedRMSNorm(LlamaRMSNorm):
+        def forward(self, hidden_states, gate):
+            return super().forward(hidden_states) * gate
+
+    class SummingRMSNorm(LlamaRMSNorm):
+        def forward(self, hidden_states):
+            return super().forward(hidden_states).sum()
+
+    default = torch.get_default_dtype()
+    try:
+        for dtype in (torch.float32, torch.bfloat16):
+            torch.set_default_dtype(dtype)
+            assert operation_for(LlamaRMSNorm(8)) is RMS_NORM
+    finally:
+        torch.set_default_dtype(default)
+    others = (GemmaRMSNorm, ScaledRMSNorm, ForgetfulRMSNorm, GatedRMSNorm, SummingRMSNorm, nn.RMSNorm, nn.LayerNorm)
+    for other in others:
+        assert operation_for(other(8)) is None
 
 
 def test_hidden_states_of_another_dtype_than_the_weight_are_left_to_the_module(norms):
@@ -104,18 +146,27 @@ def test_hidden_states_of_another_dtype_than_the_weight_are_left_to_the_module(n
     assert not shapes
 
 
-def test_a_norm_that_is_given_more_than_hidden_states_computes_itself(norms):
-    shapes, model = norms(), make_model("llama")
+class GatedRMSNorm(LlamaRMSNorm):
+    def forward(self, hidden_states, gate=None):
+        return super().forward(hidden_states) * (1.0 if gate is None else gate)
+
+
+@pytest.mark.parametrize("by_name", [False, True])
+def test_a_norm_that_is_given_more_than_hidden_states_computes_itself(by_name, norms):
+    def given(module, args, kwargs):
+        return (args, {"gate": 2.0}) if by_name else ((*args, 2.0), kwargs)
+
+    shapes, model, plain = norms(), make_model("llama"), make_model("llama")
+    for each in (model, plain):
+        norm = GatedRMSNorm(each.config.hidden_size, each.config.rms_norm_eps)
+        norm.weight = each.model.norm.weight
+        each.model.norm = norm
     enable_shared_prompt(model)
-    gates = []
-    norm = model.model.norm
-    norm.register_forward_pre_hook(lambda module, args: (*args, None), prepend=True)
-    forward = type(norm).forward
-    norm.forward = lambda values, gate: (gates.append(values.shape[1]), forward(norm, values))[1]
-    layout = PairLayout.from_batch(BATCH)
-    shared_prompt_scores(model, layout)
+    for each in (model, plain):
+        each.model.norm.register_forward_pre_hook(given, with_kwargs=True, prepend=True)
+    ours = shared_prompt_scores(model, PairLayout.from_batch(BATCH)).log_probs
     assert len(shapes) == 4
-    assert gates == [len(layout)]
+    assert_alike({"log_probs": ours}, {"log_probs": rows_scores(plain, BATCH)["log_probs"]}, 1e-5)
 
 
 def wrong(values, shape, weight, epsilon):
@@ -141,7 +192,7 @@ def test_a_wrong_norm_is_disabled_and_attention_is_not(function, norms, monkeypa
     monkeypatch.setitem(KERNELS, "cpu", (BranchAttention(),))
     enable_shared_prompt(model)
     assert verify_shared_prompt(model) == "one call per branch"
-    assert "fused RMSNorm is disabled for shared prompts: " in caplog.text
+    assert "fused RMSNorm disabled for shared prompts: " in caplog.text
     shapes.clear()
     shared_prompt_scores(model, PairLayout.from_batch(BATCH))
     assert not shapes
@@ -151,12 +202,12 @@ def test_a_wrong_norm_is_disabled_and_attention_is_not(function, norms, monkeypa
     assert not shapes
 
 
-def test_a_wrong_kernel_leaves_the_norm_and_a_wrong_norm_beside_it_is_found(norms, monkeypatch):
-    for function, refused in ((rms_norm, {"varlen_attn"}), (wrong, {"varlen_attn", "fused RMSNorm"})):
-        norms(function)
-        kernels = (VarlenAttention(not_finite, frozenset((torch.float32,))), BranchAttention())
-        monkeypatch.setitem(KERNELS, "cpu", kernels)
-        model = make_model("llama")
-        enable_shared_prompt(model)
-        assert verify_shared_prompt(model).startswith("one call per branch")
-        assert set(hooks_of(model).refused) == refused
+@pytest.mark.parametrize("function", [rms_norm, wrong, detached, broken])
+def test_a_wrong_kernel_is_found_beside_any_norm(function, norms, monkeypatch):
+    norms(function)
+    kernels = (VarlenAttention(not_finite, frozenset((torch.float32,))), BranchAttention())
+    monkeypatch.setitem(KERNELS, "cpu", kernels)
+    model = make_model("llama")
+    enable_shared_prompt(model)
+    assert verify_shared_prompt(model).startswith("one call per branch (varlen_attn ")
+    assert set(hooks_of(model).refused) == {"varlen_attn"} | ({"fused RMSNorm"} if function is not rms_norm else set())

@@ -26,8 +26,8 @@ class SharedPromptHooks:
 
     The model's head is given no row, and its empty output is replaced by that of [`~.head.score_rows`]. TRL's fused
     head is called once, to learn which statistics it returns: on a GPU it waits for the number of rows that a mask
-    selects, which a layout knows. In a like way, `gelu_new` (GPT-2, Phi) and RMSNorm (Llama, on a GPU) are given a
-    single row, and their output is replaced by that of the one operation that PyTorch has for them.
+    selects, which a layout knows. In the same way `gelu_new` (GPT-2, Phi) and, on a GPU, Llama's RMSNorm are given no
+    row, and their empty output is replaced by that of a single PyTorch operation.
 
     Attributes:
         refused (`dict[str, str]`):
@@ -35,7 +35,7 @@ class SharedPromptHooks:
         kernel (`str` or `None`):
             The attention kernel called last.
         operations (`set[str]`):
-            Names of the operations that have taken the place of a module's own.
+            Names of the operations that have replaced a module's forward.
         attended (`dict[str, str]`):
             Every attention kernel called so far, by name, with the reasons against those before it.
         outputs (`tuple[str, ...]` or `None`):
@@ -73,24 +73,24 @@ class SharedPromptHooks:
 
     def after_layer(self, layer: nn.Module, args: Any, output: Any) -> None:
         hidden = output[0] if isinstance(output, tuple) else output
-        if self.layout is not None and getattr(layer, "gradient_checkpointing", False) and hidden.requires_grad:
-            # The gradient arrives before the layer is run again, which need not run its hooks
-            hidden.register_hook(functools.partial(self._before_second_run, self.layout))
+        if getattr(layer, "gradient_checkpointing", False) and hidden.requires_grad:
+            hidden.register_hook(functools.partial(self._before_recomputing, self.layout))
 
-    def _before_second_run(self, layout: PairLayout, grad: torch.Tensor) -> None:
+    def _before_recomputing(self, layout: PairLayout | None, grad: torch.Tensor) -> None:
+        # Newer releases of transformers recompute a layer without its hooks
         self.layout = layout
 
-    def before_module(self, module: nn.Module, args: Any, *, operation: Operation) -> tuple[torch.Tensor] | None:
+    def before_operations(self, module: nn.Module, args: Any, kwargs: Any, *, operation: Operation) -> Any:
         self.values = None
-        if self.layout is None or len(args) != 1 or operation.name in self.refused:
+        if self.layout is None or len(args) != 1 or kwargs or operation.name in self.refused:
             return None
         if not operation.supports(module, args[0]):
             return None
         self.operations.add(operation.name)
         self.values = args[0]
-        return (self.values.flatten(0, -2)[:1],)
+        return (self.values.flatten(0, -2)[:0],), kwargs
 
-    def after_module(self, module: nn.Module, args: Any, output: Any, *, operation: Operation) -> torch.Tensor | None:
+    def after_operations(self, module: nn.Module, args: Any, output: Any, *, operation: Operation) -> Any:
         if self.values is None:
             return None
         values, self.values = self.values, None
@@ -149,7 +149,7 @@ def enable_shared_prompt(model: nn.Module, like: nn.Module | None = None) -> Non
             Causal language model given TRL's fused head by [`~trl.trainer.utils.add_fused_lm_head`], before it is
             wrapped for distributed training.
         like ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`], *optional*):
-            Model of the same architecture, enabled and checked: kernels ruled out for it are ruled out here too.
+            Model of the same architecture, enabled and checked: what is ruled out for it is ruled out here too.
 
     Raises:
         ValueError: If [`shared_prompt_obstacle`] names an obstacle.
@@ -174,8 +174,9 @@ def enable_shared_prompt(model: nn.Module, like: nn.Module | None = None) -> Non
             attention.shared_prompt_hooks = hooks
     for module in causal_lm.base_model.modules():
         if (operation := operation_for(module)) is not None:
-            module.register_forward_pre_hook(functools.partial(hooks.before_module, operation=operation))
-            module.register_forward_hook(functools.partial(hooks.after_module, operation=operation))
+            before, after = hooks.before_operations, hooks.after_operations
+            module.register_forward_pre_hook(functools.partial(before, operation=operation), with_kwargs=True)
+            module.register_forward_hook(functools.partial(after, operation=operation))
     if isinstance(mlp := getattr(layers[-1], "mlp", None), nn.Module):
         mlp.register_forward_pre_hook(hooks.before_mlp)
         mlp.register_forward_hook(hooks.after_mlp)

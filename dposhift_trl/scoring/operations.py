@@ -1,7 +1,8 @@
 """
-Modules of transformers that compute in many small operations what PyTorch has as one.
+Single PyTorch operations that replace the forward of modules in transformers.
 
-Each of the small ones reads and writes the hidden states anew: Llama's RMSNorm has six forward and eighteen backward.
+Each of a module's own operations reads and writes the hidden states anew: in float32, Llama's RMSNorm has 6 forward
+and 14 backward.
 """
 
 import copy
@@ -14,22 +15,22 @@ from torch import nn
 from transformers.activations import NewGELUActivation
 
 
-# RMSNorm by device; on all others modules compute it themselves. PyTorch has a kernel of its own since 2.9.
+# RMSNorm by device; on others, modules use their own forward. PyTorch has a kernel of its own since 2.9.
 RMS_NORMS: dict[str, Callable[..., torch.Tensor]] = {"cuda": nn.functional.rms_norm}
 
 
 @dataclass(frozen=True)
 class Operation:
     """
-    One operation in place of a module's own.
+    An operation that equals a module's forward up to rounding.
 
     Args:
         name (`str`):
             Name in messages.
         compute (`Callable`):
-            Called with the module and its input; equals the module up to rounding.
+            Called with the module and its input.
         supports (`Callable`):
-            Called with the same: whether the operation can take the place.
+            Called with the module and its input: whether `compute` supports them.
     """
 
     name: str
@@ -38,7 +39,7 @@ class Operation:
 
 
 def operation_for(module: nn.Module) -> Operation | None:
-    """The operation that can take the place of a module's own, if there is one."""
+    """The operation that can replace a module's forward, if there is one."""
     if isinstance(module, NewGELUActivation):
         return GELU
     return RMS_NORM if _is_rms_norm(module) else None
@@ -53,13 +54,17 @@ def _always(module: Any, values: torch.Tensor) -> bool:
 
 
 def _rms_norm(module: Any, values: torch.Tensor) -> torch.Tensor:
-    norm = RMS_NORMS[values.device.type]
-    return norm(values, module.weight.shape, module.weight, _epsilon(module)).to(values.dtype)
+    device = values.device.type
+    # Newer releases of PyTorch autocast it to float32, where it computes anyway
+    with torch.autocast(device, enabled=False):
+        return RMS_NORMS[device](values, module.weight.shape, module.weight, _epsilon(module))
 
 
 def _supports_rms_norm(module: Any, values: torch.Tensor) -> bool:
-    # Of hidden states, not of the few channels of a head; the kernel takes a single dtype
-    return values.device.type in RMS_NORMS and values.dim() == 3 and values.dtype == module.weight.dtype
+    # Not in the heads of attention, whose rows are too short to gain; the kernel supports a single dtype
+    if values.dim() != 3 or values.device.type not in RMS_NORMS:
+        return False
+    return (values.dtype, values.device) == (module.weight.dtype, module.weight.device)
 
 
 def _epsilon(module: Any) -> Any:
@@ -73,16 +78,21 @@ def _is_rms_norm(module: Any) -> bool:
         return False
     if [name for name, _ in module.named_parameters()] != ["weight"]:
         return False
+    plain: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
     draws = torch.Generator().manual_seed(0)
-    weight, rows = torch.randn(16, generator=draws), torch.randn(4, 16, generator=draws)
-    rows[2:] *= epsilon**0.5  # small enough for epsilon to count
-    bare = copy.copy(module)  # whose call needs no whole weight, and none of the hooks that make it whole
+    weight, rows = torch.randn(16, generator=draws, **plain), torch.randn(1, 4, 16, generator=draws, **plain)
+    rows[:, 2:] *= epsilon**0.5  # small enough for epsilon to count
+    # A copy with a small weight: the real one may be sharded, and its hooks would gather it
+    bare = copy.copy(module)
     bare._parameters = {"weight": nn.Parameter(weight)}
-    with torch.no_grad():
-        found = type(module).forward(bare, rows)
-        expected = nn.functional.rms_norm(rows, weight.shape, weight, epsilon)
-    return torch.allclose(found, expected, rtol=1e-5, atol=1e-6)
+    try:
+        with torch.no_grad():
+            found = type(module).forward(bare, rows)
+    except Exception:  # whatever a forward raises that needs more, or something else
+        return False
+    expected = nn.functional.rms_norm(rows, weight.shape, weight.detach(), epsilon)
+    return found.shape == expected.shape and torch.allclose(found, expected, rtol=1e-5, atol=1e-6)
 
 
-GELU = Operation("one operation for GELU", _gelu, _always)
+GELU = Operation("fused GELU", _gelu, _always)
 RMS_NORM = Operation("fused RMSNorm", _rms_norm, _supports_rms_norm)

@@ -61,8 +61,8 @@ def verify_shared_prompt(
 
     Of a model that FSDP2 divides among processes already, a frozen reference, only the log-probabilities are checked.
 
-    What raises or disagrees is disabled for this model: the operations that take the place of a module's own if the
-    check passes without them; else the attention kernel, and the next supported one is tried.
+    Whatever raises or disagrees is disabled for this model. Fused operations are disabled if the check passes without
+    them; otherwise the attention kernel is disabled, and the next supported one is tried.
 
     Args:
         model (`torch.nn.Module`):
@@ -83,12 +83,12 @@ def verify_shared_prompt(
         check = _Check(model, autocast, batch)
         while (failure := check.failure()) is not None:
             fault, error = failure
-            kernel, operations, refused = hooks.kernel, hooks.operations.difference(hooks.refused), hooks.refused
+            kernel, operations, refused = hooks.kernel, hooks.operations, hooks.refused
             if operations:
                 hooks.refused = {**refused, **dict.fromkeys(operations, fault)}
-                if check.failure() is None:
-                    logger.warning(f"{' and '.join(sorted(operations))} is disabled for shared prompts: {fault}")
-                    break
+                if check.failure() is None or kernel is None:
+                    logger.warning(f"{' and '.join(sorted(operations))} disabled for shared prompts: {fault}")
+                    continue
                 hooks.refused = refused
             if kernel is None:
                 raise ValueError(str(error)) from error
@@ -125,7 +125,7 @@ class _Check:
     def failure(self) -> tuple[str, Exception | None] | None:
         """What is wrong with shared prompts, as a phrase, and what was raised; `None` if nothing is."""
         hooks = hooks_of(self.model)
-        hooks.kernel, hooks.attended = None, {}
+        hooks.kernel, hooks.attended, hooks.operations = None, {}, set()
         try:
             fault = self.agreement().fault
         except Exception as raised:  # whatever kernels and compilers raise: RuntimeError is not all of it
