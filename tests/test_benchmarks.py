@@ -46,14 +46,14 @@ def test_every_kind_of_step_is_timed_beside_stock():
 
 
 def test_the_bytes_of_a_layer_are_counted_beside_stock():
-    command = [sys.executable, STEP.parent / "traffic.py", "--model", "tiny", "--threads", "1"]
+    kinds = ["TRL", "cached", "cached, own RMSNorm"]
+    command = [sys.executable, STEP.parent / "traffic.py", "--model", "tiny", "--threads", "1", "--kind", *kinds]
     output = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert output.returncode == 0, output.stderr[-2000:]
     rows = [line.split("|")[1:-1] for line in output.stdout.splitlines() if line.startswith("| ")][2:]
     ratios = {row[0].strip(): float(row[4]) for row in rows}
     assert ratios["TRL"] == 1.0
     assert ratios["cached"] > ratios["cached, own RMSNorm"] > 1.5
-    assert ratios["cached"] > ratios["scored"] > 1.0
 
 
 def test_the_run_for_a_gpu_goes_through_all_its_parts_on_a_cpu(tmp_path):
