@@ -85,6 +85,7 @@ def verify_shared_prompt(
             fault, error = failure
             kernel, operations, refused = hooks.kernel, hooks.operations, hooks.refused
             if operations:
+                # To blame if the check passes without them, or if it got no further
                 hooks.refused = {**refused, **dict.fromkeys(operations, fault)}
                 if check.failure() is None or kernel is None:
                     logger.warning(f"{' and '.join(sorted(operations))} disabled for shared prompts: {fault}")
