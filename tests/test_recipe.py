@@ -507,6 +507,23 @@ def test_a_file_that_is_no_mapping_is_refused(refuse, text, kind):
     assert refuse(text) == [f"must contain a mapping of sections, got a {kind}."]
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("rows.jsonl", b'{"chosen": "a"}\n{"chosen": "b"}\n'),
+        ("rows.json", b'[{"chosen": "a"}]'),
+        ("rows.parquet", b"PAR1\xff"),
+        ("rows.csv", b"chosen,rejected\na,b\n"),
+    ],
+)
+def test_rows_in_place_of_a_recipe_are_refused_with_where_they_go(tmp_path, name, content):
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(RecipeError) as raised:
+        load_recipe(str(path))
+    assert str(raised.value).endswith(f". To train on its rows, write `data.path: {path}` in a recipe.")
+
+
 def bomb():
     levels = ["a: &a [x, x, x, x, x, x, x, x, x]"]
     for before, name in zip("abcdefgh", "bcdefghi", strict=True):

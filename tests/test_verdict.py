@@ -435,8 +435,9 @@ def test_the_plan_of_lambda_is_read_from_the_settings(settings, expected):
         pytest.param(LambdaPlan(adaptive=True, low=0.8), 0.8, "Try a lower `lambda_min`", id="at-its-bound"),
         pytest.param(LambdaPlan(adaptive=True, low=0.25), 0.25, "already low: a lower one can", id="at-a-low-one"),
         pytest.param(
-            LambdaPlan(adaptive=True, low=0.25, target=-5.0), 0.6, "at -5, and evaluation pairs may differ. Try a "
-            "higher `lambda_target`", id="above-its-bound",
+            LambdaPlan(adaptive=True, low=0.25, target=-5.0), 0.6, "at -5, and evaluation pairs may differ, above "
+            "all after several epochs or if rows share their answers. Try a higher `lambda_target`",
+            id="above-its-bound",
         ),
         pytest.param(
             LambdaPlan(adaptive=True, low=0.25, target=0.5, metric="displacement/chosen_fell"), 1.0,

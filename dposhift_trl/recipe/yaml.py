@@ -10,6 +10,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 from ruamel.yaml.representer import SafeRepresenter
 
+from ..data.formats import format_of
 from .errors import RecipeError
 
 
@@ -69,14 +70,14 @@ def read_yaml(path: str) -> dict[str, Any]:
     except FileNotFoundError:
         raise RecipeError(f"{path}: file not found.{_nearest_file(path)}") from None
     except YAMLError as error:
-        raise RecipeError(f"{path}: not valid YAML: {error}") from None
+        raise RecipeError(f"{path}: not valid YAML: {error}.{_if_data(path)}") from None
     except RecursionError:
         raise RecipeError(f"{path}: nested too deeply.") from None
     except Exception as error:  # the YAML library does not check some conversions
-        raise RecipeError(f"{path}: cannot be read: {error}") from None
+        raise RecipeError(f"{path}: cannot be read: {error}.{_if_data(path)}") from None
     if not isinstance(values, dict):
         found = "an empty file" if values is None else f"a {type(values).__name__}"
-        raise RecipeError(f"{path}: must contain a mapping of sections, got {found}.")
+        raise RecipeError(f"{path}: must contain a mapping of sections, got {found}.{_if_data(path)}")
     check_size(values, path)
     return _unshared(values)
 
@@ -86,6 +87,13 @@ def _unshared(values: Any) -> Any:
     if isinstance(values, dict):
         return {key: _unshared(value) for key, value in values.items()}
     return [_unshared(value) for value in values] if isinstance(values, list) else values
+
+
+def _if_data(path: str) -> str:
+    """What to do with a file of rows, if the file is named like one."""
+    if format_of(Path(path)) is None:
+        return ""
+    return f" To train on its rows, write `data.path: {path}` in a recipe."
 
 
 def _nearest_file(path: str) -> str:

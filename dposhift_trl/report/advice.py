@@ -76,7 +76,8 @@ def _what_to_try_adaptive(lambdas: Sequence[float], plan: LambdaPlan) -> str:
         return f"{bound}. Try a lower `lambda_min`, {_SAME_PAIRS}"
     return (
         f"Lambda ended at {end:.3g}, above its lower bound, {plan.low:.3g}: the controller holds the {held} of the "
-        f"training pairs at {plan.target:.3g}, and evaluation pairs may differ. Try a "
+        f"training pairs at {plan.target:.3g}, and evaluation pairs may differ, above all after several epochs or if "
+        "rows share their answers. Try a "
         f"{'lower' if share else 'higher'} `lambda_target`, {_SAME_PAIRS}"
     )
 
