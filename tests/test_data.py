@@ -171,6 +171,11 @@ def refusal(**settings):
             "`eval_size` is not supported with `eval_split`, got 5. Remove one of the two.",
         ),
         (
+            {"path": "demo", "eval_split": "test", "seed": 7},
+            "`seed` requires `eval_size` or `mixture`, got 7 without either: no other rows are chosen by it. Remove "
+            "it; the order of training follows the recipe's `seed`.",
+        ),
+        (
             {"path": "demo", "eval_size": 0.1, "streaming": True},
             "`eval_size` must be a number of rows with `streaming`, got 0.1. Write for example `eval_size: 500`.",
         ),
@@ -527,6 +532,17 @@ def test_the_seed_alone_determines_the_rows_held_out():
     settings = {"path": write("rows.jsonl", ROWS), "eval_size": 3}
     assert load(seed=1, **settings) == load(seed=1, **settings)
     assert load(seed=1, **settings) != load(seed=2, **settings)
+
+
+def test_a_seed_of_the_data_replaces_that_of_the_run():
+    write("a.jsonl", ROWS), write("b.jsonl", ROWS[::-1])
+    mixture = [{"path": "a.jsonl", "weight": 3}, {"path": "b.jsonl"}]
+    for settings in ({"path": "a.jsonl", "eval_size": 3}, {"mixture": mixture}):
+        own, plain = (
+            [None if rows is None else list(rows) for rows in load_preferences(DataConfig(**settings, **data), seed)]
+            for data, seed in (({"seed": 1}, 2), ({}, 1))
+        )
+        assert own == plain
 
 
 @pytest.mark.parametrize("size", [10, 11, 0.95, 0.999])

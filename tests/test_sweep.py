@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 from wandb.sdk.launch.sweeps import utils as wandb_sweeps
 
 from dposhift_trl import run
+from dposhift_trl.data.sources import load_preferences
 from dposhift_trl.recipe import load_recipe
 from dposhift_trl.report import ReportError
 from dposhift_trl.sweep import launch, session
@@ -261,11 +262,31 @@ def test_seeds_count_from_the_seed_that_is_given():
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("overrides", [[], ["sft=null"]], ids=["both stages", "stage 2"])
+def test_runs_with_other_seeds_are_evaluated_on_the_rows_that_stage_1_held_out(overrides, recipe):
+    def rows(run):
+        loaded = load_recipe_of(run)
+        return [[row["chosen"] for row in split] for split in load_preferences(loaded.data, loaded.seed)]
+
+    plain, planned = plan(str(recipe), overrides), plan(str(recipe), overrides, seeds=3)
+    assert [run.values["seed"] for run in planned.runs[-3:]] == [42, 43, 44]
+    assert planned.runs[:-2] == plain.runs
+    assert [rows(run) for run in planned.runs] == [rows(plain.runs[0])] * len(planned.runs)
+    own = plan(str(recipe), [*overrides, "data.seed=7"], seeds=2)
+    assert [run.values["data"]["seed"] for run in own.runs] == [7] * len(own.runs)
+    assert rows(own.runs[0]) == rows(own.runs[-1]) != rows(plain.runs[0])
+
+
+def load_recipe_of(run):
+    run.file.parent.mkdir(exist_ok=True, parents=True)
+    YAML(typ="safe").dump(run.values, run.file)
+    return load_recipe(str(run.file))
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         pytest.param(["--seeds", "2", "seed=1,2"], "`seed` must have one value with `--seeds`", id="list"),
-        pytest.param(["--seeds", "2"], "`seed` must have one value if `data.eval_size` is set", id="eval-size"),
         pytest.param(["--seeds", "2", "dpo.shift_lambda=7,8"], "`shift_lambda` must not exceed 1, got 8", id="others"),
     ],
 )
@@ -293,11 +314,10 @@ def test_the_number_of_seeds_is_a_whole_number_of_at_least_1(count, recipe, caps
         (["dpo.beta"], "must have the form key=value"),
         (["sft.max_steps=1,2"], "`sft.max_steps` must have one value in a sweep with an `sft` section"),
         (["output_dir=a,b"], "`output_dir` must have one value in a sweep."),
-        (["seed=1,2"], "`seed` must have one value if `data.eval_size` is set"),
         (["dpo=null"], "`dpo` is missing."),
         (["dpo.lambda_schedule=[[0, 1.0]"], "is not valid YAML"),
     ],
-    ids=["range", "key", "empty", "twice", "form", "stage", "folder", "seed", "dpo", "yaml"],
+    ids=["range", "key", "empty", "twice", "form", "stage", "folder", "dpo", "yaml"],
 )
 def test_a_mistake_in_any_point_is_one_line_and_exit_code_2_before_anything_is_written(
     arguments, message, recipe, tmp_path, here

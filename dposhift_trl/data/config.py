@@ -120,6 +120,9 @@ class DataConfig(DataSource):
             Sources to sample from in proportion to their `weight`, until the first one is exhausted. Replaces `path`.
         eval_size (`int` or `float`, *optional*):
             Number (int) or share (float) of training rows to hold out for evaluation, if there is no `eval_split`.
+        seed (`int`, *optional*):
+            Seed that chooses the rows held out by `eval_size`, and the rows of a mixture; the recipe's `seed` by
+            default. Set it to evaluate runs with different seeds on the same rows.
         max_train_rows (`int`, *optional*):
             Use only the first training rows.
         max_eval_rows (`int`, *optional*):
@@ -141,6 +144,7 @@ class DataConfig(DataSource):
 
     mixture: list[dict[str, Any]] | None = None
     eval_size: int | float | None = None
+    seed: int | None = None
     max_train_rows: int | None = None
     max_eval_rows: int | None = None
     streaming: bool = False
@@ -188,6 +192,11 @@ class DataConfig(DataSource):
                     f"`eval_size` must be a number of rows with `streaming`, got {self.eval_size!r}. Write for "
                     "example `eval_size: 500`."
                 )
+        if self.seed is not None and self.eval_size is None and self.mixture is None:
+            raise ValueError(
+                f"`seed` requires `eval_size` or `mixture`, got {self.seed} without either: no other rows are chosen "
+                "by it. Remove it; the order of training follows the recipe's `seed`."
+            )
         if self.max_eval_rows is not None and not self.has_eval:
             raise ValueError(
                 f"`max_eval_rows` needs evaluation rows, got {self.max_eval_rows} without any. Set `eval_split` or "

@@ -41,7 +41,8 @@ def load_preferences(config: DataConfig, seed: int) -> tuple[Rows, Rows | None]:
         config ([`DataConfig`]):
             Sources, splits and columns.
         seed (`int`):
-            Seed for sampling from a mixture and for choosing the held-out rows.
+            Seed that shuffles a stream and, unless `config` has its own, samples from a mixture and chooses the
+            held-out rows.
 
     Returns:
         `tuple[Dataset or IterableDataset, Dataset or IterableDataset or None]`: Training and evaluation rows.
@@ -49,12 +50,12 @@ def load_preferences(config: DataConfig, seed: int) -> tuple[Rows, Rows | None]:
     Raises:
         DataError: If a source cannot be read, has no such split or column, or does not match the rest of a mixture.
     """
-    sources = config.sources
+    sources, split_seed = config.sources, seed if config.seed is None else config.seed
     train = _numbered([_load_split(source, source.train_split, config) for source in sources])
     if len(sources) > 1:
         total = sum(source.weight for source in sources)
         weights = [source.weight / total for source in sources]
-        rows = _mixed(sources, train, lambda parts: interleave_datasets(parts, weights, seed=seed))
+        rows = _mixed(sources, train, lambda parts: interleave_datasets(parts, weights, seed=split_seed))
     else:
         rows = train[0]
     evaluated = [source for source in sources if source.eval_split is not None]
@@ -62,7 +63,7 @@ def load_preferences(config: DataConfig, seed: int) -> tuple[Rows, Rows | None]:
     eval_rows = _mixed(evaluated, evaluation, concatenate_datasets) if evaluation else None
     rows = with_row_index(rows)  # before rows are held out and shuffled, so that the numbers are the files'
     if config.eval_size is not None:
-        rows, eval_rows = _hold_out(rows, config.eval_size, seed)
+        rows, eval_rows = _hold_out(rows, config.eval_size, split_seed)
     rows, eval_rows = _first(rows, config.max_train_rows), _first(eval_rows, config.max_eval_rows)
     if isinstance(rows, IterableDataset) and config.rows_in_buffer:
         # Rows of several files are not interleaved, which would number the rows of each of them from 0

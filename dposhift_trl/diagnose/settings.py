@@ -123,7 +123,7 @@ def load_settings(
     if source is not None:
         values["data"]["path"] = source
     if split is not None:
-        values["data"] |= {"train_split": split, "eval_split": None, "eval_size": None}
+        values["data"] |= {"train_split": split, "eval_split": None, "eval_size": None, "seed": None}
     top_level = {key: found for key, found in keys_of("", DiagnoseSettings).items() if key != "data"}
     mistakes = key_mistakes(values, top_level, ("data",), name)
     mistakes += [

@@ -105,8 +105,8 @@ def plan(path: str, overrides: Sequence[str], seeds: int = 1) -> Sweep:
     """
     Check every combination of the overrides' values as a recipe, before anything runs.
 
-    Seeds are those of stage 2: all points start from the one stage 1, so that their chosen log-ratios can be compared
-    seed by seed.
+    Seeds are those of stage 2: all points start from the one stage 1 and are evaluated on the same rows, so that their
+    chosen log-ratios can be compared seed by seed.
 
     Args:
         path (`str`):
@@ -154,7 +154,7 @@ def plan(path: str, overrides: Sequence[str], seeds: int = 1) -> Sweep:
     for combination_of_point, recipe in recipes:
         dpo = recipe.stages["dpo"]
         assert isinstance(dpo, DPOShiftConfig)
-        values = _point_recipe(recipe, dpo, base)
+        values = _point_recipe(recipe, dpo, base, own_seed)
         identity = json.dumps(values, sort_keys=True, default=str)
         if identity in points:
             continue
@@ -239,23 +239,21 @@ def _mistakes(recipe: Recipe, varied: set[str]) -> Iterator[str]:
                 f"{path}: `{key}` must have one value in a sweep with an `sft` section, since stage 1 runs once for "
                 "all points. Run one sweep per value, or skip stage 1 with `sft=null`."
             )
-    if "seed" in varied and "sft" in recipe.stages and recipe.data.eval_size is not None:
-        yield (
-            f"{path}: `seed` must have one value if `data.eval_size` is set: the seed chooses the evaluation rows, so "
-            "stage 1 would be trained on rows that a point is evaluated on. Set `data.eval_split` instead."
-        )
 
 
-def _point_recipe(recipe: Recipe, dpo: DPOShiftConfig, base: SweepRun | None) -> dict[str, Any]:
+def _point_recipe(recipe: Recipe, dpo: DPOShiftConfig, base: SweepRun | None, own_seed: int | None) -> dict[str, Any]:
     """
     The recipe of a point: stage 2 alone, starting from stage 1.
 
-    It has only the lambda settings with an effect, so its folder fits every sweep that contains the point.
+    It has only the lambda settings with an effect, so its folder fits every sweep that contains the point. Points with
+    other seeds hold out the same rows, which stage 1 was not trained on either.
     """
     values = {key: value for key, value in recipe.resolved.items() if key != "sft"}
     others = {key: value for key, value in values["dpo"].items() if key not in LAMBDA_FIELDS}
     permission = {"allow_lambda_above_one": True} if dpo.lambda_range[1] > 1 else {}
     values["dpo"] = {**dpo.lambda_plan.settings, **permission, **others}
+    if own_seed not in (None, recipe.seed) and recipe.data.eval_size is not None:
+        values["data"] = {"seed": own_seed, **values["data"]}
     if base is not None:
         values["model"] = {**values["model"], "model_name_or_path": str(base.folder / base.stage)}
     return values
