@@ -364,7 +364,7 @@ def test_the_readme_repeats_the_published_results():
     assert {len(runs[method]) for method in methods} == {3}
     texts = {
         "displacement/chosen": "{:+.1f}".format,
-        "displacement/chosen_fell": lambda share: f"{100 * share:.0f} %",
+        "displacement/chosen_fell": lambda share: f"{100 * share:.0f}%",
         "rewards/margins": "{:.2f}".format,
         "rewards/accuracies": lambda share: f"{share:.3f}".lstrip("0"),
         "perplexity/chosen": "{:.2f}".format,

@@ -56,8 +56,8 @@ def convert(rows: Rows, tokenizer: PreTrainedTokenizerBase) -> tuple[Rows, list[
     messages. Each row is then converted by itself, and a row of no known shape is left for the audit.
 
     If `rejected` lists several answers, each becomes a pair. Numbers of pairs are unique: the first pair of a row has
-    the row's number, the second one that number plus n, the third one plus 2 n, and so on, where n is the number of
-    rows, or one billion in a stream.
+    the row's number, the second one that number plus n, the third one plus 2 n, and so on, where n is one more than
+    the largest number, or one billion in a stream.
 
     Args:
         rows (`Dataset` or `IterableDataset`):

@@ -150,7 +150,7 @@ def check_starts_at_reference(matrix: torch.Tensor, model: Any, *, half_precisio
         model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
             The policy, not wrapped for training; it is asked only for the likely cause.
         half_precision (`bool`):
-            Whether log-probabilities are rounded to float16 or bfloat16, which allows for 2 % instead of 0.01 %.
+            Whether log-probabilities are rounded to float16 or bfloat16, which allows for 2% instead of 0.01%.
 
     Raises:
         TrainingStopped: If a log-ratio differs from 0 by more than that share of the log-probability.
