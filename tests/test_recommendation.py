@@ -180,7 +180,9 @@ def sweep(tmp_path_factory):
         for seed in seeds:
             name = f"fixed-{shift_lambda}" + (f"_seed-{seed}" if seed > 1 else "")
             folder = make_run(root / name, shift_lambda, fall=fall * (1 + seed / 100), pairs=20)
-            recipe = {"seed": seed, "output_dir": str(folder), "run_name": name, "dpo": {"shift_lambda": shift_lambda}}
+            data = {"path": "rows.jsonl", "eval_size": 20} | ({"seed": 1} if seed > 1 else {})  # as in a sweep
+            recipe = {"seed": seed, "output_dir": str(folder), "run_name": name, "data": data}
+            recipe["dpo"] = {"shift_lambda": shift_lambda}
             (folder / "recipe.yaml").write_text(json.dumps(recipe))
             folders.append(folder)
     return folders

@@ -79,6 +79,8 @@ def _setting(run: Run) -> str | None:
     """The recipe without what belongs to one run alone; `None` if it has no seed."""
     if not isinstance((run.settings or {}).get("seed"), int):
         return None
-    return json.dumps(
-        {k: v for k, v in (run.settings or {}).items() if k not in OF_ONE_RUN}, sort_keys=True, default=str
-    )
+    recipe = {key: value for key, value in (run.settings or {}).items() if key not in OF_ONE_RUN}
+    if isinstance(data := recipe.get("data"), dict):
+        # A sweep sets it where the seed of the run is another, so that all hold out the same rows
+        recipe["data"] = {key: value for key, value in data.items() if key != "seed"}
+    return json.dumps(recipe, sort_keys=True, default=str)
