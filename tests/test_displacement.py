@@ -354,7 +354,7 @@ def test_the_comparison_repeats_the_published_results():
 
 
 def test_the_readme_repeats_the_published_results():
-    page = (ROOT / "README.md").read_text(encoding="utf-8").split("## On people's preferences")[1]
+    page = (ROOT / "README.md").read_text(encoding="utf-8").split("## On real preferences")[1]
     head, _, *rows = [
         [cell.strip() for cell in row.split("|")[1:-1]] for row in re.findall(r"^\|.*\|$", page, re.MULTILINE)
     ]
