@@ -172,8 +172,18 @@ def refusal(**settings):
         ),
         (
             {"path": "demo", "eval_split": "test", "seed": 7},
-            "`seed` requires `eval_size` or `mixture`, got 7 without either: no other rows are chosen by it. Remove "
+            "`seed` requires `eval_size` or `mixture`, without `streaming`, got 7: it chooses no other rows. Remove "
             "it; the order of training follows the recipe's `seed`.",
+        ),
+        (
+            {"path": "demo", "eval_size": 5, "streaming": True, "seed": 7},
+            "`seed` requires `eval_size` or `mixture`, without `streaming`, got 7: it chooses no other rows. Remove "
+            "it; the order of training follows the recipe's `seed`.",
+        ),
+        (
+            {"mixture": [{"path": "demo"}, {"path": "rows.jsonl"}], "eval_size": 5, "streaming": True},
+            "`eval_size` is not supported with a streamed `mixture`, got 5: each pass would hold out other rows. Set "
+            "`eval_split` in its sources.",
         ),
         (
             {"path": "demo", "eval_size": 0.1, "streaming": True},

@@ -194,6 +194,13 @@ def test_evaluation_rows_are_scored_if_a_recipe_names_some(work, no_page):
     assert len(scored("data.eval_size=2")) == 2
 
 
+def test_a_split_drops_the_seed_that_holds_out_rows_and_not_that_of_a_mixture():
+    both = {"policy": "a", "reference": "b", "split": "train"}
+    held_out = load_settings(None, ["data.eval_size=2", "data.seed=3"], {**both, "data": "rows.jsonl"})
+    mixed = load_settings(None, ["data.mixture=[{path: x}, {path: y}]", "data.seed=3"], both)
+    assert (held_out.data.seed, mixed.data.seed) == (None, 3)
+
+
 # What the user reads
 
 

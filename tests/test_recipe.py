@@ -508,20 +508,20 @@ def test_a_file_that_is_no_mapping_is_refused(refuse, text, kind):
 
 
 @pytest.mark.parametrize(
-    ("name", "content"),
+    ("name", "content", "message"),
     [
-        ("rows.jsonl", b'{"chosen": "a"}\n{"chosen": "b"}\n'),
-        ("rows.json", b'[{"chosen": "a"}]'),
-        ("rows.parquet", b"PAR1\xff"),
-        ("rows.csv", b"chosen,rejected\na,b\n"),
+        ("rows.jsonl", b'{"chosen": "a"}\n', "must be YAML, got a file of rows by its name."),
+        ("rows.json", b'[{"chosen": "a"}]', "must contain a mapping of sections, got a list."),
+        ("rows.parquet", b"PAR1\xff", "must be YAML, got a file of rows by its name."),
+        ("rows.csv.gz", b"chosen,rejected\na,b\n", "must be YAML, got a file of rows by its name."),
     ],
 )
-def test_rows_in_place_of_a_recipe_are_refused_with_where_they_go(tmp_path, name, content):
+def test_rows_in_place_of_a_recipe_are_refused_with_where_they_go(tmp_path, name, content, message):
     path = tmp_path / name
     path.write_bytes(content)
     with pytest.raises(RecipeError) as raised:
         load_recipe(str(path))
-    assert str(raised.value).endswith(f". To train on its rows, write `data.path: {path}` in a recipe.")
+    assert str(raised.value) == f"{path}: {message} For rows, write `data.path: {path}` in a recipe."
 
 
 def bomb():

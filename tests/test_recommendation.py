@@ -204,6 +204,15 @@ def test_runs_that_differ_in_their_seed_are_one_group(sweep):
     assert recommend_lambda([group.outcome for group in groups])[0] == "fixed-0.75"
 
 
+def test_runs_that_hold_out_other_rows_are_no_group(sweep):
+    runs = [read_run(folder) for folder in sweep[:3]]
+    runs[2].settings["data"]["seed"] = 3
+    assert [len(group.runs) for group in seed_groups(runs)] == [2, 1]
+    for run in runs:  # the first rows of a stream are the same for each seed
+        run.settings["data"] = {"path": "rows.jsonl", "eval_size": 20, "streaming": True}
+    assert [len(group.runs) for group in seed_groups(runs)] == [3]
+
+
 def test_a_run_with_other_settings_keeps_its_name_from_a_group(sweep):
     runs = [read_run(sweep[0]), *(read_run(folder) for folder in sweep[1:3])]
     runs[0].settings = {**runs[0].settings, "dpo": {"shift_lambda": 0.9}}

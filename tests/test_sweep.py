@@ -247,6 +247,7 @@ def test_seeds_run_every_point_from_one_stage_1_and_continue_a_sweep_without(tmp
         "fixed-1.0", "fixed-1.0_seed-2", "fixed-1.0_seed-3", "fixed-0.5", "fixed-0.5_seed-2", "fixed-0.5_seed-3",
     ]  # fmt: skip
     assert [point.values["seed"] for point in planned.points] == [1, 2, 3] * 2
+    assert [load_recipe_of(tmp_path, point).seed for point in planned.points] == [1, 2, 3] * 2
     assert planned.base == plain.base
     assert [planned.points[0], planned.points[3]] == plain.points
     assert [point.name for point in plan(demo, [LAMBDAS, "seed=1,2,3"]).points] == [
@@ -263,24 +264,30 @@ def test_seeds_count_from_the_seed_that_is_given():
 
 
 @pytest.mark.parametrize("overrides", [[], ["sft=null"]], ids=["both stages", "stage 2"])
-def test_runs_with_other_seeds_are_evaluated_on_the_rows_that_stage_1_held_out(overrides, recipe):
+def test_runs_with_other_seeds_are_evaluated_on_the_rows_that_stage_1_held_out(overrides, recipe, tmp_path):
     def rows(run):
-        loaded = load_recipe_of(run)
+        loaded = load_recipe_of(tmp_path, run)
         return [[row["chosen"] for row in split] for split in load_preferences(loaded.data, loaded.seed)]
 
     plain, planned = plan(str(recipe), overrides), plan(str(recipe), overrides, seeds=3)
     assert [run.values["seed"] for run in planned.runs[-3:]] == [42, 43, 44]
     assert planned.runs[:-2] == plain.runs
     assert [rows(run) for run in planned.runs] == [rows(plain.runs[0])] * len(planned.runs)
+    assert plan(str(recipe), [*overrides, "data.seed=null"], seeds=3).points[1].values["data"]["seed"] == 42
     own = plan(str(recipe), [*overrides, "data.seed=7"], seeds=2)
     assert [run.values["data"]["seed"] for run in own.runs] == [7] * len(own.runs)
     assert rows(own.runs[0]) == rows(own.runs[-1]) != rows(plain.runs[0])
 
 
-def load_recipe_of(run):
-    run.file.parent.mkdir(exist_ok=True, parents=True)
-    YAML(typ="safe").dump(run.values, run.file)
-    return load_recipe(str(run.file))
+def test_without_a_valid_seed_in_the_recipe_the_first_one_chooses_the_rows(recipe):
+    recipe.write_text(recipe.read_text() + "seed: null\n")
+    planned = plan(str(recipe), ["sft=null", "seed=7,8"])
+    assert [point.values["data"].get("seed") for point in planned.points] == [None, 7]
+
+
+def load_recipe_of(folder, run):
+    YAML(typ="safe").dump(run.values, folder / "of_run.yaml")
+    return load_recipe(str(folder / "of_run.yaml"))
 
 
 @pytest.mark.parametrize(

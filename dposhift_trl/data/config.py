@@ -121,8 +121,9 @@ class DataConfig(DataSource):
         eval_size (`int` or `float`, *optional*):
             Number (int) or share (float) of training rows to hold out for evaluation, if there is no `eval_split`.
         seed (`int`, *optional*):
-            Seed that chooses the rows held out by `eval_size`, and the rows of a mixture; the recipe's `seed` by
-            default. Set it to evaluate runs with different seeds on the same rows.
+            Seed that chooses the rows held out by `eval_size` and those of a mixture; the recipe's `seed` by default.
+            Set it to evaluate runs with different seeds on the same rows. Not supported with `streaming`, which holds
+            out the first rows.
         max_train_rows (`int`, *optional*):
             Use only the first training rows.
         max_eval_rows (`int`, *optional*):
@@ -192,10 +193,15 @@ class DataConfig(DataSource):
                     f"`eval_size` must be a number of rows with `streaming`, got {self.eval_size!r}. Write for "
                     "example `eval_size: 500`."
                 )
-        if self.seed is not None and self.eval_size is None and self.mixture is None:
+            if self.streaming and self.mixture is not None:
+                raise ValueError(
+                    f"`eval_size` is not supported with a streamed `mixture`, got {self.eval_size!r}: each pass would "
+                    "hold out other rows. Set `eval_split` in its sources."
+                )
+        if self.seed is not None and (self.streaming or (self.eval_size is None and self.mixture is None)):
             raise ValueError(
-                f"`seed` requires `eval_size` or `mixture`, got {self.seed} without either: no other rows are chosen "
-                "by it. Remove it; the order of training follows the recipe's `seed`."
+                f"`seed` requires `eval_size` or `mixture`, without `streaming`, got {self.seed}: it chooses no other "
+                "rows. Remove it; the order of training follows the recipe's `seed`."
             )
         if self.max_eval_rows is not None and not self.has_eval:
             raise ValueError(

@@ -50,7 +50,7 @@ class DiagnoseSettings:
             Precision of the weights: `float32`, which is exact, `bfloat16` or `float16`, which halve the memory, or
             `auto`, as they were saved.
         seed (`int`, *optional*, defaults to `42`):
-            Seed for the rows that `data.eval_size` holds out, and for a mixture.
+            Seed for the rows that `data.eval_size` holds out, and for a mixture, unless `data.seed` is set.
         trust_remote_code (`bool`, *optional*, defaults to `False`):
             Whether to run Python code that comes with a model or tokenizer.
 
@@ -123,7 +123,9 @@ def load_settings(
     if source is not None:
         values["data"]["path"] = source
     if split is not None:
-        values["data"] |= {"train_split": split, "eval_split": None, "eval_size": None, "seed": None}
+        values["data"] |= {"train_split": split, "eval_split": None, "eval_size": None}
+        if values["data"].get("mixture") is None:
+            values["data"].pop("seed", None)  # which chooses the rows that `eval_size` holds out
     top_level = {key: found for key, found in keys_of("", DiagnoseSettings).items() if key != "data"}
     mistakes = key_mistakes(values, top_level, ("data",), name)
     mistakes += [

@@ -65,7 +65,7 @@ class TopLevel:
         output_dir (`str`):
             Run folder, in which each stage has a folder.
         seed (`int`, *optional*, defaults to `42`):
-            Seed of both stages, and of the choice of rows.
+            Seed of both stages, and of the choice of rows unless `data.seed` is set.
         run_name (`str`, *optional*):
             Name of the run in trackers, by default that of `output_dir`. Each stage appends its own.
         report (`bool`, *optional*, defaults to `True`):

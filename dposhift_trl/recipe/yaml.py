@@ -65,19 +65,21 @@ def read_yaml(path: str) -> dict[str, Any]:
     Raises:
         RecipeError: If there is no such file, or it contains anything else.
     """
+    if format_of(Path(path)) is not None and Path(path).suffix != ".json" and Path(path).is_file():
+        raise RecipeError(f"{path}: must be YAML, got a file of rows by its name.{_where_rows_go(path)}")
     try:
         values = parse_yaml(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise RecipeError(f"{path}: file not found.{_nearest_file(path)}") from None
     except YAMLError as error:
-        raise RecipeError(f"{path}: not valid YAML: {error}.{_if_data(path)}") from None
+        raise RecipeError(f"{path}: not valid YAML: {error}") from None
     except RecursionError:
         raise RecipeError(f"{path}: nested too deeply.") from None
     except Exception as error:  # the YAML library does not check some conversions
-        raise RecipeError(f"{path}: cannot be read: {error}.{_if_data(path)}") from None
+        raise RecipeError(f"{path}: cannot be read: {error}") from None
     if not isinstance(values, dict):
         found = "an empty file" if values is None else f"a {type(values).__name__}"
-        raise RecipeError(f"{path}: must contain a mapping of sections, got {found}.{_if_data(path)}")
+        raise RecipeError(f"{path}: must contain a mapping of sections, got {found}.{_where_rows_go(path)}")
     check_size(values, path)
     return _unshared(values)
 
@@ -89,11 +91,9 @@ def _unshared(values: Any) -> Any:
     return [_unshared(value) for value in values] if isinstance(values, list) else values
 
 
-def _if_data(path: str) -> str:
+def _where_rows_go(path: str) -> str:
     """What to do with a file of rows, if the file is named like one."""
-    if format_of(Path(path)) is None:
-        return ""
-    return f" To train on its rows, write `data.path: {path}` in a recipe."
+    return "" if format_of(Path(path)) is None else f" For rows, write `data.path: {path}` in a recipe."
 
 
 def _nearest_file(path: str) -> str:

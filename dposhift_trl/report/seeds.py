@@ -80,7 +80,8 @@ def _setting(run: Run) -> str | None:
     if not isinstance((run.settings or {}).get("seed"), int):
         return None
     recipe = {key: value for key, value in (run.settings or {}).items() if key not in OF_ONE_RUN}
-    if isinstance(data := recipe.get("data"), dict):
-        # A sweep sets it where the seed of the run is another, so that all hold out the same rows
-        recipe["data"] = {key: value for key, value in data.items() if key != "seed"}
+    data = recipe.get("data")
+    if isinstance(data, dict) and data.get("eval_size") is not None and not data.get("streaming"):
+        # Runs with other rows held out are no seeds of one setting
+        recipe["data"] = {**data, "seed": _seed(run) if data.get("seed") is None else data["seed"]}
     return json.dumps(recipe, sort_keys=True, default=str)

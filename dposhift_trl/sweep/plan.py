@@ -115,8 +115,7 @@ def plan(path: str, overrides: Sequence[str], seeds: int = 1) -> Sweep:
             Overrides as [`~recipe.load_recipe`] takes them, but each with one or more values, separated by commas.
             Commas inside brackets and quotes do not separate.
         seeds (`int`, *optional*, defaults to `1`):
-            Number of seeds: the recipe's and those that follow it. More than 1 is the same as several values of
-            `seed`.
+            Number of seeds: the recipe's and those that follow it. More than 1 is the same as these values of `seed`.
 
     Returns:
         [`Sweep`]: The checked sweep.
@@ -139,6 +138,8 @@ def plan(path: str, overrides: Sequence[str], seeds: int = 1) -> Sweep:
     if mistakes:
         raise RecipeError(*mistakes)
 
+    if "seed" in varied and own_seed is None:  # the recipe by itself has none
+        own_seed = recipes[0][1].seed
     folder = Path(os.path.abspath(recipes[0][1].output_dir))
     base = None
     if "sft" in recipes[0][1].stages:
@@ -252,8 +253,9 @@ def _point_recipe(recipe: Recipe, dpo: DPOShiftConfig, base: SweepRun | None, ow
     others = {key: value for key, value in values["dpo"].items() if key not in LAMBDA_FIELDS}
     permission = {"allow_lambda_above_one": True} if dpo.lambda_range[1] > 1 else {}
     values["dpo"] = {**dpo.lambda_plan.settings, **permission, **others}
-    if own_seed not in (None, recipe.seed) and recipe.data.eval_size is not None:
-        values["data"] = {"seed": own_seed, **values["data"]}
+    data = recipe.data
+    if own_seed not in (None, recipe.seed) and data.eval_size is not None and data.seed is None and not data.streaming:
+        values["data"] = {**values["data"], "seed": own_seed}
     if base is not None:
         values["model"] = {**values["model"], "model_name_or_path": str(base.folder / base.stage)}
     return values
