@@ -106,15 +106,16 @@ def test_chosen_answers_that_stay_on_average_neither_rose_nor_fell():
         assert "Try" not in text
 
 
-def test_rejected_answers_that_rose_are_called_unusual():
+def test_rejected_answers_that_rose_are_called_unusual_unless_lambda_raises_both():
     both = said(metrics(chosen=3.0, growth=0.9, rejected=3.0, shift_lambda=0.5))
     crossed = said(metrics(rejected=3.0, shift_lambda=0.5))
     dpo = said(metrics(chosen=3.0, growth=0.9, rejected=3.0))
     for text in (both, crossed, dpo):
         assert "rejected answers rose by 3.00 nats per answer" in text
-        assert "unusual" in text
+    assert "unusual" not in both
     assert "closer to 1" in both
     for text in (crossed, dpo):
+        assert "unusual" in text
         assert "Read the pairs" in text
         assert "lambda" not in text
 
@@ -287,7 +288,8 @@ RATED = ("chosen", "rejected", "margin", "accuracy")
         pytest.param(metrics(growth=1.3), "fair good good good", id="clear"),
         pytest.param(metrics(growth=2.0), "bad good good good", id="large"),
         pytest.param(near_0(-0.9, 0.1), "good good good good", id="not-moved"),
-        pytest.param(metrics(chosen=4.0, growth=0.8, rejected=3.0), "good bad good good", id="rejected-rose"),
+        pytest.param(metrics(chosen=4.0, growth=0.8, rejected=3.0), "good fair good good", id="rejected-rose"),
+        pytest.param(metrics(rewards__margins_low=-1.0, rejected=3.0), "bad bad fair good", id="rejected-rose-alone"),
         pytest.param(metrics(rejected=0.0), "bad fair good good", id="rejected-same"),
         pytest.param(metrics(rewards__margins_low=-1.0), "bad good fair good", id="margin-unclear"),
         pytest.param(metrics(rewards__margins_low=-1.0, rewards__margins_high=-0.5), "bad good bad good", id="margin"),

@@ -150,7 +150,8 @@ class Findings:
         chosen: dict[Change, Rating] = {
             "unknown": "unknown", "unmoved": "good", "rose": "good", "fell": falls[self.fall]
         }  # fmt: skip
-        rejected: dict[Change, Rating] = {"unknown": "unknown", "unmoved": "fair", "rose": "bad", "fell": "good"}
+        rose: Rating = "fair" if self.learning == "learned" else "bad"
+        rejected: dict[Change, Rating] = {"unknown": "unknown", "unmoved": "fair", "rose": rose, "fell": "good"}
         return {
             "chosen": chosen[self.chosen.change],
             "rejected": rejected[self.rejected.change],

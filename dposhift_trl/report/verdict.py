@@ -64,16 +64,16 @@ def verdict(last: Mapping[str, float], plan: LambdaPlan | None = None, lambdas: 
     enough. The rules, in this order. Each needs its metrics to be logged and finite; without them there is no advice.
 
     - If the margin is not above 0, or accuracy not above 0.5, by their intervals: nothing can be said about lambda.
-    - If the rejected answers rose: lambda may be too low, if it is below 1 and the chosen answers rose too.
+    - If the rejected answers rose: below lambda 1 that is usual where the chosen answers rose too, and costs margin.
     - If the 95% interval of the chosen log-ratio contains 0: the chosen answers did not move measurably.
     - If the chosen answers fell: slightly, clearly or much, depending on their perplexity. If it rose by less than
       10%, there is nothing to do. Otherwise the advice is a lower lambda, unless lambda is at most 0.75 already. For
       the adaptive schedule it is a lower `lambda_min` if lambda ended there, otherwise another `lambda_target`.
 
     The ratings of the tiles follow the same rules. Chosen is good unless it fell; a slight fall is good too, a clear
-    one fair, a large one bad. Rejected is good if it fell, bad if it rose. Margin and accuracy are good if their
-    interval is above 0 and 0.5, bad if it is below, fair if it contains them. All four are unknown if the policy is
-    still the reference.
+    one fair, a large one bad. Rejected is good if it fell; if it rose, fair if the preference was learned, else bad.
+    Margin and accuracy are good if their interval is above 0 and 0.5, bad if it is below, fair if it contains them.
+    All four are unknown if the policy is still the reference.
 
     Args:
         last (`Mapping[str, float]`):
@@ -264,8 +264,8 @@ def _meaning_and_advice(findings: Findings, lambdas: Sequence[float], plan: Lamb
     if findings.rejected.change == "rose":
         if lambdas and min(lambdas) < 1 and chosen == "rose":
             return (
-                "It is unusual for rejected answers to rise: below lambda 1, training also raises the tokens that "
-                "both answers share. If the rejected answers should fall, try a lambda closer to 1."
+                "Both answers rose: below lambda 1, training also raises the tokens that they share, as SFT on the "
+                "chosen answers does. For a larger margin, try a lambda closer to 1."
             )
         return (
             "It is unusual for rejected answers to rise: training normally lowers them. Read the pairs in which they "
