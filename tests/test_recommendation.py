@@ -213,6 +213,18 @@ def test_runs_that_hold_out_other_rows_are_no_group(sweep):
     assert [len(group.runs) for group in seed_groups(runs)] == [3]
 
 
+def test_runs_that_were_evaluated_on_other_pairs_are_not_compared(sweep, tmp_path):
+    same, other = sweep[3:6], make_run(tmp_path / "other", 0.75, fall=1.0, pairs=20, text="other answer")
+    for folders, comparable in ((same, True), ([*same, other], False)):
+        groups = seed_groups([read_run(folder) for folder in (sweep[0], *folders)])
+        recommended, reason = recommend_lambda([group.outcome for group in groups])
+        assert (recommended == "fixed-0.75", "evaluated on different pairs" in reason) == (comparable, not comparable)
+    group = Outcome.over_seeds("x", {1: read_run(same[0]).outcome, 2: read_run(other).outcome})
+    assert "evaluated on different pairs" in recommend_lambda([read_run(sweep[0]).outcome, group])[1]
+    unknown = [dataclasses.replace(read_run(folder).outcome, evaluated=frozenset()) for folder in (sweep[0], other)]
+    assert recommend_lambda(unknown)[0] == "other"
+
+
 def test_a_run_with_other_settings_keeps_its_name_from_a_group(sweep):
     runs = [read_run(sweep[0]), *(read_run(folder) for folder in sweep[1:3])]
     runs[0].settings = {**runs[0].settings, "dpo": {"shift_lambda": 0.9}}

@@ -33,6 +33,8 @@ class Outcome:
             Whether lambda differed from 1 at any step, even if it was 1 at start and end.
         settings (`Mapping[str, float]`):
             The numbers of the recipe, by key.
+        evaluated (`frozenset[str]`):
+            Digest of the evaluated rows, one for each set of them; empty if they are unknown.
         seeds (`Mapping[int, Outcome]`):
             The runs by seed, if there are several.
     """
@@ -45,6 +47,7 @@ class Outcome:
     reference_chosen: float | None = None
     shifted_between: bool = False
     settings: Mapping[str, float] = field(default_factory=dict)
+    evaluated: frozenset[str] = frozenset()
     seeds: Mapping[int, "Outcome"] = field(default_factory=dict)
 
     @classmethod
@@ -55,6 +58,7 @@ class Outcome:
         lambdas: tuple[float, float] | None = None,
         shifted_between: bool = False,
         settings: Mapping[str, float] | None = None,
+        evaluated: frozenset[str] = frozenset(),
     ) -> "Outcome":
         """Read the outcome from the metrics of the last evaluation, as [`~report.verdict.verdict`] takes them."""
         logps, chosen = finite(last, "logps/chosen"), finite(last, "displacement/chosen")
@@ -67,6 +71,7 @@ class Outcome:
             None if logps is None or chosen is None else logps - chosen,
             shifted_between,
             settings or {},
+            evaluated,
         )
 
     @classmethod
@@ -84,6 +89,7 @@ class Outcome:
             math.fsum(starts) / len(starts) if same_start else None,
             any(outcome.shifted_between for outcome in outcomes),
             outcomes[0].settings,
+            frozenset().union(*(outcome.evaluated for outcome in outcomes)),
             seeds,
         )
 
@@ -198,6 +204,11 @@ def recommend_lambda(outcomes: Sequence[Outcome]) -> tuple[str | None, str]:
         return None, (
             "No recommendation: a comparison needs two runs whose last evaluation logged log-ratios, margin, accuracy "
             f"and their intervals, and {len(usable)} of {len(outcomes)} runs did."
+        )
+    if len(frozenset().union(*(outcome.evaluated for outcome in usable))) > 1:
+        return None, (
+            "No recommendation: the runs were evaluated on different pairs, so their log-ratios cannot be compared. "
+            "Set the same `data.eval_split`, or with `data.eval_size` the same `data.seed`."
         )
     starts = [outcome.reference_chosen for outcome in usable if outcome.reference_chosen is not None]
     if len(starts) < len(usable) or not _alike(starts):

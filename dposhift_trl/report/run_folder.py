@@ -1,5 +1,7 @@
 """A run folder as the report reads it: what is in it, and a note for everything that is missing or broken."""
 
+import hashlib
+import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +20,7 @@ from ..artifacts import (
     read_rows,
     read_text,
 )
-from ..columns import SAVED_ROW_INDEX
+from ..columns import PREFERENCE_COLUMNS, SAVED_ROW_INDEX
 from ..schedules import ADAPTIVE, LambdaPlan
 from .advice import path_of_lambda
 from .answers import Answers, of_these_weights, read_answers
@@ -96,7 +98,17 @@ class Run:
             for key, value in (section if isinstance(section, dict) else {}).items()
             if isinstance(value, int | float) and not isinstance(value, bool)
         }
-        return Outcome.of(self.name, self.last, (path[0], path[-1]) if path else None, shifted, numbers)
+        lambdas = (path[0], path[-1]) if path else None
+        return Outcome.of(self.name, self.last, lambdas, shifted, numbers, self._evaluated)
+
+    @property
+    def _evaluated(self) -> frozenset[str]:
+        """Digest of the evaluated pairs, in any order; empty if their text was not saved."""
+        if not self.rows:
+            return frozenset()
+        texts = [[row.get(name) for name in PREFERENCE_COLUMNS] for row in self.rows.values()]
+        lines = sorted(json.dumps(pair, sort_keys=True, default=str) for pair in texts)
+        return frozenset([hashlib.sha256("\n".join(lines).encode()).hexdigest()])
 
     @property
     def beta(self) -> float | None:
