@@ -240,6 +240,13 @@ def test_the_same_run_twice_and_runs_without_a_recipe_are_no_seeds(sweep, tmp_pa
     assert [len(group.runs) for group in seed_groups([*twice, *plain])] == [1, 1, 1, 1]
 
 
+def test_seeds_without_an_effect_are_no_seeds(sweep):
+    runs = [read_run(folder) for folder in sweep[:3]]
+    for run in runs:
+        run.stages = runs[0].stages
+    assert [len(group.runs) for group in seed_groups(runs)] == [1, 1, 1]
+
+
 def test_the_table_of_a_sweep_has_a_mean_and_an_interval_per_setting(sweep):
     lines = make_seed_table(seed_groups([read_run(folder) for folder in sweep]))
     assert [line.split()[0] for line in lines[2:-1]] == ["fixed-0.75", "fixed-1.0"]

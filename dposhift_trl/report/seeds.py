@@ -58,13 +58,20 @@ def seed_groups(runs: Sequence[Run]) -> list[SeedGroup]:
         groups.setdefault(_setting(run) or f"run {index}", []).append(run)
     found: list[list[Run]] = []
     for members in groups.values():
-        several = len(members) > 1 and len({_seed(run) for run in members}) == len(members)  # not the same run twice
-        found += [members] if several else [[run] for run in members]
+        found += [members] if _are_seeds(members) else [[run] for run in members]
     names = [_common_name(members) if len(members) > 1 else members[0].name for members in found]
     return [
         SeedGroup(name if names.count(name) == 1 else members[0].name, tuple(members))
         for name, members in zip(names, found, strict=True)
     ]
+
+
+def _are_seeds(runs: Sequence[Run]) -> bool:
+    """Whether runs with one setting show how much a seed matters: none is there twice, and they do not end alike."""
+    if len(runs) == 1:
+        return False
+    ends = {run.last.get("displacement/chosen") for run in runs}  # alike if `dpo.data_seed` sets the order of pairs
+    return len({_seed(run) for run in runs}) == len(runs) and (len(ends) > 1 or None in ends)
 
 
 def _common_name(runs: Sequence[Run]) -> str:
