@@ -9,7 +9,7 @@ What lambda buys and costs: fixed, scheduled and adaptive, beside DPO and the re
 On the synthetic sets a base is fine-tuned on the chosen answers for each seed, as stage 1 of `recipes/tiny_shift.yaml`
 does; a model that is named is trained as it is, on pairs that are split anew for each seed. From there each method
 trains for one epoch with the same settings, through the same trainer. The first table holds held-out means over seeds
-with 95 % intervals, after the last step: mean chosen log-ratio, share of chosen answers that fell, margin (beta = 0.1,
+with 95% intervals, after the last step: mean chosen log-ratio, share of chosen answers that fell, margin (beta = 0.1,
 unshifted), accuracy, and for real sets also greedy answers and the accuracy on the other real set; a star marks what
 differs from DPO. The second table compares all methods with the best fixed lambda at the same accuracy.
 
@@ -317,7 +317,7 @@ def main(argv: list[str] | None = None) -> None:
             results[name].append(found)
             print(f"seed {seed}, {name}: {found}", file=sys.stderr, flush=True)
     seeds = " ".join(map(str, options.seeds))
-    print(f"\n{options.data}, seeds {seeds}, held-out means ± half of a 95 % interval\n")
+    print(f"\n{options.data}, seeds {seeds}, held-out means ± half of a 95% interval\n")
     print("\n\n".join(tables(results)))
 
 

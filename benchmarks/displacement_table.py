@@ -43,7 +43,7 @@ def holm(values: Sequence[float]) -> list[float]:
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
-    """Mean, and half of its 95 % interval (t), which is not a number for a single value."""
+    """Mean, and half of its 95% interval (t), which is not a number for a single value."""
     if len(values) < 2:
         return float(np.mean(values)), float("nan")
     return float(np.mean(values)), float(stats.t.ppf(0.975, len(values) - 1) * stats.sem(values))
@@ -51,7 +51,7 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
 
 def table(results: dict[str, Runs], baseline: str) -> str:
     """
-    One row per method, in Markdown: means over seeds and half of a 95 % interval.
+    One row per method, in Markdown: means over seeds and half of a 95% interval.
 
     Args:
         results (`dict[str, list[dict[str, float]]]`):

@@ -63,7 +63,7 @@ def test_the_formulas_agree_with_the_measurements(models):
         ratios.append(peak / expected)
         used[model].append(6 * parameters * tokens / seconds / RATE)
     assert round(min(ratios), 2) >= 1
-    assert max(ratios) <= 1.12  # "0 to 12 % above"
+    assert max(ratios) <= 1.12  # "0 to 12% above"
     assert [f"{f(shares):.2f}" for shares in used.values() for f in (min, max)] == ["0.20", "0.23", "0.29", "0.35"]
 
 
