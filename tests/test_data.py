@@ -172,13 +172,13 @@ def refusal(**settings):
         ),
         (
             {"path": "demo", "eval_split": "test", "seed": 7},
-            "`seed` requires `eval_size` or `mixture`, without `streaming`, got 7: it chooses no other rows. Remove "
-            "it; the order of training follows the recipe's `seed`.",
+            "`seed` has an effect only with `eval_size` or `mixture`, and not with `streaming`, got 7. Remove it; "
+            "the order of training follows the recipe's `seed`.",
         ),
         (
             {"path": "demo", "eval_size": 5, "streaming": True, "seed": 7},
-            "`seed` requires `eval_size` or `mixture`, without `streaming`, got 7: it chooses no other rows. Remove "
-            "it; the order of training follows the recipe's `seed`.",
+            "`seed` has an effect only with `eval_size` or `mixture`, and not with `streaming`, got 7. Remove it; "
+            "the order of training follows the recipe's `seed`.",
         ),
         (
             {"mixture": [{"path": "demo"}, {"path": "rows.jsonl"}], "eval_size": 5, "streaming": True},

@@ -510,10 +510,10 @@ def test_a_file_that_is_no_mapping_is_refused(refuse, text, kind):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("rows.jsonl", b'{"chosen": "a"}\n', "must be YAML, got a file of rows by its name."),
+        ("rows.jsonl", b'{"chosen": "a"}\n', "must be a YAML file, got a file of rows."),
         ("rows.json", b'[{"chosen": "a"}]', "must contain a mapping of sections, got a list."),
-        ("rows.parquet", b"PAR1\xff", "must be YAML, got a file of rows by its name."),
-        ("rows.csv.gz", b"chosen,rejected\na,b\n", "must be YAML, got a file of rows by its name."),
+        ("rows.parquet", b"PAR1\xff", "must be a YAML file, got a file of rows."),
+        ("rows.csv.gz", b"chosen,rejected\na,b\n", "must be a YAML file, got a file of rows."),
     ],
 )
 def test_rows_in_place_of_a_recipe_are_refused_with_where_they_go(tmp_path, name, content, message):

@@ -200,8 +200,8 @@ class DataConfig(DataSource):
                 )
         if self.seed is not None and (self.streaming or (self.eval_size is None and self.mixture is None)):
             raise ValueError(
-                f"`seed` requires `eval_size` or `mixture`, without `streaming`, got {self.seed}: it chooses no other "
-                "rows. Remove it; the order of training follows the recipe's `seed`."
+                f"`seed` has an effect only with `eval_size` or `mixture`, and not with `streaming`, got {self.seed}. "
+                "Remove it; the order of training follows the recipe's `seed`."
             )
         if self.max_eval_rows is not None and not self.has_eval:
             raise ValueError(

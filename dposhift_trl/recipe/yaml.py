@@ -66,7 +66,7 @@ def read_yaml(path: str) -> dict[str, Any]:
         RecipeError: If there is no such file, or it contains anything else.
     """
     if format_of(Path(path)) is not None and Path(path).suffix != ".json" and Path(path).is_file():
-        raise RecipeError(f"{path}: must be YAML, got a file of rows by its name.{_where_rows_go(path)}")
+        raise RecipeError(f"{path}: must be a YAML file, got a file of rows.{_where_rows_go(path)}")
     try:
         values = parse_yaml(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
